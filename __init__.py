@@ -1,0 +1,1 @@
+"""Triptych: three-stage training of Qwen2-VL-class vision-language models."""

@@ -1,0 +1,1 @@
+"""Committed, verified, resharding checkpoints, and the Hugging Face format."""

@@ -1,0 +1,1 @@
+"""Configuration: typed schema, composition, validation. Imports no torch."""

@@ -1,0 +1,295 @@
+"""Every field a run has, with its unit and the reason of its default.
+
+Plain typed dataclasses: OmegaConf refuses unknown keys and wrong types against them, ``validate.py`` checks
+everything that concerns more than one field. Nothing here imports torch.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from omegaconf import II, MISSING
+
+
+class Precision(Enum):
+    """Dtype of weights and activations; master weights and gradients are fp32 in both."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Recompute(Enum):
+    """What the backward pass computes again instead of keeping it."""
+
+    none = "none"
+    selective = "selective"
+    full = "full"
+
+
+class Zero(Enum):
+    """Which optimizer shards its state over the data-parallel ranks (ZeRO-1)."""
+
+    megatron = "megatron"
+
+
+class Oversize(Enum):
+    """What happens to a sample that is longer than a pack. It is never cut."""
+
+    skip = "skip"
+    error = "error"
+
+
+class Decay(Enum):
+    """How a learning rate falls after its warm-up."""
+
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+@dataclass(kw_only=True, slots=True)
+class VisionConfig:
+    """The ViT. Sizes of the released 2B, 7B and 72B models are all the same."""
+
+    depth: int = 32
+    """Number of transformer layers."""
+    hidden_size: int = 1280
+    num_heads: int = 16
+    intermediate_size: int = 5120
+    patch_size: int = 14
+    """Pixels along each side of a patch."""
+    temporal_patch_size: int = 2
+    """Frames in a patch; an image is two identical frames."""
+    spatial_merge_size: int = 2
+    """Patches along each side that the merger joins into one token."""
+    in_channels: int = 3
+
+
+@dataclass(kw_only=True, slots=True)
+class LanguageConfig:
+    """The Qwen2 decoder."""
+
+    hidden_size: int = MISSING
+    num_layers: int = MISSING
+    num_heads: int = MISSING
+    num_kv_heads: int = MISSING
+    head_dim: int = 128
+    intermediate_size: int = MISSING
+    vocab_size: int = MISSING
+    tie_word_embeddings: bool = False
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1e6
+    mrope_section: list[int] = field(default_factory=lambda: [16, 24, 24])
+    """Rotary pairs that follow the time, height and width axis; they add up to head_dim / 2."""
+    max_position_embeddings: int = 32768
+
+
+@dataclass(kw_only=True, slots=True)
+class TokensConfig:
+    """Ids of the special tokens; defaults are those of the Qwen2 vocabulary."""
+
+    endoftext: int = 151643
+    im_start: int = 151644
+    im_end: int = 151645
+    vision_start: int = 151652
+    vision_end: int = 151653
+    image_pad: int = 151655
+    video_pad: int = 151656
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """Which model this is."""
+
+    name: str = MISSING
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    language: LanguageConfig = field(default_factory=LanguageConfig)
+    tokens: TokensConfig = field(default_factory=TokensConfig)
+
+
+@dataclass(kw_only=True, slots=True)
+class PartConfig:
+    """Whether one part of the model (vit, adapter or llm) trains in this stage, and how fast."""
+
+    train: bool = MISSING
+    lr: float = 0.0
+    """Peak learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the token budget."""
+    warmup: float = 0.01
+    """Share of the token budget over which the rate rises linearly from 0."""
+    decay: Decay = Decay.cosine
+
+
+@dataclass(kw_only=True, slots=True)
+class StageConfig:
+    """One training stage. Learning rates, betas and decay are our defaults; the paper names none."""
+
+    name: str = MISSING
+    """Names the mixture in ``data.mixtures`` and the run folder."""
+    token_budget: int = MISSING
+    """LLM tokens, text and vision, padding not counted, after which the stage is finished."""
+    seq_len: int = 8192
+    """Tokens in a pack."""
+    global_batch_size: int = 512
+    """Packs per optimizer step."""
+    vit: PartConfig = field(default_factory=PartConfig)
+    adapter: PartConfig = field(default_factory=PartConfig)
+    llm: PartConfig = field(default_factory=PartConfig)
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    """Size of a step, and how many."""
+
+    num_steps: int | None = None
+    """Caps the steps of the stage; the token budget decides when null."""
+    global_batch_size: int = II("stage.global_batch_size")
+    """Packs per step, over all data-parallel ranks and microbatches."""
+    micro_batch_size: int = 1
+    """Packs that go through the model together, joined into one sequence of segments."""
+    seq_len: int = II("stage.seq_len")
+    """Tokens in a pack."""
+    precision: Precision = Precision.bf16
+    validate_every: int = 0
+    """Steps between validation losses; 0 never validates."""
+    validation_packs: int = 64
+    """Packs of ``data.validation`` that a validation loss is computed on."""
+
+
+@dataclass(kw_only=True, slots=True)
+class RecomputeConfig:
+    """Activation checkpointing, by tower."""
+
+    vit: Recompute = Recompute.none
+    """none or full."""
+    llm: Recompute = Recompute.none
+    """none, selective (core attention) or full."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ParallelConfig:
+    """Degrees of parallelism. The data-parallel degree follows: world size / (tp * pp)."""
+
+    tp: int = 1
+    pp: int = 1
+    sequence_parallel: bool = False
+    """Shard norms and residuals of the LLM over the tp ranks, along the sequence."""
+    layout: Any = "auto"
+    """Decoder layers of each pipeline stage, as [9,10,10,11]; auto balances them by cost, counting the ViT."""
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
+
+
+@dataclass(kw_only=True, slots=True)
+class SourceConfig:
+    """One dataset folder."""
+
+    path: str = MISSING
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """Dataset folders, their mixture in each stage, and how samples become packs."""
+
+    tokenizer: str = MISSING
+    """Folder of a Hugging Face tokenizer with the Qwen2 special tokens."""
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    mixtures: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Stage name -> source name -> weight (share of samples)."""
+    validation: dict[str, float] = field(default_factory=dict)
+    """Source name -> weight, of the packs that validation losses are computed on."""
+    generate: bool = False
+    """Make the sample datasets under ``data.root`` first, where they are not there yet."""
+    root: str = ""
+    """Where ``generate`` writes."""
+    min_pixels: int = 56 * 56
+    """Smaller images are enlarged to this many pixels."""
+    max_pixels: int = 16384 * 28 * 28
+    """Larger images are reduced to this many pixels."""
+    max_patches: int = 32768
+    """ViT patches in a pack, at most; bounds the memory of stage 0."""
+    window: int = 4096
+    """Samples that are packed together; 4096 fill packs to .998 on a broad mixture."""
+    oversize: Oversize = Oversize.skip
+    num_workers: int = 2
+    """Threads per reading rank that decode media."""
+    prefetch_steps: int = 1
+    """Steps that are read ahead of training."""
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimizerConfig:
+    """AdamW. The defaults are ours, not the paper's."""
+
+    zero: Zero = Zero.megatron
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    """Not applied to biases and norm weights."""
+    clip_grad: float = 1.0
+    """Largest norm of the whole gradient; 0 never clips."""
+
+
+@dataclass(kw_only=True, slots=True)
+class InitConfig:
+    """Where the weights of a new run come from. A resumed run ignores it."""
+
+    checkpoint: str | None = None
+    """Run folder, checkpoint folder or converted Hugging Face model."""
+    optimizer_state: bool = False
+    """Also carry over the optimizer state of what goes on training."""
+    allow_random: bool = False
+    """Random weights are accepted where no checkpoint is given."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ClusterConfig:
+    """What is known of the machines."""
+
+    timeout_s: int = 600
+    """A collective that takes longer fails on every rank, instead of hanging."""
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """Where the run writes, and how often it saves."""
+
+    dir: str = MISSING
+    checkpoint_every: int = 500
+    """Steps between checkpoints; one is always written at the end."""
+    keep: int = 3
+    """Newest checkpoints that are kept."""
+
+
+@dataclass(kw_only=True, slots=True)
+class LogConfig:
+    """What is logged besides the terminal and ``metrics.jsonl``."""
+
+    every: int = 1
+    """Steps between progress lines on the terminal."""
+    wandb: bool = False
+    wandb_project: str = "triptych"
+    wandb_mode: str = "online"
+    """online, offline or disabled."""
+    tensorboard: bool = False
+
+
+@dataclass(kw_only=True, slots=True)
+class Config:
+    """One run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    stage: StageConfig = field(default_factory=StageConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    init: InitConfig = field(default_factory=InitConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    seed: int = 1234
+    """Decides random weights, order and mixture of the data."""
+    resume: str = "auto"
+    """auto: from the newest good checkpoint in run.dir, if any; never: refuse a run.dir that has one; or a path."""

@@ -1,0 +1,1 @@
+"""FLOPs and bytes per layer and tower: pure arithmetic, no torch."""

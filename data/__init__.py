@@ -1,0 +1,1 @@
+"""The way of a sample: dataset folder, plan, loader, batch."""

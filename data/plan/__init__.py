@@ -1,0 +1,1 @@
+"""What decides order, packing, balance and shapes of training: pure functions of metadata."""

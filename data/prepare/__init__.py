@@ -1,0 +1,1 @@
+"""Turns raw files into a dataset folder."""

@@ -1,0 +1,140 @@
+"""What travels from the dataset folder to the model: media, samples, packs, batches."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+class MediaKind(IntEnum):
+    """What a media item is, as stored in ``media.idx``."""
+
+    IMAGE = 0
+    VIDEO = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Media:
+    """One media item: where its bytes lie, and everything that decides how many tokens it becomes."""
+
+    kind: MediaKind
+    shard: int
+    """Number of the tar file."""
+    offset: int
+    """Bytes from the start of the shard to the file's content."""
+    size: int
+    """Bytes."""
+    xxh3: bytes
+    """xxh3-128 of the content, 16 bytes."""
+    width: int
+    height: int
+    frames: int = 1
+    duration_ms: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Resolution limits; a training-time setting, never baked into a dataset."""
+
+    min_pixels: int
+    max_pixels: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One sample as stored: text with one placeholder token per media item."""
+
+    input_ids: NDArray[np.int32]
+    """(num_tokens,) with one placeholder per media item, not yet repeated."""
+    targets: NDArray[np.uint8]
+    """(num_tokens,) 1 where the token itself is a target (not shifted)."""
+    media: tuple[Media, ...]
+    """In order of appearance."""
+
+
+class SampleId(NamedTuple):
+    """Which sample: number of the source in the plan, index in its dataset."""
+
+    source: int
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """The samples of one sequence."""
+
+    number: int
+    """Counted from the start of the stage."""
+    samples: tuple[SampleId, ...]
+    num_tokens: int
+    """LLM tokens, padding not counted."""
+    num_patches: int
+
+
+class Source(Protocol):
+    """What plan and loader need of a dataset folder (``data.dataset.Dataset``)."""
+
+    name: str
+
+    def __len__(self) -> int:
+        """Number of samples."""
+
+    def num_tokens(self, limits: Limits) -> NDArray[np.int64]:
+        """(num_samples,) LLM tokens of each sample, its placeholders repeated."""
+
+    def num_patches(self, limits: Limits) -> NDArray[np.int64]:
+        """(num_samples,) ViT patches of each sample."""
+
+    def sample(self, index: int) -> Sample:
+        """Text and media references of one sample; reads no pixels."""
+
+    def read_media(self, media: Media) -> bytes:
+        """The encoded file. Raises DataError if its hash is not the recorded one."""
+
+
+@dataclass(slots=True)
+class Batch:
+    """One microbatch: packs joined into one sequence of segments ("thd"). Made on the CPU by the loader."""
+
+    input_ids: Tensor
+    """(T,) int64. T is a multiple of ``pad_to``; padding is its own last segment."""
+    labels: Tensor
+    """(T,) int64, already shifted: labels[t] = input_ids[t + 1]."""
+    loss_mask: Tensor
+    """(T,) bool, True = counts. False at each segment's last position."""
+    position_ids: Tensor
+    """(3, T) int64, M-RoPE; restarts at 0 in every segment."""
+    cu_seqlens: Tensor
+    """(num_segments + 1,) int32, starts at 0, ends at T."""
+    grid_thw: Tensor
+    """(num_media, 3) int64, in unmerged patches, in order of appearance."""
+    vision_index: Tensor
+    """(num_patches / 4,) int64: the positions in ``input_ids`` that the ViT's outputs take."""
+    pixel_values: Tensor | None
+    """(num_patches, 1176) uint8 in patch order, not yet normalised; None where no pixels are read."""
+    sample_ids: tuple[SampleId, ...]
+    """One per segment, padding excepted."""
+    num_tokens: int
+    """Padding not counted."""
+    num_patches: int
+
+    @property
+    def segments(self) -> list[int]:
+        """The segment boundaries as Python ints."""
+        bounds: list[int] = self.cu_seqlens.tolist()
+        return bounds
+
+
+@dataclass(slots=True)
+class Step:
+    """All that one data-parallel rank trains on in one optimizer step."""
+
+    microbatches: Sequence[Batch]
+    packs: tuple[int, ...]
+    """Numbers of this rank's packs, in the order of the microbatches."""
+    bad: list[tuple[int, int, str]]
+    """(microbatch, segment, reason) of samples whose media could not be read here; their pixels are zeros."""

@@ -1,0 +1,17 @@
+"""Errors meant for people: what, where, the bound, and what to do next."""
+
+
+class TriptychError(Exception):
+    """Base of every error that a user can act on."""
+
+
+class ConfigError(TriptychError):
+    """The configuration cannot run. Lists every problem, each with the override that fixes it."""
+
+
+class DataError(TriptychError):
+    """A sample, media file or dataset folder is not what it should be. Names file, line or key."""
+
+
+class CheckpointError(TriptychError):
+    """A checkpoint is missing, damaged, or of another model. Names the folder and the tensors."""

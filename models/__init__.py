@@ -1,0 +1,1 @@
+"""Model code, composed from megatron-core modules."""

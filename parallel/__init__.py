@@ -1,0 +1,1 @@
+"""Device, process groups, schedule, layout and sharded optimizer on megatron-core."""
