@@ -1,7 +1,7 @@
 """Every field a run has, with its unit and the reason of its default.
 
-Plain typed dataclasses: OmegaConf refuses unknown keys and wrong types against them, ``validate.py`` checks
-everything that concerns more than one field. Nothing here imports torch.
+Plain typed dataclasses: OmegaConf refuses unknown keys and wrong types against them, and what concerns
+more than one field is checked by ``validate.py``. Nothing here imports torch.
 """
 
 from dataclasses import dataclass, field
@@ -123,7 +123,7 @@ class PartConfig:
 
 @dataclass(kw_only=True, slots=True)
 class StageConfig:
-    """One training stage. Learning rates, betas and decay are our defaults; the paper names none."""
+    """One training stage. Learning rates and decay are our defaults; the paper names none."""
 
     name: str = MISSING
     """Names the mixture in ``data.mixtures`` and the run folder."""
@@ -176,7 +176,7 @@ class ParallelConfig:
     sequence_parallel: bool = False
     """Shard norms and residuals of the LLM over the tp ranks, along the sequence."""
     layout: Any = "auto"
-    """Decoder layers of each pipeline stage, as [9,10,10,11]; auto balances them by cost, counting the ViT."""
+    """Decoder layers of each pipeline stage, as [9,10,10,11]; auto balances cost, ViT included."""
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
 
 
@@ -292,4 +292,5 @@ class Config:
     seed: int = 1234
     """Decides random weights, order and mixture of the data."""
     resume: str = "auto"
-    """auto: from the newest good checkpoint in run.dir, if any; never: refuse a run.dir that has one; or a path."""
+    """Where to go on from. auto: the newest good checkpoint in run.dir, if any; never: refuse a
+    run.dir that has one; else the path of a checkpoint."""

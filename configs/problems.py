@@ -1,0 +1,29 @@
+"""How problems of a configuration are told: all at once, one line each, with what fixes it."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from triptych.errors import ConfigError
+
+
+class Problem(NamedTuple):
+    """One broken rule."""
+
+    rule: str
+    """What was given, and the bound it breaks: ``parallel.tp=3 must divide num_heads=28``."""
+    remedy: str
+    """What to type instead; reads on after "try"."""
+
+
+def refusal(problems: Sequence[Problem]) -> ConfigError:
+    """One error that lists every problem, the remedies in a column of their own."""
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    width = max(len(problem.rule) for problem in problems)
+    lines = [f"  {problem.rule:<{width}}  -> try {problem.remedy}" for problem in problems]
+    return ConfigError("\n".join([f"{count} in this run", *lines]))
+
+
+def either(choices: Sequence[object]) -> str:
+    """``a, b or c``."""
+    words = [str(choice) for choice in choices]
+    return " or ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]
