@@ -89,6 +89,9 @@ class Source(Protocol):
     def num_patches(self, limits: Limits) -> NDArray[np.int64]:
         """(num_samples,) ViT patches of each sample."""
 
+    def num_patch_pairs(self, limits: Limits) -> NDArray[np.int64]:
+        """(num_samples,) sum over the frames of the squared patch count: what ViT attention costs."""
+
     def sample(self, index: int) -> Sample:
         """Text and media references of one sample; reads no pixels."""
 
