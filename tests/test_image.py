@@ -1,0 +1,221 @@
+"""Preprocessing against transformers, and the rule for every kind of unusual file."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
+    Qwen2VLImageProcessorPil,
+)
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
+    smart_resize as oracle_smart_resize,
+)
+
+from triptych.data.image import (
+    decode_image,
+    image_grid,
+    image_grids,
+    image_patches,
+    normalize_patches,
+    smart_resize,
+    smart_resize_all,
+)
+from triptych.data.types import Limits
+from triptych.errors import DataError
+
+LIMITS = Limits(min_pixels=56 * 56, max_pixels=16384 * 28 * 28)
+SMALL = Limits(min_pixels=28 * 28, max_pixels=20 * 28 * 28)
+NORMALIZE_TOLERANCE = 4e-7  # measured: 2.4e-7
+
+
+def noise(height: int, width: int, seed: int = 0) -> Image.Image:
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("limits", [LIMITS, SMALL], ids=["default", "small"])
+def test_a_224_pixel_square_is_256_patches(limits):
+    if limits is LIMITS:
+        assert image_grid(224, 224, limits) == (1, 16, 16)
+    _, rows, columns = image_grid(224, 224, limits)
+    assert rows % 2 == columns % 2 == 0
+    assert rows * columns * 14 * 14 <= limits.max_pixels
+
+
+@pytest.mark.parametrize(("side", "expected"), [(42, 56), (70, 56), (98, 112), (126, 112)])
+def test_sides_halfway_between_multiples_round_to_even(side, expected):
+    assert smart_resize(side, 28, min_pixels=1, max_pixels=10**9) == (expected, 28)
+
+
+sides = st.integers(1, 8000)
+
+
+@given(
+    sizes=st.lists(st.tuples(sides, sides), min_size=1, max_size=20),
+    min_tokens=st.integers(1, 40),
+    extra_tokens=st.integers(0, 16000),
+    odd=st.integers(0, 783),
+)
+def test_smart_resize_equals_transformers(sizes, min_tokens, extra_tokens, odd):
+    bounds = {
+        "min_pixels": min_tokens * 784 + odd,
+        "max_pixels": (min_tokens + extra_tokens) * 784 + odd,
+    }
+    kept = [(h, w) for h, w in sizes if max(h, w) <= 200 * min(h, w)]
+    expected = [oracle_smart_resize(h, w, **bounds) for h, w in kept]
+    assert [smart_resize(h, w, **bounds) for h, w in kept] == expected
+    heights, widths = smart_resize_all([h for h, _ in kept], [w for _, w in kept], **bounds)
+    assert list(zip(heights.tolist(), widths.tolist(), strict=True)) == expected
+
+
+def test_grids_of_an_index_equal_grids_one_by_one():
+    rng = np.random.default_rng(0)
+    h = rng.integers(40, 4000, 500).astype(np.uint32)
+    w = rng.integers(40, 4000, 500).astype(np.uint32)
+    grids = image_grids(h, w, LIMITS)
+    assert grids.dtype == np.int64
+    assert [tuple(g) for g in grids.tolist()] == [
+        image_grid(int(a), int(b), LIMITS) for a, b in zip(h, w, strict=True)
+    ]
+
+
+SIZES = [(1, 1), (10, 2000), (28, 28), (28, 168), (56, 57), (100, 333), (224, 224), (225, 97)]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda s: f"{s[0]}x{s[1]}")
+@pytest.mark.parametrize("limits", [LIMITS, SMALL], ids=["default", "small"])
+def test_patches_equal_transformers(size, limits):
+    image = noise(*size, seed=size[1])
+    pixels, grid = image_patches(image, limits)
+    processor = Qwen2VLImageProcessorPil(
+        size={"shortest_edge": limits.min_pixels, "longest_edge": limits.max_pixels}
+    )
+    oracle = processor(images=[image], return_tensors="pt")
+    assert grid == tuple(oracle["image_grid_thw"][0].tolist())
+    assert pixels.dtype == np.uint8
+    difference = normalize_patches(torch.from_numpy(pixels)) - oracle["pixel_values"]
+    assert difference.abs().max() <= NORMALIZE_TOLERANCE
+
+
+def test_normalize_patches_leaves_its_argument_alone():
+    pixels = torch.full((4, 1176), 255, dtype=torch.uint8)
+    assert normalize_patches(pixels).dtype == torch.float32
+    assert (pixels == 255).all()
+    assert normalize_patches(pixels[:0]).shape == (0, 1176)
+
+
+def grey_16_bit() -> bytes:
+    return encoded(Image.fromarray(np.array([[0, 255, 256, 65535]], dtype=np.uint16)))
+
+
+def test_16_bit_grey_keeps_the_high_byte():
+    assert np.asarray(decode_image(grey_16_bit(), "x"))[0, :, 0].tolist() == [0, 0, 1, 255]
+
+
+def test_transparency_is_composited_on_white():
+    rgba = Image.new("RGBA", (3, 1))
+    rgba.putpixel((0, 0), (0, 0, 0, 0))
+    rgba.putpixel((1, 0), (10, 20, 30, 255))
+    rgba.putpixel((2, 0), (0, 0, 0, 51))
+    pixels = np.asarray(decode_image(encoded(rgba), "x"))[0].tolist()
+    assert pixels == [[255] * 3, [10, 20, 30], [204] * 3]
+
+
+def test_a_transparent_palette_entry_is_white():
+    image = Image.new("P", (2, 1))
+    image.putpalette([200, 0, 0, 0, 0, 90])
+    image.putpixel((1, 0), 1)
+    data = encoded(image, transparency=0)
+    assert np.asarray(decode_image(data, "x"))[0].tolist() == [[255] * 3, [0, 0, 90]]
+
+
+def test_exif_orientation_is_applied():
+    image = noise(4, 6)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    upright = decode_image(encoded(image, exif=exif), "x")
+    assert upright.size == (4, 6)
+    assert np.array_equal(np.asarray(upright), np.rot90(np.asarray(image), 3))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        encoded(noise(8, 9).convert("L")),
+        encoded(noise(8, 9).convert("1")),
+        encoded(noise(8, 9).convert("P")),
+        encoded(noise(8, 9).convert("LA")),
+        encoded(noise(8, 9).convert("CMYK"), "JPEG"),
+        encoded(noise(8, 9).convert("YCbCr"), "JPEG"),
+        encoded(noise(8, 9), "GIF", save_all=True, append_images=[noise(8, 9, 1)]),
+        encoded(noise(8, 9), "WEBP"),
+        encoded(noise(8, 9), "TIFF"),
+    ],
+    ids=["L", "1", "P", "LA", "CMYK", "YCbCr", "gif", "webp", "tiff"],
+)
+def test_unusual_kinds_become_rgb(data):
+    image = decode_image(data, "x")
+    assert (image.mode, image.size) == ("RGB", (9, 8))
+
+
+def test_cmyk_white_stays_white():
+    white = Image.new("CMYK", (8, 8), (0, 0, 0, 0))
+    assert np.asarray(decode_image(encoded(white, "JPEG", quality=95), "x")).min() >= 250
+
+
+def test_one_pixel_is_enlarged():
+    pixels, grid = image_patches(decode_image(encoded(noise(1, 1)), "x"), LIMITS)
+    assert grid == (1, 4, 4)
+    assert (pixels == pixels[0, [0, 392, 784]].repeat(392)).all()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "empty"),
+        (b"not an image", "cannot be decoded"),
+        (encoded(noise(64, 64))[:2000], "cannot be decoded"),
+        (encoded(noise(64, 64), "JPEG")[:1500], "cannot be decoded"),
+        (encoded(noise(64, 64))[:30], "cannot be decoded"),
+        (encoded(Image.new("F", (4, 4)), "TIFF"), "no defined range"),
+        (encoded(Image.new("L", (2001, 10))), "at most 200 times"),
+        (encoded(Image.new("1", (12000, 9000))), "above the bound of 89478485"),
+        (encoded(Image.new("1", (20000, 10000))), "decompression bomb"),
+    ],
+    ids=["empty", "text", "cut", "cut-jpeg", "header", "float", "long", "large", "bomb"],
+)
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_refused(data, message):
+    with pytest.raises(DataError, match=message) as caught:
+        decode_image(data, "images/cat.png")
+    assert str(caught.value).startswith("images/cat.png: ")
+
+
+@given(st.data())
+def test_damaged_files_decode_or_raise_data_errors(data):
+    good = data.draw(
+        st.sampled_from([encoded(noise(20, 30)), encoded(noise(20, 30), "JPEG"), grey_16_bit()])
+    )
+    damaged = bytearray(good)
+    for _ in range(data.draw(st.integers(1, 8))):
+        damaged[data.draw(st.integers(0, len(good) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        assert decode_image(bytes(damaged), "x").mode == "RGB"
+    except DataError:
+        pass
+
+
+@pytest.mark.parametrize("size", [(1, 201), (201, 1), (0, 5)])
+def test_smart_resize_refuses_elongated_images(size):
+    with pytest.raises(DataError, match=f"{size[1]}x{size[0]} pixels"):
+        smart_resize(*size, min_pixels=3136, max_pixels=10**6)
