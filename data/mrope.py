@@ -16,8 +16,8 @@ def build_position_ids(
 ) -> Tensor:
     """Positions along the three axes for one sequence, which starts at 0.
 
-    Text moves all three axes together. Patches count frames, rows and columns from the position where
-    they begin; the text after them resumes at the largest position so far, over all axes, + 1.
+    Text moves all three axes together. Patches count frames, rows and columns from the position
+    where they begin; the text after them resumes at the largest position so far, over all axes, + 1.
 
     Args:
         input_ids: (T,) int64, one placeholder id per merged patch.
@@ -39,8 +39,8 @@ def build_position_ids(
     merged = [(t, h // spatial_merge_size, w // spatial_merge_size) for t, h, w in grids]
     if lengths != [t * h * w for t, h, w in merged]:
         raise DataError(
-            f"placeholder runs of {lengths} tokens do not fit media grids of {merged} merged patches"
-            "  -> each image or video needs exactly one run of t*h*w placeholders"
+            f"placeholder runs of {lengths} tokens do not fit media grids of {merged} merged "
+            "patches  -> each image or video needs exactly one run of t*h*w placeholders"
         )
     pieces = []
     end, position = 0, 0

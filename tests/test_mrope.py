@@ -37,9 +37,9 @@ def test_empty_sequence():
 
 def test_the_papers_video_then_text():
     assert positions([VIDEO] * 12 + [TEXT] * 5, [(3, 4, 4)]) == [
-        digits("000011112222") + [3, 4, 5, 6, 7],
-        digits("001100110011") + [3, 4, 5, 6, 7],
-        digits("010101010101") + [3, 4, 5, 6, 7],
+        [*digits("000011112222"), 3, 4, 5, 6, 7],
+        [*digits("001100110011"), 3, 4, 5, 6, 7],
+        [*digits("010101010101"), 3, 4, 5, 6, 7],
     ]
 
 
