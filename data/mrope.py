@@ -17,7 +17,8 @@ def build_position_ids(
     """Positions along the three axes for one sequence, which starts at 0.
 
     Text moves all three axes together. Patches count frames, rows and columns from the position
-    where they begin; the text after them resumes at the largest position so far, over all axes, + 1.
+    where they begin; the text after them resumes at the largest position so far, over all three
+    axes, + 1.
 
     Args:
         input_ids: (T,) int64, one placeholder id per merged patch.
