@@ -1,0 +1,190 @@
+"""FLOPs and parameters of a model: the only place where such a formula stands. Imports no torch.
+
+One multiply-add is 2 FLOPs. Matrix multiplications only: norms, activations and rotary angles are
+left out, as is recomputation (these are model FLOPs, not hardware FLOPs).
+
+    E, F   ViT hidden and MLP size
+    h, f   LLM hidden and MLP size
+    q, kv  width of all query heads, of all key (or value) heads
+"""
+
+from dataclasses import dataclass, fields
+
+from triptych.configs.schema import LanguageConfig, ModelConfig, VisionConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What the FLOPs of a pack, or of any sum of packs, follow from."""
+
+    num_tokens: int
+    """LLM tokens."""
+    token_pairs: int
+    """Sum over the segments of the squared number of tokens."""
+    num_patches: int
+    """ViT patches; 0 for text."""
+    patch_pairs: int
+    """Sum over the frames of the squared number of patches."""
+
+
+@dataclass(frozen=True, slots=True)
+class PartFlops:
+    """Forward FLOPs of one part, split by how its backward pass costs."""
+
+    linear: float
+    """Products with a weight: the gradients of input and weight cost as much again, each."""
+    attention: float = 0.0
+    """Products of two activations: both gradients are always needed."""
+
+    @property
+    def total(self) -> float:
+        """All forward FLOPs of the part."""
+        return self.linear + self.attention
+
+    def training(self, *, trains: bool, gradient: bool) -> float:
+        """Forward and backward FLOPs; ``gradient`` says that a gradient passes through the part."""
+        return self.linear * (1 + gradient + trains) + self.attention * (1 + 2 * gradient)
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardFlops:
+    """Forward FLOPs of a workload."""
+
+    vit: PartFlops
+    adapter: PartFlops
+    layers: PartFlops
+    """All decoder layers."""
+    head: PartFlops
+
+    @property
+    def total(self) -> float:
+        """FLOPs of the whole forward pass."""
+        return self.vit.total + self.adapter.total + self.layers.total + self.head.total
+
+
+def vit_flops(vision: VisionConfig, load: Workload) -> PartFlops:
+    """Patch embedding and all layers of the ViT; attention within each frame, not causal."""
+    hidden = vision.hidden_size
+    weights = _patch_dim(vision) * hidden + vision.depth * _vit_layer_weights(vision)
+    return PartFlops(
+        linear=2.0 * weights * load.num_patches,
+        attention=4.0 * hidden * vision.depth * load.patch_pairs,
+    )
+
+
+def adapter_flops(model: ModelConfig, load: Workload) -> PartFlops:
+    """The merger: two linear layers per merged token."""
+    merged = _merged_dim(model.vision)
+    num_merged = load.num_patches / model.vision.spatial_merge_size**2
+    return PartFlops(linear=2.0 * merged * (merged + model.language.hidden_size) * num_merged)
+
+
+def layer_flops(language: LanguageConfig, load: Workload) -> PartFlops:
+    """One decoder layer; causal attention within each segment, so half of the pairs."""
+    return PartFlops(
+        linear=2.0 * _decoder_layer_weights(language) * load.num_tokens,
+        attention=2.0 * language.num_heads * language.head_dim * load.token_pairs,
+    )
+
+
+def head_flops(language: LanguageConfig, load: Workload) -> PartFlops:
+    """Logits of every token; tied or not, the product is the same."""
+    return PartFlops(linear=2.0 * language.hidden_size * language.vocab_size * load.num_tokens)
+
+
+def forward_flops(model: ModelConfig, load: Workload) -> ForwardFlops:
+    """Forward FLOPs of a workload, by part."""
+    layer = layer_flops(model.language, load)
+    num_layers = model.language.num_layers
+    return ForwardFlops(
+        vit=vit_flops(model.vision, load),
+        adapter=adapter_flops(model, load),
+        layers=PartFlops(layer.linear * num_layers, layer.attention * num_layers),
+        head=head_flops(model.language, load),
+    )
+
+
+def training_flops(
+    model: ModelConfig, load: Workload, *, vit: bool, adapter: bool, llm: bool
+) -> float:
+    """Forward and backward FLOPs where only some parts train.
+
+    A gradient passes through a frozen part where something before it trains: a frozen LLM after a
+    training ViT still costs its input gradients, a frozen ViT costs its forward pass only.
+    """
+    forward = forward_flops(model, load)
+    in_adapter, in_llm = vit or adapter, vit or adapter or llm
+    return (
+        forward.vit.training(trains=vit, gradient=vit)
+        + forward.adapter.training(trains=adapter, gradient=in_adapter)
+        + forward.layers.training(trains=llm, gradient=in_llm)
+        + forward.head.training(trains=llm, gradient=in_llm)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """Numbers of parameters, by part."""
+
+    vit: int
+    adapter: int
+    embedding: int
+    layers: int
+    """All decoder layers."""
+    final_norm: int
+    head: int
+    """0 where the head is the embedding."""
+
+    @property
+    def total(self) -> int:
+        """Parameters of the whole model."""
+        return sum(getattr(self, part.name) for part in fields(self))
+
+
+def layer_parameters(language: LanguageConfig) -> int:
+    """One decoder layer: weights, QKV biases, two norms."""
+    qkv_bias = (language.num_heads + 2 * language.num_kv_heads) * language.head_dim
+    return _decoder_layer_weights(language) + qkv_bias + 2 * language.hidden_size
+
+
+def parameters(model: ModelConfig) -> Parameters:
+    """Parameters of every part.
+
+    Source: equal to the released sizes for 2B, 7B and 72B (tests/test_flops.py).
+    """
+    vision, language = model.vision, model.language
+    hidden, merged = vision.hidden_size, _merged_dim(vision)
+    vit_layer_vectors = 4 * hidden + vision.intermediate_size + hidden + 4 * hidden
+    embedding = language.vocab_size * language.hidden_size
+    return Parameters(
+        vit=_patch_dim(vision) * hidden
+        + vision.depth * (_vit_layer_weights(vision) + vit_layer_vectors),
+        adapter=2 * hidden
+        + merged * (merged + language.hidden_size)
+        + merged
+        + language.hidden_size,
+        embedding=embedding,
+        layers=language.num_layers * layer_parameters(language),
+        final_norm=language.hidden_size,
+        head=0 if language.tie_word_embeddings else embedding,
+    )
+
+
+def _patch_dim(vision: VisionConfig) -> int:
+    return vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+
+
+def _merged_dim(vision: VisionConfig) -> int:
+    return vision.hidden_size * vision.spatial_merge_size**2
+
+
+def _vit_layer_weights(vision: VisionConfig) -> int:
+    """QKV and output projection 4 E E, MLP 2 E F."""
+    return 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size
+
+
+def _decoder_layer_weights(language: LanguageConfig) -> int:
+    """Query and output 2 h q, key and value 2 h kv, gated MLP 3 h f."""
+    query = language.num_heads * language.head_dim
+    key = language.num_kv_heads * language.head_dim
+    return language.hidden_size * (2 * query + 2 * key + 3 * language.intermediate_size)

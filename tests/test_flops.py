@@ -1,0 +1,118 @@
+"""FLOPs and parameter counts against the released sizes, and against sums done the long way."""
+
+import pytest
+
+from triptych.configs.schema import LanguageConfig, ModelConfig
+from triptych.costs.flops import (
+    Workload,
+    forward_flops,
+    layer_flops,
+    layer_parameters,
+    parameters,
+    training_flops,
+)
+
+QWEN2_VL_2B = ModelConfig(
+    name="qwen2_vl_2b",
+    language=LanguageConfig(
+        hidden_size=1536,
+        num_layers=28,
+        num_heads=12,
+        num_kv_heads=2,
+        intermediate_size=8960,
+        vocab_size=151936,
+        tie_word_embeddings=True,
+    ),
+)
+QWEN2_VL_7B = ModelConfig(
+    name="qwen2_vl_7b",
+    language=LanguageConfig(
+        hidden_size=3584,
+        num_layers=28,
+        num_heads=28,
+        num_kv_heads=4,
+        intermediate_size=18944,
+        vocab_size=152064,
+    ),
+)
+QWEN2_VL_72B = ModelConfig(
+    name="qwen2_vl_72b",
+    language=LanguageConfig(
+        hidden_size=8192,
+        num_layers=80,
+        num_heads=64,
+        num_kv_heads=8,
+        intermediate_size=29568,
+        vocab_size=152064,
+    ),
+)
+MODELS = [QWEN2_VL_2B, QWEN2_VL_7B, QWEN2_VL_72B]
+LOAD = Workload(num_tokens=8192, token_pairs=3 * 2730**2, num_patches=8192, patch_pairs=8 * 1024**2)
+
+
+@pytest.mark.parametrize(
+    ("model", "vision", "total"),
+    [
+        (QWEN2_VL_2B, 665_271_296, 2_208_985_600),
+        (QWEN2_VL_7B, 675_759_104, 8_291_375_616),
+        (QWEN2_VL_72B, 699_356_672, 73_405_560_320),
+    ],
+    ids=lambda value: getattr(value, "name", str(value)),
+)
+def test_parameters_equal_the_released_sizes(model, vision, total):
+    counts = parameters(model)
+    assert counts.vit + counts.adapter == vision
+    assert counts.total == total
+    assert counts.layers == model.language.num_layers * layer_parameters(model.language)
+    assert (counts.head == 0) == model.language.tie_word_embeddings
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
+def test_without_attention_a_token_costs_two_flops_per_weight(model):
+    """Norms and biases are vectors: under 0.1 % of the parameters."""
+    counts = parameters(model)
+    flops = forward_flops(model, Workload(1, 0, 4, 0))
+    assert flops.layers.total == pytest.approx(2 * counts.layers, rel=1e-3)
+    assert flops.head.total == 2 * counts.embedding
+    assert flops.vit.total == pytest.approx(4 * 2 * counts.vit, rel=1e-3)
+    assert flops.adapter.total == pytest.approx(2 * counts.adapter, rel=1e-3)
+
+
+def test_attention_counts_scores_and_values_of_every_visible_pair():
+    language = QWEN2_VL_7B.language
+    length = 512
+    visible = length**2 / 2
+    per_pair = 2 * 2 * language.num_heads * language.head_dim
+    assert layer_flops(language, Workload(length, length**2, 0, 0)).attention == visible * per_pair
+
+    vision = QWEN2_VL_7B.vision
+    frames, patches = 3, 256
+    flops = forward_flops(
+        QWEN2_VL_7B, Workload(0, 0, frames * patches, frames * patches**2)
+    ).vit.attention
+    assert flops == vision.depth * frames * patches**2 * 2 * 2 * vision.hidden_size
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
+def test_flops_add_up_over_packs(model):
+    half = Workload(4096, 2 * 2048**2, 4096, 4 * 1024**2)
+    whole = Workload(8192, 4 * 2048**2, 8192, 8 * 1024**2)
+    assert forward_flops(model, whole).total == pytest.approx(2 * forward_flops(model, half).total)
+
+
+def test_everything_trained_costs_three_forward_passes():
+    forward = forward_flops(QWEN2_VL_2B, LOAD)
+    assert training_flops(QWEN2_VL_2B, LOAD, vit=True, adapter=True, llm=True) == pytest.approx(
+        3 * forward.total
+    )
+
+
+def test_what_is_frozen_costs_less():
+    forward = forward_flops(QWEN2_VL_2B, LOAD)
+    stage_1 = training_flops(QWEN2_VL_2B, LOAD, vit=True, adapter=True, llm=False)
+    llm_linear = forward.layers.linear + forward.head.linear
+    assert stage_1 == pytest.approx(3 * forward.total - llm_linear)
+    stage_3 = training_flops(QWEN2_VL_2B, LOAD, vit=False, adapter=True, llm=True)
+    assert stage_3 == pytest.approx(3 * forward.total - 2 * forward.vit.total)
+    nothing = training_flops(QWEN2_VL_2B, LOAD, vit=False, adapter=False, llm=False)
+    assert nothing == pytest.approx(forward.total)
