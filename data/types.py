@@ -60,7 +60,7 @@ class SampleId(NamedTuple):
     """Which sample: number of the source in the plan, index in its dataset."""
 
     source: int
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ class Source(Protocol):
         """(num_samples,) ViT patches of each sample."""
 
     def num_patch_pairs(self, limits: Limits) -> NDArray[np.int64]:
-        """(num_samples,) sum over the frames of the squared patch count: what ViT attention costs."""
+        """(num_samples,) sum over frames of squared patch counts: what ViT attention costs."""
 
     def sample(self, index: int) -> Sample:
         """Text and media references of one sample; reads no pixels."""
