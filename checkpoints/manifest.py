@@ -1,0 +1,172 @@
+"""What a committed checkpoint consists of, and whether it still does.
+
+``MANIFEST.json`` lists every file with size, xxh3-128 and writer; ``COMMIT``, written last, holds
+the hash of the manifest. A folder without a matching ``COMMIT`` is not a checkpoint.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from triptych.checkpoints.comm import Comm, on_every_rank
+from triptych.errors import CheckpointError
+
+MANIFEST = "MANIFEST.json"
+COMMIT = "COMMIT"
+FORMAT = 1
+
+_CHUNK_BYTES = 1 << 24
+_OWNER = re.compile(r"(?:__|rank_)(\d+)[_.]")  # megatron's __3_0.distcp, our rank_00003.pt
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """One file as it was when the checkpoint was committed."""
+
+    size: int
+    """Bytes."""
+    xxh3_128: str
+    """Hexadecimal."""
+    writer: int
+    """Rank."""
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The contents of ``MANIFEST.json``."""
+
+    step: int
+    attempt: int
+    info: dict[str, Any]
+    """What the run says of itself: plan hash, stage, layout."""
+    files: dict[str, FileRecord]
+    """By path in the folder, with forward slashes."""
+
+
+def writer_of(name: str) -> int:
+    """The rank that a file belongs to: named in ``__3_0.distcp`` and ``rank_3.pt``, else 0."""
+    match = _OWNER.match(name.rsplit("/", 1)[-1])
+    return int(match.group(1)) if match else 0
+
+
+def record_files(folder: Path, rank: int) -> dict[str, FileRecord]:
+    """Hash and sync to disk the files that ``rank`` wrote, and the folders they lie in."""
+    records = {}
+    parents = {folder}
+    for path in _files(folder):
+        name = path.relative_to(folder).as_posix()
+        if writer_of(name) != rank:
+            continue
+        size, digest = _hash(path, sync=True)
+        records[name] = FileRecord(size, digest, rank)
+        parents.add(path.parent)
+    for parent in parents:
+        sync_folder(parent)
+    return records
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write ``MANIFEST.json``, then ``COMMIT``, each on disk before the next operation starts."""
+    text = json.dumps({"format": FORMAT, **asdict(manifest)}, indent=1) + "\n"
+    content = text.encode()
+    write_synced(folder / MANIFEST, content)
+    write_synced(folder / COMMIT, f"{xxhash.xxh3_128_hexdigest(content)}\n".encode())
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a committed folder.
+
+    Raises:
+        CheckpointError: COMMIT or MANIFEST.json is missing, or they do not belong together.
+    """
+    try:
+        commit = (folder / COMMIT).read_bytes().decode(errors="replace").strip()
+        manifest = (folder / MANIFEST).read_bytes()
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{Path(error.filename).name} is missing") from error
+    except OSError as error:
+        raise CheckpointError(f"{COMMIT} or {MANIFEST} cannot be read: {error}") from error
+    digest = xxhash.xxh3_128_hexdigest(manifest)
+    if digest != commit:
+        raise CheckpointError(f"{MANIFEST} has xxh3-128 {digest}, {COMMIT} says {commit!r}")
+    content = json.loads(manifest)
+    if content.pop("format") != FORMAT:
+        raise CheckpointError(f"{MANIFEST} has another format than {FORMAT}, of a later version")
+    files = {name: FileRecord(**record) for name, record in content.pop("files").items()}
+    return Manifest(files=files, **content)
+
+
+def verify(folder: Path, comm: Comm) -> list[str]:
+    """What is wrong with a checkpoint, file by file; empty if it is good. Reads every byte once.
+
+    Each rank hashes its share of the files. Every rank must call this; all get the same answer.
+    """
+    findings: list[str] = []
+    try:
+        files = read_manifest(folder).files
+    except CheckpointError as error:
+        files, findings = {}, [str(error)]
+    largest_first = sorted(files, key=lambda name: (-files[name].size, name))
+    share = largest_first[comm.rank :: comm.world_size]
+
+    def check() -> list[str]:
+        return findings + [text for name in share if (text := _check(folder, name, files[name]))]
+
+    everyone = on_every_rank(comm, check)
+    return sorted({text for texts in everyone for text in texts})
+
+
+def _check(folder: Path, name: str, record: FileRecord) -> str | None:
+    try:
+        size = (folder / name).stat().st_size
+        if size != record.size:
+            return f"{name} has {size} bytes, {MANIFEST} says {record.size}"
+        _, digest = _hash(folder / name, sync=False)
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except OSError as error:
+        return f"{name} cannot be read: {error}"
+    if digest != record.xxh3_128:
+        return f"{name} has xxh3-128 {digest}, {MANIFEST} says {record.xxh3_128}"
+    return None
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in sorted(folder.rglob("*")) if path.is_file())
+
+
+def _hash(path: Path, *, sync: bool) -> tuple[int, str]:
+    """Size in bytes and xxh3-128 of a file; with ``sync``, its bytes are on disk afterwards."""
+    digest = xxhash.xxh3_128()
+    size = 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            size += len(chunk)
+        if sync:
+            os.fsync(file.fileno())
+    return size, digest.hexdigest()
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Write a small file; it and its name are on disk afterwards."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Put the names in ``folder`` on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
