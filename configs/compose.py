@@ -37,7 +37,7 @@ def load_config(argv: Sequence[str]) -> Config:
     Args:
         argv: overrides and options, without the program's name: ``["stage=2", "parallel.tp=2"]``.
     Raises:
-        ConfigError: there is no such key, group or choice; a value has the wrong type, or is missing.
+        ConfigError: there is no such key or choice; a value has the wrong type, or is missing.
     """
     parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config-dir", type=Path)

@@ -5,6 +5,9 @@ from typing import NamedTuple
 
 from triptych.errors import ConfigError
 
+LONG_RULE = 100
+"""Characters; the remedy of a longer rule does not move those of the others to the right."""
+
 
 class Problem(NamedTuple):
     """One broken rule."""
@@ -18,7 +21,9 @@ class Problem(NamedTuple):
 def refusal(problems: Sequence[Problem]) -> ConfigError:
     """One error that lists every problem, the remedies in a column of their own."""
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    width = max(len(problem.rule) for problem in problems)
+    width = max(
+        (len(problem.rule) for problem in problems if len(problem.rule) <= LONG_RULE), default=0
+    )
     lines = [f"  {problem.rule:<{width}}  -> try {problem.remedy}" for problem in problems]
     return ConfigError("\n".join([f"{count} in this run", *lines]))
 
@@ -27,3 +32,8 @@ def either(choices: Sequence[object]) -> str:
     """``a, b or c``."""
     words = [str(choice) for choice in choices]
     return " or ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]
+
+
+def typed_list(values: Sequence[object]) -> str:
+    """A list as it is typed on a command line: without spaces."""
+    return f"[{','.join(map(str, values))}]"

@@ -1,6 +1,6 @@
 """Every field a run has, with its unit and the reason of its default.
 
-Plain typed dataclasses: OmegaConf refuses unknown keys and wrong types against them, and what concerns
+Plain typed dataclasses: OmegaConf refuses unknown keys and wrong types against them; what concerns
 more than one field is checked by ``validate.py``. Nothing here imports torch.
 """
 

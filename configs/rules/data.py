@@ -1,0 +1,88 @@
+"""Datasets and their mixture, and whether the largest image fits a pack."""
+
+from collections.abc import Iterator
+from difflib import get_close_matches
+from pathlib import Path
+
+from triptych.configs.problems import Problem, either
+from triptych.configs.schema import Config
+
+
+def check_data(config: Config) -> Iterator[Problem]:
+    """The stage has a mixture of datasets that exist."""
+    data, name = config.data, config.stage.name
+    mixture = f"data.mixtures.{name}"
+    weights = {f"{mixture}.{source}": w for source, w in data.mixtures.get(name, {}).items()}
+    weights |= {f"data.validation.{source}": w for source, w in data.validation.items()}
+    if not data.mixtures.get(name):
+        yield Problem(f"{mixture} is empty: stage.name={name} has no data", f"{mixture}.SOURCE=1.0")
+    if config.train.validate_every and not data.validation:
+        yield Problem(
+            f"train.validate_every={config.train.validate_every} has no data.validation to read",
+            "train.validate_every=0 or data.validation.SOURCE=1.0",
+        )
+    for key, weight in weights.items():
+        parent, _, source = key.rpartition(".")
+        if source not in data.sources:
+            near = get_close_matches(source, data.sources) or list(data.sources) or ["SOURCE"]
+            yield Problem(
+                f"{key}={weight} names no source of data.sources",
+                either([f"{parent}.{other}={weight}" for other in near]),
+            )
+        if weight <= 0:
+            yield Problem(f"{key}={weight} must be above 0", f"{key}=1.0")
+    if data.generate:
+        if not data.root:
+            yield Problem(
+                "data.generate=true needs data.root to write to", "data.root=runs/sample_data"
+            )
+        return
+    if not Path(data.tokenizer).is_dir():
+        yield Problem(
+            f"data.tokenizer={data.tokenizer} is no folder",
+            "data.tokenizer=FOLDER, one that holds a Hugging Face tokenizer",
+        )
+    for source in dict.fromkeys(key.rpartition(".")[2] for key in weights):
+        if source in data.sources and not Path(data.sources[source].path).is_dir():
+            yield Problem(
+                f"data.sources.{source}.path={data.sources[source].path} is no folder",
+                f"data.sources.{source}.path=FOLDER, one that launch/prepare.py wrote",
+            )
+
+
+def check_images(config: Config) -> Iterator[Problem]:
+    """The largest image fits a pack: its tokens, start and end, and its patches.
+
+    An image more oblong than most can come out larger than ``data.max_pixels``, as no side falls
+    below one token; ``data.oversize`` says what becomes of it.
+    """
+    data, vision, seq_len = config.data, config.model.vision, config.train.seq_len
+    pixels_per_token = (vision.patch_size * vision.spatial_merge_size) ** 2
+    patches_per_token = vision.spatial_merge_size**2
+    if data.max_pixels < pixels_per_token:
+        yield Problem(
+            f"data.max_pixels={data.max_pixels} must be at least one token: {pixels_per_token}",
+            f"data.max_pixels={pixels_per_token}",
+        )
+        return
+    if data.min_pixels > data.max_pixels:
+        yield Problem(
+            f"data.min_pixels={data.min_pixels} must be at most data.max_pixels={data.max_pixels}",
+            f"data.min_pixels={pixels_per_token}",
+        )
+    num_tokens = data.max_pixels // pixels_per_token
+    if seq_len < num_tokens + 2:
+        fits = [f"train.seq_len={num_tokens + 2}"]
+        if seq_len > 2:
+            fits.insert(0, f"data.max_pixels={(seq_len - 2) * pixels_per_token}")
+        yield Problem(
+            f"train.seq_len={seq_len} must hold the {num_tokens} + 2 tokens of an image of"
+            f" data.max_pixels={data.max_pixels}",
+            either(fits),
+        )
+    if data.max_patches < num_tokens * patches_per_token:
+        yield Problem(
+            f"data.max_patches={data.max_patches} must hold the {num_tokens * patches_per_token}"
+            f" patches of an image of data.max_pixels={data.max_pixels}",
+            f"data.max_patches={num_tokens * patches_per_token}",
+        )

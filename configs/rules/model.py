@@ -1,0 +1,55 @@
+"""The sizes of the two towers, and the special tokens."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from math import gcd
+
+from triptych.configs.problems import Problem, typed_list
+from triptych.configs.schema import Config
+
+
+def check_model(config: Config) -> Iterator[Problem]:
+    """The sizes of the two towers fit together, and the special tokens fit the vocabulary."""
+    vision, language, tokens = config.model.vision, config.model.language, config.model.tokens
+    if vision.hidden_size % (4 * vision.num_heads):
+        yield Problem(
+            f"model.vision.hidden_size={vision.hidden_size} must be a multiple of 4*num_heads ="
+            f" {4 * vision.num_heads}, as 2D-RoPE turns pairs along two axes",
+            f"model.vision.hidden_size={_round_up(vision.hidden_size, 4 * vision.num_heads)}",
+        )
+    if language.hidden_size != language.num_heads * language.head_dim:
+        yield Problem(
+            f"model.language.hidden_size={language.hidden_size} must be num_heads*head_dim ="
+            f" {language.num_heads}*{language.head_dim}={language.num_heads * language.head_dim}",
+            f"model.language.hidden_size={language.num_heads * language.head_dim}",
+        )
+    if language.num_heads % language.num_kv_heads:
+        yield Problem(
+            f"model.language.num_kv_heads={language.num_kv_heads} must divide"
+            f" num_heads={language.num_heads}",
+            f"model.language.num_kv_heads={gcd(language.num_heads, language.num_kv_heads)}",
+        )
+    section = language.mrope_section
+    if len(section) != 3 or min(section) < 0 or 2 * sum(section) != language.head_dim:
+        pairs = language.head_dim // 2
+        good = [pairs - 2 * (3 * pairs // 8), 3 * pairs // 8, 3 * pairs // 8]
+        yield Problem(
+            f"model.language.mrope_section={typed_list(section)} must be three counts that add up"
+            f" to head_dim/2 = {language.head_dim}/2",
+            f"model.language.mrope_section={typed_list(good)}",
+        )
+    ids = {f"model.tokens.{name}": token for name, token in asdict(tokens).items()}
+    for key, token in ids.items():
+        if not 0 <= token < language.vocab_size:
+            yield Problem(
+                f"{key}={token} must be below model.language.vocab_size={language.vocab_size}",
+                f"the id that the tokenizer gives it, {key}=ID",
+            )
+    if len(set(ids.values())) < len(ids):
+        all_ids = list(ids.values())
+        shared = [f"{key}={token}" for key, token in ids.items() if all_ids.count(token) > 1]
+        yield Problem(f"{' and '.join(shared)} must differ", "the ids that the tokenizer gives")
+
+
+def _round_up(value: int, unit: int) -> int:
+    return -(-value // unit) * unit

@@ -1,0 +1,73 @@
+"""What trains, what it starts from, and what is logged and kept of it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from triptych.configs.problems import Problem, either
+from triptych.configs.schema import Config, Recompute
+
+PARTS = ("vit", "adapter", "llm")
+WANDB_MODES = ("online", "offline", "disabled")
+
+
+def check_stage(config: Config) -> Iterator[Problem]:
+    """Something trains, and what trains has a learning rate."""
+    parts = {f"stage.{name}": getattr(config.stage, name) for name in PARTS}
+    trained = {key: part for key, part in parts.items() if part.train}
+    if not trained:
+        flags = ", ".join(f"{key}.train=false" for key in parts)
+        yield Problem(f"{flags}: nothing trains", "stage.llm.train=true")
+    for key, part in trained.items():
+        if part.lr <= 0:
+            yield Problem(
+                f"{key}.lr={part.lr} must be above 0 where {key}.train=true",
+                f"{key}.lr=1e-5 or {key}.train=false",
+            )
+        elif not 0 <= part.min_lr <= part.lr:
+            yield Problem(
+                f"{key}.min_lr={part.min_lr} must be from 0 to {key}.lr={part.lr}",
+                f"{key}.min_lr={part.lr / 10}",
+            )
+        if not 0 <= part.warmup <= 1:
+            yield Problem(
+                f"{key}.warmup={part.warmup} is a share of the token budget, from 0 to 1",
+                f"{key}.warmup=0.01",
+            )
+
+
+def check_start(config: Config) -> Iterator[Problem]:
+    """There are weights to start from, unless random ones are asked for."""
+    init, resume = config.init, config.resume
+    if resume not in ("auto", "never"):
+        if not Path(resume).exists():
+            yield Problem(f"resume={resume} does not exist", "resume=auto, resume=never or a path")
+        return
+    if init.checkpoint is None and not init.allow_random:
+        yield Problem(
+            f"init.checkpoint=null leaves model.name={config.model.name} without weights",
+            "init.checkpoint=PATH, or init.allow_random=true to start from random weights",
+        )
+    if init.checkpoint is None and init.optimizer_state:
+        yield Problem(
+            "init.optimizer_state=true needs init.checkpoint to take it from",
+            "init.checkpoint=PATH or init.optimizer_state=false",
+        )
+    resumes = resume == "auto" and (Path(config.run.dir) / "checkpoints").exists()
+    if init.checkpoint is not None and not resumes and not Path(init.checkpoint).exists():
+        yield Problem(
+            f"init.checkpoint={init.checkpoint} does not exist",
+            "the folder of a run, of one of its checkpoints, or of a converted model",
+        )
+
+
+def check_hooks(config: Config) -> Iterator[Problem]:
+    """Choices that the schema holds as text."""
+    if config.log.wandb_mode not in WANDB_MODES:
+        yield Problem(
+            f"log.wandb_mode={config.log.wandb_mode} must be {either(WANDB_MODES)}",
+            "log.wandb_mode=offline",
+        )
+    if config.parallel.recompute.vit is Recompute.selective:
+        yield Problem(
+            "parallel.recompute.vit=selective must be none or full", "parallel.recompute.vit=full"
+        )
