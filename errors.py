@@ -15,3 +15,7 @@ class DataError(TriptychError):
 
 class CheckpointError(TriptychError):
     """A checkpoint is missing, damaged, or of another model. Names the folder and the tensors."""
+
+
+class TrainingError(TriptychError):
+    """Training cannot go on. Names step and rank."""

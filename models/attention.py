@@ -1,0 +1,182 @@
+"""Core attention over packed segments, causal or not: one small module plugged into megatron-core by ModuleSpec.
+
+flash-attn where it is installed, else torch's own varlen attention on CUDA, else scaled_dot_product_attention segment by
+segment. Never a dense block mask over the whole pack.
+
+T tokens of the pack, N heads of this tensor-parallel rank, K of them key/value heads, D head_dim.
+"""
+
+import importlib.util
+import inspect
+import math
+from collections.abc import Callable
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from triptych.parallel.device import HAS_CUDA, prepare_megatron
+
+prepare_megatron()
+
+from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
+from megatron.core.transformer.enums import AttnMaskType  # noqa: E402
+from megatron.core.transformer.module import MegatronModule  # noqa: E402
+from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
+
+VarlenAttention = Callable[[Tensor, Tensor, Tensor, "Segments", bool, float], Tensor]
+
+
+class Segments(PackedSeqParams):
+    """Where the segments of a pack begin and end, on its way through megatron-core's layers to our core attention.
+
+    It travels as ``packed_seq_params``, which megatron-core keeps per microbatch also under recomputation, but says
+    ``qkv_format="sbhd"``: with "thd" megatron-core would give every segment the rotary angles of the pack's first positions
+    wherever the pack is padded. So rotary positions stay per token, and T stays the first dimension of (T, 1, ...).
+    """
+
+    def __init__(self, bounds: list[int], device: torch.device) -> None:
+        cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+        if device.type == "cuda":
+            cu_seqlens = cu_seqlens.pin_memory().to(device, non_blocking=True)
+        longest = max(end - start for start, end in zip(bounds[:-1], bounds[1:], strict=True))
+        super().__init__(
+            qkv_format="sbhd",
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_kv=cu_seqlens,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        )
+        self.bounds = bounds
+
+
+class PackedCoreAttention(MegatronModule):
+    """Softmax attention within each segment; constructor and call as megatron-core's DotProductAttention."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: object = None,
+    ) -> None:
+        super().__init__(config=config)
+        self.causal = attn_mask_type == AttnMaskType.causal
+        self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: None = None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: None = None,
+        packed_seq_params: Segments | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: (T, 1, N, D).
+            key: (T, 1, K, D), K divides N.
+            value: (T, 1, K, D).
+            attention_mask: not used; segments replace it.
+            attn_mask_type: not used; fixed at construction.
+            attention_bias: not used.
+            packed_seq_params: where segments begin and end.
+
+        Returns:
+            (T, 1, N * D).
+        """
+        assert packed_seq_params is not None, "packed attention needs the pack's segments"
+        attend, _ = choose_attention(query.dtype)
+        q_TND, k_TKD, v_TKD = (x.squeeze(1) for x in (query, key, value))
+        out_TND = attend(q_TND, k_TKD, v_TKD, packed_seq_params, self.causal, self.scale)
+        return out_TND.reshape(query.size(0), 1, -1)
+
+
+@cache
+def choose_attention(dtype: torch.dtype) -> tuple[VarlenAttention, str]:
+    """The kernel for this device and dtype, and why it is that one."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    if HAS_CUDA and half and importlib.util.find_spec("flash_attn"):
+        return _flash_attention, "flash-attn (installed)"
+    if HAS_CUDA and half and importlib.util.find_spec("torch.nn.attention.varlen"):
+        return _torch_varlen_attention, "torch varlen_attn (flash-attn is not installed)"
+    reason = "no CUDA" if not HAS_CUDA else f"no varlen kernel takes {dtype}"
+    return attention_per_segment, f"scaled_dot_product_attention per segment ({reason})"
+
+
+def attention_per_segment(
+    q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, segments: Segments, causal: bool, scale: float
+) -> Tensor:
+    """One scaled_dot_product_attention for each run of segments of equal length. Returns (T, N, D)."""
+    outputs = []
+    for start, end, length in _equal_runs(segments.bounds):
+        q, k, v = (
+            x[start:end].unflatten(0, (-1, length)).transpose(1, 2) for x in (q_TND, k_TKD, v_TKD)
+        )
+        out = F.scaled_dot_product_attention(
+            q, k, v, is_causal=causal, scale=scale, enable_gqa=q.size(1) != k.size(1)
+        )
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs)
+
+
+def _equal_runs(bounds: list[int]) -> list[tuple[int, int, int]]:
+    """(start, end, segment length) of each run of neighbouring segments of one length: these share a call."""
+    runs: list[tuple[int, int, int]] = []
+    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+        if runs and runs[-1][2] == end - start:
+            runs[-1] = (runs[-1][0], end, end - start)
+        else:
+            runs.append((start, end, end - start))
+    return runs
+
+
+def _flash_attention(
+    q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, segments: Segments, causal: bool, scale: float
+) -> Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    cu_seqlens, longest = segments.cu_seqlens_q, segments.max_seqlen_q
+    out: Tensor = flash_attn_varlen_func(
+        q_TND,
+        k_TKD,
+        v_TKD,
+        cu_seqlens,
+        cu_seqlens,
+        longest,
+        longest,
+        softmax_scale=scale,
+        causal=causal,
+    )
+    return out
+
+
+def _torch_varlen_attention(
+    q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, segments: Segments, causal: bool, scale: float
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    options: dict[str, object] = {"scale": scale}
+    parameters = inspect.signature(varlen_attn).parameters
+    if "window_size" in parameters:  # torch >= 2.11; (-1, 0) looks back without bound and never ahead
+        options["window_size"] = (-1, 0) if causal else (-1, -1)
+    else:
+        options["is_causal"] = causal
+    if "enable_gqa" in parameters:
+        options["enable_gqa"] = q_TND.size(1) != k_TKD.size(1)
+    elif q_TND.size(1) != k_TKD.size(1):
+        groups = q_TND.size(1) // k_TKD.size(1)
+        k_TKD, v_TKD = (x.repeat_interleave(groups, dim=1) for x in (k_TKD, v_TKD))
+    cu_seqlens, longest = segments.cu_seqlens_q, segments.max_seqlen_q
+    out: Tensor = varlen_attn(
+        q_TND, k_TKD, v_TKD, cu_seqlens, cu_seqlens, longest, longest, **options
+    )
+    return out

@@ -1,0 +1,113 @@
+"""Qwen2-VL as one pipeline stage sees it.
+
+The first stage holds ViT, merger, embedding and the first decoder layers; the last one holds the head. In between there are decoder
+layers only. megatron-core's GPTModel is the language model; what this module adds is the way of the pixels into its input.
+
+T tokens of the pack, H width of the language model.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from triptych.configs.schema import ModelConfig, ParallelConfig, Precision
+from triptych.data.types import Batch
+from triptych.models.attention import Segments
+from triptych.models.parameters import mark_cuts
+from triptych.models.qwen2_vl.layers import language_block
+from triptych.models.qwen2_vl.merger import Merger
+from triptych.models.qwen2_vl.transformer_configs import language_transformer
+from triptych.models.qwen2_vl.vision import VisionTower
+from triptych.parallel.mesh import Mesh
+
+from megatron.core.enums import ModelType
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
+
+
+class Qwen2VL(MegatronModule):
+    """This rank's piece of the model."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        parallel: ParallelConfig,
+        precision: Precision,
+        layers_per_stage: Sequence[int],
+        mesh: Mesh,
+    ) -> None:
+        transformer = language_transformer(config.language, parallel, precision, layers_per_stage)
+        super().__init__(config=transformer)
+        self.model_type = ModelType.encoder_or_decoder  # megatron-core's schedule asks for it
+        self.pre_process = mesh.is_first_stage
+        self.post_process = mesh.is_last_stage
+        self.share_embeddings_and_output_weights = config.language.tie_word_embeddings
+        if self.pre_process:
+            self.vision = VisionTower(config.vision, parallel, precision)
+            self.merger = Merger(config.vision, config.language, precision)
+        self.language = GPTModel(
+            transformer,
+            language_block(layers_per_stage[mesh.pp_rank]),
+            vocab_size=config.language.vocab_size,
+            max_sequence_length=config.language.max_position_embeddings,
+            pre_process=self.pre_process,
+            post_process=self.post_process,
+            position_embedding_type="mrope",
+            rotary_base=config.language.rope_theta,
+            share_embeddings_and_output_weights=config.language.tie_word_embeddings,
+            scatter_embedding_sequence_parallel=False,
+        )
+        mark_cuts(self)
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
+        """Take the previous stage's output; called by megatron-core's schedule."""
+        self.language.set_input_tensor(input_tensor)
+
+    def shared_embedding_or_output_weight(self) -> Tensor | None:
+        """The tied embedding, where this stage has it; megatron-core sums its gradient over first and last stage."""
+        weight: Tensor | None = self.language.shared_embedding_or_output_weight()
+        return weight
+
+    def forward(self, batch: Batch, *, with_loss: bool = True) -> Tensor:
+        """Run this stage.
+
+        Args:
+            batch: on the device; ``pixel_values`` is needed on the first stage only, ``labels`` on the last only.
+            with_loss: False gives logits.
+
+        Returns:
+            Last stage: (1, T) float32 loss of each token, or (1, T, vocab / tp) logits.
+            Other stages: (T, 1, H) hidden states (T / tp with sequence parallelism).
+        """
+        output: Tensor = self.language(
+            input_ids=None,
+            position_ids=batch.position_ids.unsqueeze(1),
+            attention_mask=None,
+            decoder_input=self._embed(batch) if self.pre_process else None,
+            labels=batch.labels.unsqueeze(0) if with_loss and self.post_process else None,
+            packed_seq_params=Segments(batch.segments, batch.position_ids.device),
+        )
+        return output
+
+    def _embed(self, batch: Batch) -> Tensor:
+        """Text embeddings with the ViT's tokens in their places: (T, 1, H), cut along T for sequence parallelism."""
+        h_T1H = self.language.embedding(input_ids=batch.input_ids.unsqueeze(0), position_ids=None)
+        if batch.pixel_values is not None and batch.num_patches:
+            vision_VH = self._encode_vision(batch.pixel_values, batch.grid_thw)
+            h_T1H = h_T1H.index_copy(0, batch.vision_index, vision_VH.unsqueeze(1))
+        if self.config.sequence_parallel:
+            h_T1H = scatter_to_sequence_parallel_region(h_T1H)
+        return h_T1H
+
+    def _encode_vision(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
+        """ViT and merger. A frozen ViT runs without a graph: it keeps no activations."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and _trains(self.vision)):
+            h_PE = self.vision(pixel_values, grid_thw)
+        merged: Tensor = self.merger(h_PE)
+        return merged
+
+
+def _trains(module: torch.nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())

@@ -1,0 +1,110 @@
+"""megatron-core's configuration of the two towers."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from triptych.configs.schema import (
+    LanguageConfig,
+    ParallelConfig,
+    Precision,
+    Recompute,
+    VisionConfig,
+)
+from triptych.parallel.device import prepare_megatron
+
+prepare_megatron()
+
+from megatron.core.activations import quick_gelu  # noqa: E402
+from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
+
+DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
+
+
+def language_transformer(
+    config: LanguageConfig,
+    parallel: ParallelConfig,
+    precision: Precision,
+    layers_per_stage: Sequence[int],
+) -> TransformerConfig:
+    """Qwen2: GQA with bias on QKV only, RMSNorm, SwiGLU, M-RoPE."""
+    return TransformerConfig(
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_heads,
+        num_query_groups=config.num_kv_heads,
+        kv_channels=config.head_dim,
+        ffn_hidden_size=config.intermediate_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=config.rms_norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=True,
+        mrope_section=list(config.mrope_section),
+        sequence_parallel=parallel.sequence_parallel and parallel.tp > 1,
+        pipeline_model_parallel_size=parallel.pp,
+        pipeline_model_parallel_layout=_pipeline_layout(layers_per_stage),
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",  # megatron asks for it wherever lengths vary, also without experts
+        batch_p2p_comm=True,
+        deallocate_pipeline_outputs=True,
+        calculate_per_token_loss=True,
+        **_common(parallel, precision),
+        **_recompute(parallel.recompute.llm),
+    )
+
+
+def vision_transformer(
+    config: VisionConfig, parallel: ParallelConfig, precision: Precision
+) -> TransformerConfig:
+    """The ViT: LayerNorm, quick GELU, bias everywhere; lives whole in the first pipeline stage, replicated along the sequence."""
+    return TransformerConfig(
+        num_layers=config.depth,
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_heads,
+        ffn_hidden_size=config.intermediate_size,
+        normalization="LayerNorm",
+        layernorm_epsilon=1e-6,
+        activation_func=quick_gelu,
+        add_bias_linear=True,
+        add_qkv_bias=True,
+        **_common(parallel, precision),
+        **_recompute(parallel.recompute.vit),
+    )
+
+
+def _common(parallel: ParallelConfig, precision: Precision) -> dict[str, Any]:
+    dtype = DTYPES[precision]
+    return dict(
+        tensor_model_parallel_size=parallel.tp,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=precision is Precision.bf16,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        use_cpu_initialization=True,
+        perform_initialization=False,  # models/init.py draws weights that do not depend on the layout
+    )
+
+
+def _recompute(choice: Recompute) -> dict[str, Any]:
+    if choice is Recompute.none:
+        return {}
+    if choice is Recompute.selective:
+        return dict(recompute_granularity="selective", recompute_modules=["core_attn"])
+    return dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+
+
+def _pipeline_layout(layers_per_stage: Sequence[int]) -> list[list[str]] | None:
+    if len(layers_per_stage) == 1:
+        return None
+    stages = [["decoder"] * count for count in layers_per_stage]
+    return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]

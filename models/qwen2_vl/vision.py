@@ -1,0 +1,96 @@
+"""The vision tower: patches of any number of images in one packed sequence, one attention segment per frame.
+
+P patches of all images and frames, E ViT width, D head_dim.
+"""
+
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+
+from triptych.configs.schema import ParallelConfig, Precision, VisionConfig
+from triptych.data.image import normalize_patches
+from triptych.models.attention import Segments
+from triptych.models.qwen2_vl.layers import vision_block
+from triptych.models.qwen2_vl.transformer_configs import DTYPES, vision_transformer
+
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import TransformerBlock
+
+ROPE_THETA = 10000.0
+
+
+class VisionTower(MegatronModule):
+    """Patch embedding and ViT layers, sharded over tp with the language model.
+
+    The patch embedding is a linear map over flattened 3D patches, equal to the convolution because its kernel is its stride.
+    """
+
+    def __init__(self, config: VisionConfig, parallel: ParallelConfig, precision: Precision) -> None:
+        transformer = vision_transformer(config, parallel, precision)
+        super().__init__(config=transformer)
+        patch_dim = config.in_channels * config.temporal_patch_size * config.patch_size**2
+        self.merge = config.spatial_merge_size
+        self.head_dim = config.hidden_size // config.num_heads
+        self.dtype = DTYPES[precision]
+        self.patch_embed = nn.Linear(patch_dim, config.hidden_size, bias=False, dtype=self.dtype)
+        self.decoder = TransformerBlock(
+            transformer, vision_block(config.depth), post_layer_norm=False, post_process=False
+        )
+
+    def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
+        """Encode.
+
+        Args:
+            pixel_values: (P, 1176) uint8 on the device, in patch order.
+            grid_thw: (num_images, 3) int64 on the CPU, in unmerged patches.
+
+        Returns:
+            (P, E), in merge order: four neighbours of one token follow each other.
+        """
+        device = pixel_values.device
+        h_PE = self.patch_embed(normalize_patches(pixel_values).to(self.dtype))
+        angles_PD = vision_angles(grid_thw, self.merge, self.head_dim).to(device, non_blocking=True)
+        encoded: Tensor = self.decoder(
+            hidden_states=h_PE.unsqueeze(1),
+            attention_mask=None,
+            rotary_pos_emb=angles_PD[:, None, None, :],
+            packed_seq_params=Segments(frame_bounds(grid_thw), device),
+        )
+        return encoded.squeeze(1)
+
+
+def frame_bounds(grid_thw: Tensor) -> list[int]:
+    """Boundaries of the attention segments: one per frame of every image or video. Starts at 0."""
+    frames = [h * w for t, h, w in grid_thw.tolist() for _ in range(t)]
+    return list(accumulate(frames, initial=0))
+
+
+def patch_positions(grid_thw: Tensor, merge: int) -> Tensor:
+    """Row and column of every patch, in merge order. Returns (P, 2) int64."""
+    positions = []
+    for t, h, w in grid_thw.tolist():
+        rows = torch.arange(h).view(-1, 1).expand(h, w)
+        columns = torch.arange(w).view(1, -1).expand(h, w)
+        tiled = (
+            x.reshape(h // merge, merge, w // merge, merge).transpose(1, 2).flatten()
+            for x in (rows, columns)
+        )
+        positions.append(torch.stack(list(tiled), dim=-1).repeat(t, 1))
+    return torch.cat(positions)
+
+
+def vision_angles(grid_thw: Tensor, merge: int, head_dim: int) -> Tensor:
+    """Angles of the 2D rotary embedding, fp32 on the CPU.
+
+    A quarter of the head's dimensions follows the row, a quarter the column, both again for the rotated half.
+
+    Returns:
+        (P, head_dim) float32.
+
+    Source: transformers modeling_qwen2_vl.py, VisionRotaryEmbedding.
+    """
+    dim = head_dim // 2
+    frequencies = 1.0 / ROPE_THETA ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    angles = (patch_positions(grid_thw, merge).unsqueeze(-1) * frequencies).flatten(1)
+    return torch.cat([angles, angles], dim=-1)

@@ -1,0 +1,103 @@
+"""Process groups: who this rank is on each axis, and the collectives over an axis that training itself needs."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from triptych.parallel.device import BACKEND, local_device, prepare_megatron
+from triptych.parallel.dims import Dims
+
+
+@dataclass(frozen=True, slots=True)
+class Mesh:
+    """This rank's place, and its process groups (megatron-core's)."""
+
+    dims: Dims
+    rank: int
+    tp_rank: int
+    pp_rank: int
+    dp_rank: int
+    device: torch.device
+    tp_group: dist.ProcessGroup
+    pp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
+    model_group: dist.ProcessGroup
+    """All ranks that hold a piece of the same replica: tp x pp."""
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Holds the ViT and the embedding."""
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Holds the head and computes the loss."""
+        return self.pp_rank == self.dims.pp - 1
+
+    @property
+    def reads_media(self) -> bool:
+        """Reads and decodes for its tensor-parallel group: tp rank 0 of the first pipeline stage."""
+        return self.is_first_stage and self.tp_rank == 0
+
+    @property
+    def is_main(self) -> bool:
+        """Writes to the terminal and to shared files."""
+        return self.rank == 0
+
+
+def init_distributed(timeout_s: int) -> int:
+    """Start the default process group from torchrun's environment, or alone without it. Returns the world size."""
+    if not dist.is_initialized():
+        timeout = timedelta(seconds=timeout_s)
+        if "RANK" in os.environ:
+            local_device(int(os.environ.get("LOCAL_RANK", "0")))
+            dist.init_process_group(BACKEND, timeout=timeout)
+        else:
+            local_device(0)
+            store = dist.HashStore()
+            dist.init_process_group(BACKEND, store=store, rank=0, world_size=1, timeout=timeout)
+    return dist.get_world_size()
+
+
+def build_mesh(tp: int, pp: int, *, seed: int, timeout_s: int) -> Mesh:
+    """Make the process groups of this layout. Every rank must call this, after ``init_distributed``."""
+    prepare_megatron()
+    from megatron.core import parallel_state, tensor_parallel
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        create_gloo_process_groups=False,
+        distributed_timeout_minutes=max(1, timeout_s // 60),
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return Mesh(
+        dims=Dims.of(dist.get_world_size(), tp, pp),
+        rank=dist.get_rank(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        device=local_device(int(os.environ.get("LOCAL_RANK", "0"))),
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        dp_group=parallel_state.get_data_parallel_group(),
+        model_group=parallel_state.get_model_parallel_group(),
+    )
+
+
+def broadcast_from_source(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Give every rank of ``group`` the tensor of the group's first rank. Every rank of ``group`` must call this."""
+    if group.size() > 1:
+        dist.broadcast(tensor, src=dist.get_process_group_ranks(group)[0], group=group)
+    return tensor
+
+
+def shutdown() -> None:
+    """Leave the default process group, where there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,51 @@
+"""One step's microbatches through megatron-core's 1F1B schedule (or plain accumulation without pipeline)."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from triptych.parallel.device import prepare_megatron
+
+Microbatch = TypeVar("Microbatch")
+Result = TypeVar("Result")
+LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, Result]]
+
+
+def run_microbatches(
+    model: nn.Module,
+    microbatches: Sequence[Microbatch],
+    forward: Callable[[nn.Module, Microbatch], tuple[Tensor, LossFunction[Result]]],
+    *,
+    forward_only: bool,
+) -> list[Result]:
+    """Forward (and backward) of every microbatch; gradients are summed and divided by the global number of tokens.
+
+    Every rank must call this, with the same number of microbatches.
+
+    Args:
+        model: wrapped for data parallelism, or bare for ``forward_only``.
+        microbatches: this data-parallel rank's.
+        forward: runs this stage and returns its output and, used on the last stage only, what turns the output into
+            (summed loss, number of tokens that count as a 0-d int tensor, result to keep).
+        forward_only: no backward pass and no gradient reduction.
+
+    Returns:
+        The results of the microbatches on the last stage, in order; an empty list elsewhere.
+    """
+    prepare_megatron()
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    def forward_step(data: Iterator[Microbatch], chunk: nn.Module) -> tuple[Tensor, Any]:
+        return forward(chunk, next(data))
+
+    results: list[Result] = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(microbatches),
+        model=model,
+        num_microbatches=len(microbatches),
+        seq_length=1,  # not used: lengths vary, stages tell each other the shape
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+    return results

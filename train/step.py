@@ -1,0 +1,144 @@
+"""One optimizer step: the summed loss of the global batch, divided by its number of supervised tokens, in every layout."""
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from triptych.data.types import Batch, Step
+from triptych.errors import TrainingError
+from triptych.parallel.mesh import Mesh
+from triptych.parallel.schedule import LossFunction, run_microbatches
+from triptych.parallel.zero import ShardedOptimizer
+from triptych.train.feed import drop_unreadable, to_device
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Counts over the global batch."""
+
+    num_supervised_tokens: int
+    num_tokens: int
+    num_patches: int
+    num_samples: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one step did, over all ranks."""
+
+    loss: float | None
+    """Mean over the supervised tokens of the global batch; None where there was none and nothing was updated."""
+    grad_norm: float
+    """Before clipping."""
+    lr: dict[str, float]
+    totals: Totals
+    step_time_s: float
+
+
+def train_step(
+    optimizer: ShardedOptimizer, step: Step, lr: dict[str, float], mesh: Mesh, *, number: int
+) -> StepResult:
+    """Forward, backward, update. Every rank must call this.
+
+    Args:
+        optimizer: with the wrapped model.
+        step: this data-parallel rank's microbatches.
+        lr: by part.
+        mesh: this rank's place.
+        number: of the step, for messages.
+
+    Raises:
+        TrainingError: loss or gradient is not finite; on every rank, before anything is updated.
+    """
+    start = time.perf_counter()
+    drop_unreadable(step, mesh)
+    totals = count(step, mesh)
+    if totals.num_supervised_tokens == 0:
+        return StepResult(None, 0.0, lr, totals, time.perf_counter() - start)
+    optimizer.zero_grad()
+    loss_sum = sum_losses(optimizer.model, step.microbatches, mesh, forward_only=False)
+    grad_norm = optimizer.grad_norm()
+    loss = _mean_loss(loss_sum, totals, mesh)
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        _stop(number, loss, grad_norm, loss_sum)
+    optimizer.step(lr, grad_norm)
+    return StepResult(loss, grad_norm, lr, totals, time.perf_counter() - start)
+
+
+def validation_loss(model: nn.Module, batches: list[Batch], mesh: Mesh) -> float:
+    """Mean loss over the supervised tokens of all ranks' batches. Every rank must call this."""
+    step = Step(microbatches=batches, packs=(), bad=[])
+    totals = count(step, mesh)
+    with torch.no_grad():
+        loss_sum = sum_losses(model, batches, mesh, forward_only=True)
+    return _mean_loss(loss_sum, totals, mesh)
+
+
+def sum_losses(
+    model: nn.Module, batches: "list[Batch] | tuple[Batch, ...]", mesh: Mesh, *, forward_only: bool
+) -> Tensor:
+    """Loss of this rank's supervised tokens, summed in fp64; 0 but on the last stage. Every rank must call this."""
+
+    def forward(stage: nn.Module, batch: Batch) -> tuple[Tensor, LossFunction[Tensor]]:
+        batch = to_device(batch, mesh)
+        return stage(batch), lambda losses: masked_sum(losses.squeeze(0), batch.loss_mask)
+
+    sums = run_microbatches(model, batches, forward, forward_only=forward_only)
+    zero = torch.zeros((), dtype=torch.float64, device=mesh.device)
+    return torch.stack(sums).sum() if sums else zero
+
+
+def masked_sum(losses_T: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What megatron-core's schedule wants of the last stage.
+
+    Args:
+        losses_T: (T,) float32 loss of each token.
+        loss_mask: (T,) bool.
+
+    Returns:
+        The sum to differentiate, the number of tokens that count, and the sum in fp64 to report. The schedule turns the
+        gradients of all sums into the gradient of the mean over the global batch (parallel/schedule.py).
+    """
+    counted = losses_T * loss_mask
+    return counted.sum(), loss_mask.sum().int(), counted.detach().double().sum()
+
+
+def count(step: Step, mesh: Mesh) -> Totals:
+    """Add up the batches of all data-parallel ranks. Every rank must call this."""
+    batches = step.microbatches
+    totals = torch.tensor(
+        [
+            sum(int(batch.loss_mask.sum()) for batch in batches),
+            sum(batch.num_tokens for batch in batches),
+            sum(batch.num_patches for batch in batches),
+            sum(len(batch.sample_ids) for batch in batches),
+        ],
+        dtype=torch.int64,
+        device=mesh.device,
+    )
+    dist.all_reduce(totals, group=mesh.dp_group)
+    return Totals(*totals.tolist())
+
+
+def _mean_loss(loss_sum: Tensor, totals: Totals, mesh: Mesh) -> float:
+    """The global mean, on every rank: the last stage's sums over dp, then from the last stage to the others."""
+    total = loss_sum.clone()
+    dist.all_reduce(total, group=mesh.dp_group)
+    dist.all_reduce(total, group=mesh.pp_group)
+    return float(total) / max(1, totals.num_supervised_tokens)
+
+
+def _stop(number: int, loss: float, grad_norm: float, loss_sum: Tensor) -> None:
+    """Name the ranks whose own loss is not finite, and stop all."""
+    finite: list[bool] = [True] * dist.get_world_size()
+    dist.all_gather_object(finite, math.isfinite(float(loss_sum)))
+    ranks = [rank for rank, good in enumerate(finite) if not good]
+    where = f"the loss of rank {', '.join(map(str, ranks))}" if ranks else "a gradient, but no loss,"
+    raise TrainingError(
+        f"step {number}: {where} is not finite (loss {loss}, gradient norm {grad_norm}); nothing was updated"
+        "  -> look at this step's packs in ledger.jsonl, or resume from an earlier checkpoint with a lower learning rate"
+    )
