@@ -1,0 +1,56 @@
+"""What every test may use: the pool of ranks, and skips that name what the machine lacks."""
+
+import functools
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from triptych.tests.pool import RankPool
+
+
+@pytest.fixture(scope="session")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], RankPool]]:
+    """``pool(world_size).run(function, **kwargs)`` runs a case on gloo ranks; see ``pool.py``."""
+    folder = tmp_path_factory.mktemp("pool")
+    pools: dict[int, RankPool] = {}
+
+    def of_size(world_size: int) -> RankPool:
+        if world_size not in pools:
+            pools[world_size] = RankPool(world_size, folder / str(world_size))
+        return pools[world_size]
+
+    yield of_size
+    for one in pools.values():
+        one.stop()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what this machine cannot run; ``-ra`` lists the reasons at the end."""
+    for mark, missing in {"gpu": missing_for_gpu, "slurm": missing_for_slurm}.items():
+        if item.get_closest_marker(mark) and (reason := missing()):
+            pytest.skip(reason)
+
+
+@functools.cache
+def missing_for_gpu() -> str | None:
+    import torch
+
+    return None if torch.cuda.is_available() else "needs a CUDA device"
+
+
+@functools.cache
+def missing_for_slurm() -> str | None:
+    if os.geteuid() != 0:
+        return "needs root: the throw-away Slurm cluster lives in namespaces of its own"
+    commands = ("slurmctld", "slurmd", "sbatch", "munged", "unshare", "ip")
+    if absent := [command for command in commands if shutil.which(command) is None]:
+        return f"needs {', '.join(absent)}; docs/slurm.md says how to install them"
+    probe = ["unshare", "--net", "--mount", "--uts", "--pid", "--fork", "--mount-proc", "true"]
+    if subprocess.run(probe, capture_output=True, check=False).returncode != 0:
+        return (
+            "needs the right to make namespaces, which this container does not give (CAP_SYS_ADMIN)"
+        )
+    return None

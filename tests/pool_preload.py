@@ -1,0 +1,23 @@
+"""What the fork server imports once for all ranks: torch, and what tests reach of megatron-core.
+
+Forking is safe because none of this starts a thread (OMP_NUM_THREADS=1) or touches a device.
+"""
+
+import gc
+import importlib
+
+from triptych.parallel.device import prepare_megatron
+
+MODULES = (
+    "torch.distributed.checkpoint",
+    "megatron.core.dist_checkpointing",
+    "megatron.core.distributed",
+    "megatron.core.models.gpt",
+    "megatron.core.optimizer",
+    "megatron.core.pipeline_parallel",
+)
+
+prepare_megatron()
+for name in MODULES:
+    importlib.import_module(name)
+gc.freeze()  # ranks share the pages of these modules as long as no collector touches them
