@@ -14,6 +14,12 @@ from triptych.configs.schema import Config
 
 OVERRIDE = re.compile(r"(?P<prefix>\+{0,2})(?P<key>[\w.]+)=(?P<value>.*)", re.DOTALL)
 
+WEIGHTS = {
+    "data.mixtures": "data.mixtures.STAGE.SOURCE",
+    "data.validation": "data.validation.SOURCE",
+}
+"""Mappings whose names are the user's own -> how one of their weights is called."""
+
 Choices = Mapping[str, Sequence[str]]
 """Group -> the names of its YAML files."""
 
@@ -57,6 +63,8 @@ def _problems(word: str, choices: Choices) -> Iterator[Problem]:
             f"{word}: there is no key {match['key']}",
             either(near) if near else "--print-config, which prints all keys",
         )
+    elif match["key"].startswith(tuple(WEIGHTS)):
+        yield from _weight_problems(word, match)
     elif "," in match["value"] and not re.search(r"[\[\]{}()'\"]", match["value"]):
         yield Problem(
             f"{word}: a run has one value for each key",
@@ -74,20 +82,25 @@ def _choice_problems(word: str, match: re.Match[str], names: Sequence[str]) -> I
         yield Problem(f"{word}: {group} is chosen already", f"{group}={name}")
 
 
+def _weight_problems(word: str, match: re.Match[str]) -> Iterator[Problem]:
+    """What is wrong with ``data.mixtures.STAGE.SOURCE=WEIGHT``."""
+    form = next(form for key, form in WEIGHTS.items() if match["key"].startswith(key))
+    number = re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", match["value"], re.IGNORECASE)
+    if number is None or match["key"].count(".") != form.count("."):
+        yield Problem(f"{word}: weights are numbers, one source at a time", f"{form}=1.0")
+
+
 def _for_hydra(word: str, choices: Choices) -> str:
     """One word in Hydra's grammar.
 
-    There an integer is no choice of a group, and a new name in a mapping has ``++`` before it.
+    There an integer is no choice of a group nor a weight, and a new name has ``++`` before it.
     """
     prefix, key, value = OVERRIDE.fullmatch(word).groups()  # type: ignore[union-attr]  # it matched
     if key in choices and value.isdecimal():
         return f"{key}='{value}'"
-    return f"++{key}={value}" if _names_weight(key) else f"{prefix}{key}={value}"
-
-
-def _names_weight(key: str) -> bool:
-    """Whether a key is, or maps to, weights of sources, whose names are the user's own."""
-    return key.startswith(("data.mixtures.", "data.validation."))
+    if key.startswith(tuple(WEIGHTS)):
+        return f"++{key}={float(value)}"
+    return f"{prefix}{key}={value}"
 
 
 def _kinds(key: str) -> list[Any]:
