@@ -48,11 +48,13 @@ def oracle(folder):
 
 def supervised(tokenizer, encoded) -> str:
     """The targets as text; what lies between them becomes a bar."""
-    pieces, ids = [], encoded.input_ids
     edges = np.flatnonzero(np.diff(encoded.targets)) + 1
-    for run in np.split(np.arange(len(ids)), edges):
-        pieces.append(tokenizer.decode(ids[run].tolist()) if encoded.targets[run[0]] else "|")
-    return "".join(pieces)
+    runs = np.split(encoded.input_ids, edges)
+    kept = np.split(encoded.targets, edges)
+    return "".join(
+        tokenizer.decode(ids.tolist()) if targets[0] else "|"
+        for ids, targets in zip(runs, kept, strict=True)
+    )
 
 
 def test_special_tokens_come_first_in_the_order_of_qwen2(tokenizer, oracle):
@@ -156,11 +158,10 @@ def test_documents_are_supervised_with_their_end(tokenizer, record, targets):
 
 @pytest.mark.parametrize("token", SPECIAL_TOKENS)
 def test_special_tokens_in_text_are_ordinary_characters(tokenizer, token):
-    chat = [
-        {"role": "user", "content": token},
-        {"role": "assistant", "content": f"{token} {token}"},
-    ]
-    plain = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    def chat_of(user: str, answer: str):
+        return [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
+
+    chat, plain = chat_of(token, f"{token} {token}"), chat_of("a", "b")
     ids, ids_of_plain = (encode_chat(turns, tokenizer).input_ids for turns in (chat, plain))
     assert ids[ids < 14].tolist() == ids_of_plain[ids_of_plain < 14].tolist()
     assert tokenizer.decode(ids.tolist()).count(token) >= 3
