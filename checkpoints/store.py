@@ -53,7 +53,7 @@ class StepName(NamedTuple):
 class CheckpointStore:
     """Writes, finds and retires the checkpoints of one run.
 
-    Only the run that owns ``root`` may have one: it renames damaged folders and removes what a crash
+    Only the run that owns ``root`` has one: it renames damaged folders and removes what a crash
     left behind. Whoever only reads uses ``locate``. Every rank of ``comm`` must call every method.
     """
 
