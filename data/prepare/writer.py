@@ -1,0 +1,150 @@
+"""Writes a dataset folder sample by sample; ``data/dataset.py`` describes its files."""
+
+import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import xxhash
+
+from triptych.data.dataset import SHARD_NAME, Manifest, file_record, write_manifest
+from triptych.data.media_index import media_row
+from triptych.data.text_file import TextWriter
+from triptych.data.tokenizer import Tokenizer
+from triptych.data.tokens import Encoded
+from triptych.data.types import Media, MediaKind
+
+
+@dataclass(frozen=True, slots=True)
+class MediaFile:
+    """A media item as it was given, verified by decoding."""
+
+    content: bytes
+    extension: str
+    """Of the file name in the shard, without a point."""
+    width: int
+    """Pixels, of the upright image."""
+    height: int
+
+
+class DatasetWriter:
+    """The files of a dataset, which grow together."""
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer, shard_size: int) -> None:
+        """Opens the files.
+
+        Args:
+            folder: exists, and is empty.
+            tokenizer: that samples are encoded with.
+            shard_size: bytes after which a shard is closed.
+        """
+        self._folder = folder
+        self._manifest = Manifest(
+            tokenizer=tokenizer.fingerprint,
+            tokens=tokenizer.tokens,
+            num_samples=0,
+            num_tokens=0,
+            num_targets=0,
+            num_media=0,
+            num_skipped=0,
+        )
+        self._text = TextWriter(folder / "text")
+        self._targets = (folder / "loss.bin").open("wb")
+        self._media = (folder / "media.idx").open("wb")
+        self._shards = ShardWriter(folder / "shards", shard_size)
+
+    def add(self, encoded: Encoded, media: Sequence[MediaFile], source: bytes) -> None:
+        """Adds one sample.
+
+        Args:
+            encoded: its text.
+            media: its media, in order of appearance.
+            source: the JSON it came from; kept beside the media, for people.
+        """
+        sample = self._manifest.num_samples
+        for item in self._shards.add(f"{sample:09d}", media, source):
+            self._media.write(media_row(sample, item).tobytes())
+        self._text.append(encoded.input_ids)
+        self._targets.write(encoded.targets.tobytes())
+        self._manifest.num_samples += 1
+        self._manifest.num_tokens += len(encoded.input_ids)
+        self._manifest.num_targets += int(encoded.targets.sum())
+        self._manifest.num_media += len(media)
+
+    def close(self, num_skipped: int) -> Manifest:
+        """Completes the files and writes ``dataset.yaml`` with their hashes, last."""
+        self._text.close()
+        self._targets.close()
+        self._media.close()
+        self._shards.close()
+        self._manifest.num_skipped = num_skipped
+        files = sorted(path for path in self._folder.rglob("*") if path.is_file())
+        self._manifest.files = {
+            path.relative_to(self._folder).as_posix(): file_record(path) for path in files
+        }
+        write_manifest(self._manifest, self._folder / "dataset.yaml")
+        return self._manifest
+
+
+class ShardWriter:
+    """Writes media into tar files that any webdataset tool reads.
+
+    The files of sample 12 are ``000000012.png`` and ``000000012.json``, or ``000000012.0.png``,
+    ``000000012.1.png``, ... where it has several media. Names are short and plain, so every header
+    is one block of 512 bytes and the content begins right after it.
+    """
+
+    def __init__(self, folder: Path, shard_size: int) -> None:
+        folder.mkdir()
+        self._folder = folder
+        self._shard_size = shard_size
+        self._number = -1
+        self._file: BinaryIO | None = None
+
+    def add(self, key: str, media: Sequence[MediaFile], source: bytes) -> list[Media]:
+        """Writes the media of one sample into one shard."""
+        if not media:
+            return []
+        if self._file is None or self._file.tell() >= self._shard_size:
+            self._next()
+        written = []
+        for i, item in enumerate(media):
+            number = f".{i}" if len(media) > 1 else ""
+            written.append(
+                Media(
+                    kind=MediaKind.IMAGE,
+                    shard=self._number,
+                    offset=self._write(f"{key}{number}.{item.extension}", item.content),
+                    size=len(item.content),
+                    xxh3=xxhash.xxh3_128_digest(item.content),
+                    width=item.width,
+                    height=item.height,
+                )
+            )
+        self._write(f"{key}.json", source)
+        return written
+
+    def close(self) -> None:
+        """Ends the last shard."""
+        if self._file is not None:
+            self._file.write(bytes(2 * tarfile.BLOCKSIZE))
+            self._file.close()
+            self._file = None
+
+    def _next(self) -> None:
+        self.close()
+        self._number += 1
+        self._file = (self._folder / SHARD_NAME.format(self._number)).open("wb")
+
+    def _write(self, name: str, content: bytes) -> int:
+        """Returns where the content begins."""
+        file = self._file
+        assert file is not None
+        member = tarfile.TarInfo(name)
+        member.size = len(content)
+        file.write(member.tobuf(tarfile.USTAR_FORMAT))
+        start = file.tell()
+        file.write(content)
+        file.write(bytes(-len(content) % tarfile.BLOCKSIZE))
+        return start
