@@ -1,0 +1,118 @@
+r"""Makes a dataset folder from JSONL and image files.
+
+    python launch/prepare.py --input chats.jsonl --images photos --tokenizer Qwen2-VL-2B \
+        --output datasets/chats
+
+A line is one of
+
+    {"messages": [{"role": "user", "content": PARTS}, {"role": "assistant", "content": "A cat."}]}
+    {"content": PARTS}
+    {"text": "plain text"}
+
+where PARTS are [{"type": "image", "image": "cat.jpg"}, {"type": "text", "text": "What is it?"}], in
+any order and number. docs/data.md has more.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+try:
+    from triptych.launch.cli import run
+except ModuleNotFoundError:
+    sys.exit(
+        f"triptych is not installed for {sys.executable}\n"
+        "  -> make install && source .venv/bin/activate, or: pip install -e . -c constraints.txt"
+    )
+
+if TYPE_CHECKING:
+    from triptych.data.prepare.build import Progress
+
+
+def parse_args(args: Sequence[str]) -> argparse.Namespace:
+    """The command line; imports nothing heavy."""
+    summary, _, details = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--input", nargs="+", type=Path, required=True, help="JSONL files")
+    parser.add_argument(
+        "--images",
+        type=Path,
+        help="folder that relative image paths start from (default: that of the first JSONL file)",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        required=True,
+        help="folder of a Hugging Face tokenizer with the Qwen2-VL special tokens",
+    )
+    parser.add_argument("--output", type=Path, required=True, help="dataset folder; must not exist")
+    parser.add_argument(
+        "--on-bad",
+        choices=("fail", "skip"),
+        default="fail",
+        help="a bad sample ends the program, or is left out whole and listed in quarantine.jsonl "
+        "(default: fail)",
+    )
+    parser.add_argument(
+        "--shard-mb",
+        type=int,
+        default=256,
+        help="megabytes of images after which a new shard is begun (default: 256)",
+    )
+    return parser.parse_args(args)
+
+
+def main(args: Sequence[str]) -> None:
+    """Prepares, and prints what was made."""
+    options = parse_args(args)
+    # Late: --help does not pay for torch.
+    from triptych.data.prepare.build import OnBad, build_dataset
+    from triptych.data.tokenizer import load_tokenizer
+
+    manifest = build_dataset(
+        options.input,
+        options.output,
+        load_tokenizer(options.tokenizer),
+        images=options.images or options.input[0].parent,
+        on_bad=OnBad[options.on_bad],
+        shard_size=options.shard_mb * 1_000_000,
+        report=ProgressLine(),
+    )
+    print(
+        f"{options.output}: {manifest.num_samples} samples, {manifest.num_media} images, "
+        f"{manifest.num_tokens} text tokens of which {manifest.num_targets} are targets; "
+        f"{manifest.num_skipped} bad samples left out"
+    )
+
+
+class ProgressLine:
+    """Prints the rate and the time left; every second on a terminal, every 30 s into a file."""
+
+    def __init__(self) -> None:
+        self._on_terminal = sys.stderr.isatty()
+        self._interval_s = 1.0 if self._on_terminal else 30.0
+        self._next = time.monotonic() + self._interval_s
+
+    def __call__(self, progress: "Progress") -> None:
+        """Called after every sample."""
+        if time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + self._interval_s
+        rate = (progress.num_samples + progress.num_skipped) / progress.elapsed_s
+        left_s = progress.elapsed_s * (1 - progress.done) / progress.done
+        print(
+            f"{progress.done:4.0%}  {progress.num_samples} samples  {rate:.0f}/s  "
+            f"{progress.num_skipped} bad  {left_s:.0f} s left",
+            file=sys.stderr,
+            end="\r" if self._on_terminal else "\n",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    run(main)
