@@ -297,3 +297,23 @@ def test_help_names_every_choice_and_imports_no_torch(tmp_path: Path) -> None:
 def test_the_overrides_of_the_help_exist() -> None:
     keys = {*schema_keys(Config), *DEFAULTS}
     assert set(usage.OVERRIDES) <= keys
+
+
+def test_the_documentation_shows_what_is_printed() -> None:
+    shown = (CONFIGS.parent / "docs/configuration.md").read_text()
+    examples = re.findall(
+        r"\$ torchrun (?:--nproc-per-node (\d+) )?\S+ (.*)\n((?:    .*\n)+)", shown
+    )
+    assert len(examples) == 2
+    for num_ranks, words, told in examples:
+        with pytest.raises(ConfigError) as caught:
+            validate(load_config(words.split()), int(num_ranks or 1))
+        lines = f"ConfigError: {caught.value}".splitlines()
+        assert told == "".join(f"    {line}\n" for line in lines)
+
+
+def test_the_documentation_has_the_overrides_of_the_help() -> None:
+    shown = (CONFIGS.parent / "docs/configuration.md").read_text()
+    assert re.findall(r"^\| `([\w.]+)` \|", shown, re.MULTILINE)[-len(usage.OVERRIDES) :] == [
+        *usage.OVERRIDES
+    ]
