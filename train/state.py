@@ -8,6 +8,15 @@ from triptych.data.plan.plan import Cursor
 
 
 @dataclass(frozen=True, slots=True)
+class Segment:
+    """From ``step`` on, the data followed this plan."""
+
+    step: int
+    plan: str
+    """Its hash."""
+
+
+@dataclass(frozen=True, slots=True)
 class TrainState:
     """After ``step`` steps."""
 
@@ -17,6 +26,8 @@ class TrainState:
     consumed_samples: int
     cursor: Cursor
     """The next pack."""
+    segments: tuple[Segment, ...]
+    """The plans that the run has followed; more than one only where a changed plan was accepted."""
 
     def after(self, *, num_tokens: int, num_samples: int, cursor: Cursor) -> "TrainState":
         """One step later."""
@@ -28,6 +39,11 @@ class TrainState:
             cursor=cursor,
         )
 
+    def on_new_plan(self, plan: str, cursor: Cursor) -> "TrainState":
+        """The same place, its data started anew from another plan."""
+        segments = (*self.segments, Segment(step=self.step, plan=plan))
+        return replace(self, cursor=cursor, segments=segments)
+
     def to_json(self) -> dict[str, Any]:
         """Plain numbers and lists."""
         return {**asdict(self), "cursor": self.cursor.to_json()}
@@ -35,4 +51,6 @@ class TrainState:
     @classmethod
     def from_json(cls, state: Mapping[str, Any]) -> "TrainState":
         """The state that ``to_json`` described."""
-        return cls(**{**state, "cursor": Cursor.from_json(state["cursor"])})
+        segments = tuple(Segment(**segment) for segment in state["segments"])
+        cursor = Cursor.from_json(state["cursor"])
+        return cls(**{**state, "cursor": cursor, "segments": segments})

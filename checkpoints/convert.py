@@ -1,0 +1,88 @@
+"""Between our checkpoints and Hugging Face folders. Neither direction builds a model.
+
+Under torchrun, every rank imports its own tensor-parallel piece of each weight; the export is one process, one weight at a time.
+"""
+
+from pathlib import Path
+
+import torch
+
+from triptych.checkpoints.comm import Alone, ProcessGroupComm
+from triptych.checkpoints.hf import HFReader, HFWriter
+from triptych.checkpoints.hf_config import model_config_from_hf
+from triptych.checkpoints.model_file import read_model, write_model
+from triptych.checkpoints.names import Entry, name_table
+from triptych.checkpoints.run_state import WEIGHTS
+from triptych.checkpoints.sharded import load_tensors, save_tensors, weights_dtype
+from triptych.checkpoints.store import CheckpointStore, locate
+from triptych.data.types import Limits
+from triptych.models.init import HEAD
+from triptych.parallel.mesh import build_mesh, init_distributed
+
+TIMEOUT_S = 600
+
+
+def import_hf(source: Path, output: Path) -> Path:
+    """Write the weights of a Hugging Face folder as a checkpoint for ``init.checkpoint=``. Every rank must call this.
+
+    The ranks together hold the whole model in memory, in the dtype of the folder.
+
+    Args:
+        source: a folder with config.json and safetensors; config.json decides the sizes.
+        output: a folder that gets ``checkpoints/``.
+
+    Returns:
+        The committed checkpoint.
+
+    Raises:
+        CheckpointError: not a Qwen2-VL model, or its tensors are not those of its config.json.
+    """
+    model = model_config_from_hf(source)
+    reader = HFReader(source, model)
+    tp = init_distributed(TIMEOUT_S)
+    mesh = build_mesh(tp, 1, seed=0, timeout_s=TIMEOUT_S)
+    tied = model.language.tie_word_embeddings
+    weights = {
+        name: reader.read(name, mesh.tp_rank, tp)
+        for name in _own_names(name_table(model), tied=tied)
+    }
+    store = CheckpointStore(output / "checkpoints", ProcessGroupComm())
+    folder = store.begin(0)
+    save_tensors(folder / "shards", {WEIGHTS: weights}, mesh, tied=tied)
+    if mesh.is_main:
+        write_model(folder, model)
+    return store.commit(folder, {"stage": "imported", "from": source.name})
+
+
+def export_hf(source: Path, output: Path, tokenizer: Path, limits: Limits) -> Path:
+    """Write a checkpoint's weights as a Hugging Face folder that transformers loads; one tensor at a time.
+
+    Args:
+        source: a run folder, its ``checkpoints``, or one checkpoint.
+        output: a new folder.
+        tokenizer: a tokenizer folder, copied along.
+        limits: pixels, for preprocessor_config.json.
+
+    Returns:
+        The checkpoint that was exported.
+    """
+    folder = locate(source, Alone())
+    model = read_model(folder)
+    init_distributed(TIMEOUT_S)
+    mesh = build_mesh(1, 1, seed=0, timeout_s=TIMEOUT_S)
+    tied = model.language.tie_word_embeddings
+    table = name_table(model)
+    names = _own_names(table, tied=tied)
+    dtype = weights_dtype(folder / "shards")
+    writer = HFWriter(output, model)
+    for name in names:
+        weight = torch.empty(table[name].shape, dtype=dtype)
+        load_tensors(folder / "shards", {WEIGHTS: {name: weight}}, mesh, tied=tied)
+        writer.add(name, weight)
+    writer.finish(tokenizer, limits)
+    return folder
+
+
+def _own_names(table: dict[str, Entry], *, tied: bool) -> list[str]:
+    """What one process holds: a tied head is no tensor of its own."""
+    return [name for name in table if not (tied and name == HEAD)]

@@ -1,0 +1,151 @@
+"""All that a run needs to go on: weights, optimizer state, random states and a few numbers, saved and loaded together."""
+
+import json
+import platform
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from triptych.checkpoints.sharded import (
+    Tensors,
+    check_tensors,
+    load_tensors,
+    save_tensors,
+    stored_keys,
+    stored_shapes,
+)
+from triptych.parallel.device import HAS_CUDA
+from triptych.parallel.mesh import Mesh
+from triptych.parallel.zero import ParamState, ShardedOptimizer
+
+WEIGHTS = "model"
+OPTIMIZER_KINDS = ("master", "exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True, slots=True)
+class RunTensors:
+    """What a run's tensors are, under the names of ``models.parameters.global_parameters``."""
+
+    parameters: Mapping[str, nn.Parameter]
+    optimizer: ShardedOptimizer | None
+    """None where only weights matter: conversion and sampling."""
+    tied: bool
+    mesh: Mesh
+
+
+def save_state(folder: Path, run: RunTensors, numbers: Mapping[str, Any]) -> None:
+    """Write everything into a folder that the store has begun. Every rank must call this.
+
+    Args:
+        folder: from ``CheckpointStore.begin``.
+        run: the tensors.
+        numbers: plain JSON; comes back from ``load_numbers``.
+    """
+    kinds: dict[str, Tensors] = {WEIGHTS: run.parameters}
+    num_updates = 0
+    if run.optimizer is not None:
+        state = run.optimizer.state_by_param()
+        num_updates = run.optimizer.num_updates
+        for kind in OPTIMIZER_KINDS:
+            kinds[kind] = {name: tensors[kind] for name, tensors in state.items()}
+    save_tensors(folder / "shards", kinds, run.mesh, tied=run.tied)
+    torch.save(_random_state(), folder / "rng" / f"rank_{run.mesh.rank:05d}.pt")
+    if run.mesh.is_main:
+        _write_json(folder / "data.json", {**numbers, "num_updates": num_updates})
+        _write_json(folder / "environment.json", _environment(run.mesh))
+
+
+def load_numbers(folder: Path) -> dict[str, Any]:
+    """The numbers that ``save_state`` was given, and ``num_updates``."""
+    numbers: dict[str, Any] = json.loads((folder / "data.json").read_text())
+    return numbers
+
+
+def load_weights(folder: Path, run: RunTensors) -> None:
+    """Load the weights only; the optimizer starts afresh from them. Every rank must call this.
+
+    Raises:
+        CheckpointError: the checkpoint is of another model.
+    """
+    kinds = {WEIGHTS: run.parameters}
+    check_tensors(folder / "shards", kinds, run.mesh, tied=run.tied, strict=WEIGHTS)
+    load_tensors(folder / "shards", kinds, run.mesh, tied=run.tied)
+    if run.optimizer is not None:
+        run.optimizer.refresh_master_weights()
+
+
+def load_optimizer(folder: Path, run: RunTensors, *, partly: bool) -> None:
+    """Load optimizer state, after the weights. Every rank must call this.
+
+    Args:
+        folder: the checkpoint.
+        run: the tensors; its optimizer is filled.
+        partly: a parameter without stored state starts afresh, as one does that was frozen before.
+
+    Raises:
+        CheckpointError: state of a parameter that trains is missing, and not ``partly``.
+    """
+    assert run.optimizer is not None
+    shards = folder / "shards"
+    state = {name: _empty_state(p) for name, p in run.parameters.items() if p.requires_grad}
+    if partly:
+        stored = stored_shapes(shards)
+        state = {
+            name: tensors
+            for name, tensors in state.items()
+            if stored_keys(OPTIMIZER_KINDS[0], name, tied=run.tied)[0] in stored
+        }
+    kinds = {kind: {name: t[kind] for name, t in state.items()} for kind in OPTIMIZER_KINDS}
+    strict = None if partly else OPTIMIZER_KINDS[0]
+    check_tensors(shards, kinds, run.mesh, tied=run.tied, strict=strict)
+    load_tensors(shards, kinds, run.mesh, tied=run.tied)
+    run.optimizer.load_state_by_param(state, load_numbers(folder)["num_updates"])
+
+
+def load_random_state(folder: Path, mesh: Mesh) -> bool:
+    """Restore this rank's random state; False, and nothing changed, where another number of ranks wrote it."""
+    path = folder / "rng" / f"rank_{mesh.rank:05d}.pt"
+    if len(list(path.parent.glob("rank_*.pt"))) != dist.get_world_size():
+        return False
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    torch.set_rng_state(state["cpu"])
+    if HAS_CUDA and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
+    get_cuda_rng_tracker().set_states(state["megatron"])
+    return True
+
+
+def _random_state() -> dict[str, Any]:
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    state = {"cpu": torch.get_rng_state(), "megatron": get_cuda_rng_tracker().get_states()}
+    return state | ({"cuda": torch.cuda.get_rng_state()} if HAS_CUDA else {})
+
+
+def _empty_state(parameter: nn.Parameter) -> ParamState:
+    return {kind: torch.empty_like(parameter, dtype=torch.float32) for kind in OPTIMIZER_KINDS}
+
+
+def _environment(mesh: Mesh) -> dict[str, Any]:
+    packages = ("torch", "megatron-core", "numpy", "pillow")
+    return {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "world_size": dist.get_world_size(),
+        "layout": str(mesh.dims),
+        "device": torch.cuda.get_device_name() if HAS_CUDA else "cpu",
+        "packages": {name: version(name) for name in packages},
+    }
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n")

@@ -1,0 +1,165 @@
+"""Parameters and their optimizer state as megatron-core's sharded tensors, under names that no layout changes.
+
+A key is ``<kind>.<global name>``: ``model.language.decoder.layers.0...``, ``exp_avg.vision...``. A gated matrix [gate; up], of which
+each tp rank holds a piece of both halves, is stored as two tensors, ``….gate`` and ``….up``. A tied head is its embedding.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from triptych.errors import CheckpointError
+from triptych.models.init import EMBEDDING, HEAD
+from triptych.models.parameters import Cut, cut_of
+from triptych.parallel.device import prepare_megatron
+from triptych.parallel.mesh import Mesh
+
+prepare_megatron()
+
+from megatron.core import dist_checkpointing  # noqa: E402
+from megatron.core.dist_checkpointing.mapping import ShardedTensor  # noqa: E402
+from megatron.core.dist_checkpointing.serialization import (  # noqa: E402
+    get_default_load_sharded_strategy,
+    get_default_save_sharded_strategy,
+)
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (  # noqa: E402
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
+
+Tensors = Mapping[str, Tensor]
+HALVES = ("gate", "up")
+
+
+def save_tensors(folder: Path, kinds: Mapping[str, Tensors], mesh: Mesh, *, tied: bool) -> None:
+    """Write this rank's tensors, each byte by one of its replicas. Every rank must call this.
+
+    Args:
+        folder: an empty folder.
+        kinds: kind -> global name -> this rank's piece, whole over dp.
+        mesh: this rank's place.
+        tied: the head is the embedding.
+    """
+    state = _sharded_state(kinds, mesh, tied=tied)
+    strategy = get_default_save_sharded_strategy("torch_dist", 1)
+    strategy = FullyParallelSaveStrategyWrapper(strategy, mesh.dp_group)
+    dist_checkpointing.save(state, str(folder), strategy)
+
+
+def load_tensors(folder: Path, kinds: Mapping[str, Tensors], mesh: Mesh, *, tied: bool) -> None:
+    """Fill the given tensors, whatever layout wrote them. Every rank must call this, after ``check_tensors``.
+
+    Args:
+        folder: what ``save_tensors`` wrote.
+        kinds: kind -> global name -> this rank's piece, overwritten.
+        mesh: this rank's place.
+        tied: the head is the embedding.
+    """
+    state = _sharded_state(kinds, mesh, tied=tied)
+    strategy = get_default_load_sharded_strategy(str(folder))
+    strategy = FullyParallelLoadStrategyWrapper(strategy, mesh.dp_group)
+    loaded: dict[str, Any] = dist_checkpointing.load(state, str(folder), strategy)
+    with torch.no_grad():
+        for kind, tensors in kinds.items():
+            for name, tensor in tensors.items():
+                stored = loaded[kind][name].values()
+                for piece, value in zip(_pieces(name, tensor), stored, strict=True):
+                    piece.copy_(value)
+
+
+def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Full shape of every tensor in ``folder``, by key."""
+    metadata = dist_checkpointing.load_tensors_metadata(str(folder))
+    return {key: tuple(tensor.global_shape) for key, tensor in metadata.items()}
+
+
+def weights_dtype(folder: Path) -> torch.dtype:
+    """The dtype in which the model's weights are stored; it is one for all of them."""
+    metadata = dist_checkpointing.load_tensors_metadata(str(folder))
+    return next(tensor.dtype for key, tensor in metadata.items() if key.startswith("model."))
+
+
+def check_tensors(
+    folder: Path, kinds: Mapping[str, Tensors], mesh: Mesh, *, tied: bool, strict: str | None
+) -> None:
+    """Compare what is stored with what this model has. Every rank must call this.
+
+    Args:
+        folder: what ``save_tensors`` wrote.
+        kinds: as for ``load_tensors``.
+        mesh: this rank's place.
+        tied: the head is the embedding.
+        strict: the kind of which nothing may be stored that this model does not have, if any.
+
+    Raises:
+        CheckpointError: on every rank; lists every missing, unexpected and mis-shaped tensor.
+    """
+    mine = {
+        sharded.key: tuple(sharded.global_shape)
+        for tensors in _sharded_state(kinds, mesh, tied=tied).values()
+        for pieces in tensors.values()
+        for sharded in pieces.values()
+    }
+    everyone: list[dict[str, tuple[int, ...]]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, mine)
+    wanted = {key: shape for keys in everyone for key, shape in keys.items()}
+    found = stored_shapes(folder)
+    of_kind = {key for key in found if key.startswith(f"{strict}.")}
+    problems = [
+        *(f"missing: {key} {wanted[key]}" for key in sorted(wanted.keys() - found.keys())),
+        *(f"unexpected: {key} {found[key]}" for key in sorted(of_kind - wanted.keys())),
+        *(
+            f"mis-shaped: {key} is {found[key]}, this model has {wanted[key]}"
+            for key in sorted(wanted.keys() & found.keys())
+            if wanted[key] != found[key]
+        ),
+    ]
+    if problems:
+        shown = problems[:20] + ([f"… and {len(problems) - 20} more"] if len(problems) > 20 else [])
+        raise CheckpointError(f"{folder} is of another model:\n  " + "\n  ".join(shown))
+
+
+def stored_keys(kind: str, name: str, *, tied: bool) -> list[str]:
+    """The keys under which a parameter, or its optimizer state, is stored."""
+    stored_as = EMBEDDING if tied and name == HEAD else name
+    halves = HALVES if cut_of(name) is Cut.GATED_ROWS else ("",)
+    return [".".join(filter(None, (kind, stored_as, half))) for half in halves]
+
+
+def _sharded_state(
+    kinds: Mapping[str, Tensors], mesh: Mesh, *, tied: bool
+) -> dict[str, dict[str, dict[str, ShardedTensor]]]:
+    """Kind -> name -> key -> sharded tensor; one key, or two for a gated matrix."""
+    return {
+        kind: {
+            name: {
+                key: _sharded_tensor(key, name, piece, mesh, tied=tied)
+                for key, piece in zip(
+                    stored_keys(kind, name, tied=tied), _pieces(name, tensor), strict=True
+                )
+            }
+            for name, tensor in tensors.items()
+        }
+        for kind, tensors in kinds.items()
+    }
+
+
+def _pieces(name: str, tensor: Tensor) -> list[Tensor]:
+    """Views of the tensor, each a block of one stored tensor."""
+    return list(tensor.chunk(2)) if cut_of(name) is Cut.GATED_ROWS else [tensor]
+
+
+def _sharded_tensor(
+    key: str, name: str, piece: Tensor, mesh: Mesh, *, tied: bool
+) -> ShardedTensor:
+    cut = cut_of(name)
+    offsets, tp_replica = [], mesh.tp_rank
+    if cut is not Cut.REPLICATED:
+        offsets = [(1 if cut is Cut.COLUMNS else 0, mesh.tp_rank, mesh.dims.tp)]
+        tp_replica = 0
+    replica = (int(tied and name == HEAD), tp_replica, mesh.dp_rank)
+    return ShardedTensor.from_rank_offsets(key, piece.detach(), *offsets, replica_id=replica)

@@ -1,0 +1,60 @@
+"""Model and sharded optimizer of this rank, built from the configuration of a run."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from triptych.checkpoints.run_state import RunTensors
+from triptych.configs.schema import Config
+from triptych.models.build import build_model
+from triptych.models.parameters import global_parameters, part_of
+from triptych.parallel.mesh import Mesh
+from triptych.parallel.zero import ShardedOptimizer
+from triptych.parallel.zero_megatron import MegatronZero
+from triptych.train.stages.census import Census, check, count
+from triptych.train.stages.stage import Stage
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """What trains. Weights are set by ``train.start``."""
+
+    mesh: Mesh
+    stage: Stage
+    parameters: Mapping[str, nn.Parameter]
+    optimizer: ShardedOptimizer
+    census: Census
+    tied: bool
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, wrapped for data parallelism."""
+        return self.optimizer.model
+
+    @property
+    def tensors(self) -> RunTensors:
+        """What a checkpoint holds."""
+        return RunTensors(self.parameters, self.optimizer, tied=self.tied, mesh=self.mesh)
+
+
+def build_engine(config: Config, mesh: Mesh) -> Engine:
+    """Every rank must call this.
+
+    Pipeline split, tensor and sequence parallelism, recomputation and dtype are the model's; then the stage freezes; then data
+    parallelism and ZeRO-1 wrap what trains.
+    """
+    model = build_model(
+        config.model, config.parallel, config.train.precision, mesh, seq_len=config.train.seq_len
+    )
+    parameters = dict(global_parameters(model))
+    stage = Stage(config.stage)
+    stage.freeze(parameters)
+    census = count(parameters, mesh)
+    check(stage, census)
+    parts = {name: part_of(name).value for name in parameters}
+    optimizer = MegatronZero(
+        model, parameters, parts, config.optimizer, config.train.precision, mesh
+    )
+    tied = config.model.language.tie_word_embeddings
+    return Engine(mesh, stage, parameters, optimizer, census, tied)

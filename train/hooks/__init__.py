@@ -1,0 +1,1 @@
+"""Everything optional around the loop: what is called after each step."""

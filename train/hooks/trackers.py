@@ -1,0 +1,63 @@
+"""Weights & Biases and TensorBoard; on rank 0."""
+
+import json
+from dataclasses import asdict
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+from triptych.configs.schema import Config
+from triptych.train.hooks.hook import StepEvent
+
+
+class WandbTracker:
+    """Sends each step's metrics to Weights & Biases; ``log.wandb_mode=offline`` keeps them in the run folder."""
+
+    def __init__(self, config: Config, run_dir: Path) -> None:
+        import wandb
+
+        self._run = wandb.init(
+            project=config.log.wandb_project,
+            mode=config.log.wandb_mode,  # type: ignore[arg-type]  # validated
+            name=f"{config.model.name}-{config.stage.name}",
+            dir=str(run_dir),
+            config=json.loads(json.dumps(asdict(config), default=lambda value: value.name)),
+            resume="allow",
+        )
+
+    def after_step(self, event: StepEvent) -> None:
+        """Log the step's numbers under their names."""
+        self._run.log(flatten(event.metrics), step=event.state.step)
+
+    def close(self) -> None:
+        """Send what is left."""
+        self._run.finish()
+
+
+class TensorBoardTracker:
+    """Writes each step's metrics as TensorBoard scalars into ``run.dir/tensorboard``."""
+
+    def __init__(self, run_dir: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"))
+
+    def after_step(self, event: StepEvent) -> None:
+        """Write the step's numbers under their names."""
+        for name, value in flatten(event.metrics).items():
+            self._writer.add_scalar(name, value, event.state.step)
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._writer.close()
+
+
+def flatten(metrics: dict[str, Any]) -> dict[str, float]:
+    """Numbers by name; those of a group as ``group/name``. Texts and missing values are left out."""
+    flat: dict[str, float] = {}
+    for name, value in metrics.items():
+        if isinstance(value, dict):
+            flat |= {f"{name}/{inner}": number for inner, number in flatten(value).items()}
+        elif isinstance(value, Real):
+            flat[name] = float(value)
+    return flat

@@ -1,0 +1,147 @@
+"""A whole run, from a validated configuration to its last checkpoint."""
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from triptych.checkpoints.comm import ProcessGroupComm
+from triptych.checkpoints.store import CheckpointStore
+from triptych.configs.compose import save_config
+from triptych.configs.schema import Config
+from triptych.data.loader import Loader
+from triptych.data.plan.plan import Plan
+from triptych.errors import ConfigError
+from triptych.models.attention import choose_attention
+from triptych.models.qwen2_vl.transformer_configs import DTYPES
+from triptych.parallel.layout import layers_per_stage
+from triptych.parallel.mesh import Mesh, build_mesh, init_distributed, shutdown
+from triptych.train.engine import Engine, build_engine
+from triptych.train.hooks.checkpoint import Checkpointing
+from triptych.train.hooks.hook import Hook
+from triptych.train.hooks.metrics import Ledger, MetricsFile, Quarantine, keep_until
+from triptych.train.hooks.progress import Progress
+from triptych.train.hooks.trackers import TensorBoardTracker, WandbTracker
+from triptych.train.hooks.validation import Validation
+from triptych.train.loop import is_finished, train
+from triptych.train.report import say
+from triptych.train.sources import DataPlan, generate, open_data
+from triptych.train.start import start
+from triptych.train.state import TrainState
+
+
+def pretrain(config: Config) -> TrainState:
+    """Run one stage to its end, from wherever it stands. Every rank must call this.
+
+    Raises:
+        TriptychError: configuration, data or checkpoints do not allow it; says what to do.
+    """
+    init_distributed(config.cluster.timeout_s)
+    mesh = build_mesh(
+        config.parallel.tp,
+        config.parallel.pp,
+        seed=config.seed,
+        timeout_s=config.cluster.timeout_s,
+    )
+    _open_run_folder(config, mesh)
+    generate(config, mesh)
+    data = open_data(config)
+    _refuse_different_plans(data.plan)
+    engine = build_engine(config, mesh)
+    _introduce(config, engine, data)
+    comm = ProcessGroupComm()
+    store = CheckpointStore(Path(config.run.dir) / "checkpoints", comm)
+    state = start(config, engine, data.plan, store, comm)
+    if is_finished(config, engine, state):
+        say(mesh, _finished(config, state))
+        return state
+    loader = data.loader(config, mesh, state.cursor)
+    with contextlib.closing(loader), contextlib.ExitStack() as stack:
+        hooks = _hooks(config, engine, data, store, state)
+        for hook in hooks:
+            stack.callback(hook.close)
+        state = train(config, engine, loader, state, hooks)
+    say(mesh, _finished(config, state))
+    return state
+
+
+def leave() -> None:
+    """Leave the process group at the end of a run that went well."""
+    dist.barrier()
+    shutdown()
+
+
+def _open_run_folder(config: Config, mesh: Mesh) -> None:
+    """Make ``run.dir`` and write the resolved configuration into it."""
+    run_dir = Path(config.run.dir)
+    if mesh.is_main:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        save_config(config, run_dir / "config.yaml")
+    dist.barrier()
+
+
+def _refuse_different_plans(plan: Plan) -> None:
+    """Every rank plans by itself; all must have planned the same.
+
+    Raises:
+        ConfigError: on every rank; names the ranks that differ from rank 0.
+    """
+    hashes = [""] * dist.get_world_size()
+    dist.all_gather_object(hashes, plan.hash)
+    others = [rank for rank, value in enumerate(hashes) if value != hashes[0]]
+    if others:
+        raise ConfigError(
+            f"ranks {others} planned other data than rank 0: their dataset folders differ"
+            "  -> let all nodes read the same folders"
+        )
+
+
+def _introduce(config: Config, engine: Engine, data: DataPlan) -> None:
+    mesh, step = engine.mesh, config.train.global_batch_size * config.train.seq_len
+    layers = layers_per_stage(config.model, config.parallel, seq_len=config.train.seq_len)
+    _, attention = choose_attention(DTYPES[config.train.precision])
+    say(
+        mesh,
+        f"{config.stage.name} of {config.model.name} -> {config.run.dir}\n"
+        f"ranks: {mesh.dims.world_size} = tp {mesh.dims.tp} x pp {mesh.dims.pp} x dp {mesh.dims.dp}; "
+        f"decoder layers by stage: {', '.join(map(str, layers))} (ViT on the first)\n"
+        f"step: {config.train.global_batch_size} packs x {config.train.seq_len} tokens = {step:,} at most, "
+        f"of a budget of {config.stage.token_budget:,}\n"
+        f"attention: {attention}; {config.train.precision.name}; threads per rank: {torch.get_num_threads()}\n"
+        f"data: {data.describe()}\n{engine.census}",
+    )
+
+
+def _hooks(
+    config: Config, engine: Engine, data: DataPlan, store: CheckpointStore, state: TrainState
+) -> Sequence[Hook]:
+    """In the order in which they are called: what adds metrics before what writes them, saving last."""
+    mesh, run_dir = engine.mesh, Path(config.run.dir)
+    hooks: list[Hook] = []
+    if config.train.validate_every:
+        hooks.append(Validation(config, engine, data.validation_batches(config, mesh)))
+    if mesh.is_main:
+        for ledger in (run_dir / "ledger").glob("*.jsonl"):
+            keep_until(ledger, state.step)
+        hooks.append(MetricsFile(run_dir / "metrics.jsonl", state.step))
+        if config.log.wandb:
+            hooks.append(WandbTracker(config, run_dir))
+        if config.log.tensorboard:
+            hooks.append(TensorBoardTracker(run_dir))
+    dist.barrier()
+    if mesh.reads_media:
+        hooks.append(Ledger(run_dir / "ledger" / f"dp_{mesh.dp_rank:05d}.jsonl", state.step))
+        hooks.append(Quarantine(run_dir / "quarantine.jsonl"))
+    return [*hooks, Progress(config, mesh), Checkpointing(config, engine, store)]
+
+
+def _finished(config: Config, state: TrainState) -> str:
+    used = f"{state.consumed_tokens:,} of {config.stage.token_budget:,} tokens"
+    if state.consumed_tokens >= config.stage.token_budget:
+        return f"{config.stage.name} is finished: its budget is used up, {used}, {state.step} steps"
+    return (
+        f"{config.stage.name} is finished: train.num_steps={config.train.num_steps} reached, {used}"
+        "  -> a larger train.num_steps goes on from here, another run.dir starts anew"
+    )
