@@ -1,0 +1,70 @@
+"""Which source each sample of the stream comes from: exact shares at every prefix, no randomness.
+
+With k sources, one may come next once it is behind its share by 1 / (2k - 2) of a sample; of those,
+the one that would be the first to fall behind by more than 1 - 1 / (2k - 2). After any number of
+samples every source is then within 1 - 1 / (2k - 2) of its share: less than one sample, and no rule
+does better. (Taking the source that is furthest behind exceeds one from about five sources on.)
+
+Shares are integers over their sum, so nothing is ever rounded.
+
+Source: R. Tijdeman, The chairman assignment problem, Discrete Mathematics 32 (1980).
+"""
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from heapq import heapify, heappop, heappush
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def integer_shares(weights: Sequence[float]) -> list[int]:
+    """The smallest integers in the ratio of the weights as written: [0.5, 0.3] -> [5, 3]."""
+    exact = [Fraction(str(weight)) for weight in weights]
+    common = math.lcm(*(weight.denominator for weight in exact))
+    scaled = [int(weight * common) for weight in exact]
+    divisor = math.gcd(*scaled)
+    return [value // divisor for value in scaled]
+
+
+def draw_sources(
+    shares: Sequence[int], counts: Sequence[int], num_samples: int
+) -> NDArray[np.int64]:
+    """Sources of the next samples of the stream.
+
+    Args:
+        shares: of each source, positive; see ``integer_shares``.
+        counts: samples drawn of each source so far. Nothing else is remembered.
+        num_samples: how many to draw.
+
+    Returns:
+        (num_samples,) source numbers.
+    """
+    total = sum(shares)
+    slack = max(2 * len(shares) - 2, 1)
+    taken = list(counts)
+    first = sum(taken)
+
+    def release(source: int) -> tuple[int, int]:
+        """The place from which on the source may come."""
+        place = -(-(slack * taken[source] + 1) * total // (slack * shares[source])) - 1
+        return place, source
+
+    def deadline(source: int) -> tuple[int, int]:
+        """The place by which the source must have come."""
+        place = -(-(slack * taken[source] + slack - 1) * total // (slack * shares[source]))
+        return place, source
+
+    waiting = [release(source) for source in range(len(shares))]
+    heapify(waiting)
+    ready: list[tuple[int, int]] = []
+    drawn = np.empty(num_samples, dtype=np.int64)
+    for n in range(num_samples):
+        while waiting and waiting[0][0] <= first + n:
+            heappush(ready, deadline(heappop(waiting)[1]))
+        source = heappop(ready)[1]
+        drawn[n] = source
+        taken[source] += 1
+        heappush(waiting, release(source))
+    return drawn
