@@ -212,8 +212,8 @@ class DataConfig:
     """Samples that are packed together; 4096 fill packs to .998 on a broad mixture."""
     oversize: Oversize = Oversize.skip
     accept_new_plan: bool = False
-    """Resume although the plan of the data is another than the checkpoint's: the data start anew, and the
-    checkpoint records where."""
+    """Resume although the plan of the data is another than the checkpoint's: the data start anew,
+    and the checkpoint records where."""
     num_workers: int = 2
     """Threads per reading rank that decode media."""
     prefetch_steps: int = 1
