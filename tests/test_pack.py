@@ -19,6 +19,7 @@ def arrays(samples):
 sample = st.tuples(st.integers(1, SEQ_LEN), st.integers(0, MAX_PATCHES // 4).map(lambda n: 4 * n))
 
 
+@settings(deadline=None)
 @given(st.lists(sample, min_size=1, max_size=200))
 def test_packs_partition_the_samples_within_both_budgets(samples):
     tokens, patches = arrays(samples)
@@ -29,6 +30,7 @@ def test_packs_partition_the_samples_within_both_budgets(samples):
         assert patches[pack].sum() <= MAX_PATCHES
 
 
+@settings(deadline=None)
 @given(st.lists(sample, min_size=2, max_size=100))
 def test_no_two_packs_could_have_been_one(samples):
     tokens, patches = arrays(samples)
@@ -66,7 +68,7 @@ def test_assignment_has_equal_numbers_and_every_pack_once(dp_size, micro_batch_s
     assert sorted(pack for packs in microbatches for pack in packs) == list(range(64))
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.floats(0.1, 10), min_size=12, max_size=12), st.sampled_from([1, 2, 3, 4, 6, 12]))
 def test_even_split_is_no_worse_than_taking_turns(costs, num_groups):
     dearest = max(sum(costs[i] for i in group) for group in split_evenly(costs, num_groups))

@@ -60,6 +60,7 @@ def mixed_sources(num_samples=500, seed=0):
 # -- mixture
 
 
+@settings(deadline=None)
 @given(weights, st.integers(1, 400))
 def test_mixture_is_exact_at_every_prefix(weights, num_samples):
     shares = integer_shares(weights)
@@ -69,6 +70,7 @@ def test_mixture_is_exact_at_every_prefix(weights, num_samples):
     assert np.abs(counts - fair).max() < 1
 
 
+@settings(deadline=None)
 @given(weights, st.integers(0, 200), st.integers(1, 200))
 def test_mixture_continues_from_its_counts(weights, head, tail):
     shares = integer_shares(weights)
@@ -92,6 +94,7 @@ def test_shares_are_the_weights_as_written():
 # -- permutation
 
 
+@settings(deadline=None)
 @given(st.integers(1, 3000), st.integers(0, 2**63), st.integers(0, 10**9))
 def test_every_epoch_is_a_permutation(size, key, epoch):
     positions = epoch * size + np.arange(size)

@@ -1,0 +1,357 @@
+"""The loader over real dataset folders: the same steps in any layout, from any place."""
+
+import contextlib
+import json
+import threading
+import time
+from collections import Counter
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from triptych.configs.schema import Oversize
+from triptych.data.dataset import Dataset
+from triptych.data.image import decode_image, image_patches
+from triptych.data.loader import Loader, validation_step
+from triptych.data.plan.plan import Cursor, Plan
+from triptych.data.plan.sources import plan_sources
+from triptych.data.prepare.build import build_dataset
+from triptych.data.reader import BatchFormat
+from triptych.data.tokenizer import train_tokenizer
+from triptych.data.types import Limits
+
+LIMITS = Limits(min_pixels=28 * 28, max_pixels=16 * 28 * 28)
+GLOBAL_BATCH_SIZE = 8
+
+
+def image_part(name):
+    return {"type": "image", "image": name}
+
+
+def records(rng, images):
+    """Captions, two images in a question, and text, in turn."""
+    for i in range(60):
+        first, second = rng.choice(images, 2).tolist()
+        words = " ".join(["word"] * int(rng.integers(1, 40)))
+        yield [
+            {"content": [image_part(first), {"type": "text", "text": words}]},
+            {
+                "messages": [
+                    {"role": "user", "content": [image_part(first), image_part(second)]},
+                    {"role": "assistant", "content": words},
+                ]
+            },
+            {"text": f"{i} {words}"},
+        ][i % 3]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return train_tokenizer(["word word"], tmp_path_factory.mktemp("tokenizer"), 300)
+
+
+def build(folder, tokenizer, all_records):
+    rng = np.random.default_rng(0)
+    images = [f"{i}.png" for i in range(12)]
+    for name in images:
+        height, width = rng.integers(20, 180, 2)
+        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / name)
+    lines = folder / "in.jsonl"
+    lines.write_text("".join(json.dumps(r) + "\n" for r in all_records(rng, images)))
+    build_dataset([lines], folder / "set", tokenizer, images=folder)
+    return folder / "set"
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory, tokenizer):
+    return Dataset.open(build(tmp_path_factory.mktemp("mixed"), tokenizer, records), "mixed")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory, tokenizer):
+    def only_text(rng, _):
+        return ({"text": " ".join(["word"] * int(n))} for n in rng.integers(1, 60, 25))
+
+    return Dataset.open(build(tmp_path_factory.mktemp("text"), tokenizer, only_text), "text")
+
+
+def make_plan(sources, weights=None, *, seed=0, window=96):
+    weights = weights or {source.name: 1 for source in sources}
+    return Plan(
+        plan_sources(sources, weights, LIMITS),
+        seed=seed,
+        seq_len=128,
+        max_patches=512,
+        window=window,
+        oversize=Oversize.skip,
+    )
+
+
+@pytest.fixture
+def open_loader(mixed, text, tokenizer):
+    """Loaders over both datasets, closed at the end of the test."""
+    with contextlib.ExitStack() as stack:
+
+        def opened(cursor=None, *, sources=(mixed, text), pad_to=1, read_pixels=True, **arguments):
+            plan = make_plan(sources)
+            form = BatchFormat(
+                tokens=tokenizer.tokens, limits=LIMITS, pad_to=pad_to, read_pixels=read_pixels
+            )
+            defaults = {
+                "dp_rank": 0,
+                "dp_size": 1,
+                "global_batch_size": GLOBAL_BATCH_SIZE,
+                "micro_batch_size": 1,
+                "cost": lambda load: load.num_tokens + load.num_patches,
+                "num_workers": 2,
+                "prefetch_steps": 0,
+            }
+            loader = Loader(plan, sources, cursor or plan.start, form, **defaults | arguments)
+            return stack.enter_context(contextlib.closing(loader))
+
+        yield opened
+
+
+def take(loader, num_steps):
+    return [next(loader) for _ in range(num_steps)]
+
+
+def contents(step):
+    """All that a step holds, comparable."""
+    tensors = ("input_ids", "labels", "loss_mask", "position_ids", "cu_seqlens", "pixel_values")
+    return (
+        step.packs,
+        step.bad,
+        [
+            (batch.sample_ids, [getattr(batch, name).tolist() for name in tensors])
+            for batch in step.microbatches
+        ],
+    )
+
+
+def test_batches_hold_the_samples_of_the_packs(open_loader, mixed, text):
+    """Ids, targets and pixels of every segment are those of its sample, read one by one."""
+    (step,) = take(open_loader(), 1)
+    for batch in step.microbatches:
+        patches = 0
+        for number, (source, index) in enumerate(batch.sample_ids):
+            dataset = (mixed, text)[source]
+            start, end = batch.segments[number], batch.segments[number + 1]
+            sample = dataset.sample(index)
+            assert end - start == dataset.num_tokens(LIMITS)[index]
+            once = batch.input_ids[start:end].unique_consecutive().tolist()
+            assert once == torch.tensor(sample.input_ids).unique_consecutive().tolist()
+            assert batch.loss_mask[start:end].sum() == sample.targets[1:].sum()
+            for media in sample.media:
+                expected, _ = image_patches(decode_image(dataset.read_media(media), ""), LIMITS)
+                found = batch.pixel_values[patches : patches + len(expected)]
+                assert np.array_equal(found.numpy(), expected)
+                patches += len(expected)
+        assert patches == batch.num_patches == len(batch.pixel_values)
+        assert 4 * len(batch.vision_index) == patches
+
+
+def packs_of_steps(open_loader, dp_size, micro_batch_size, num_steps, cursor=None):
+    """For each step, which samples each pack holds, over all ranks."""
+    loaders = [
+        open_loader(
+            cursor,
+            dp_rank=rank,
+            dp_size=dp_size,
+            micro_batch_size=micro_batch_size,
+            read_pixels=False,
+        )
+        for rank in range(dp_size)
+    ]
+    steps = []
+    for _ in range(num_steps):
+        shares = [next(loader) for loader in loaders]
+        assert {len(step.packs) for step in shares} == {GLOBAL_BATCH_SIZE // dp_size}
+        samples = Counter(i for s in shares for batch in s.microbatches for i in batch.sample_ids)
+        steps.append((sorted(pack for step in shares for pack in step.packs), samples))
+    return steps, loaders[0].cursor
+
+
+@pytest.mark.parametrize(
+    ("dp_size", "micro_batch_size"), [(1, 2), (1, 8), (2, 1), (2, 4), (4, 2), (8, 1)]
+)
+def test_a_global_batch_is_the_same_in_every_layout(open_loader, dp_size, micro_batch_size):
+    reference, cursor = packs_of_steps(open_loader, 1, 1, 5)
+    steps, other = packs_of_steps(open_loader, dp_size, micro_batch_size, 5)
+    assert steps == reference
+    assert other == cursor
+    assert [packs for packs, _ in steps] == [list(range(8 * i, 8 * i + 8)) for i in range(5)]
+
+
+def test_changing_layout_on_resume_loses_and_repeats_nothing(open_loader):
+    whole, _ = packs_of_steps(open_loader, 1, 1, 9)
+    parts, cursor = [], None
+    for dp_size, micro_batch_size, num_steps in [(4, 1, 2), (1, 2, 3), (8, 1, 1), (2, 4, 3)]:
+        steps, cursor = packs_of_steps(open_loader, dp_size, micro_batch_size, num_steps, cursor)
+        cursor = Cursor.from_json(json.loads(json.dumps(cursor.to_json())))
+        parts += steps
+    assert parts == whole
+
+
+@pytest.mark.parametrize(("num_workers", "prefetch_steps"), [(1, 0), (1, 3), (4, 0), (8, 2)])
+def test_threads_and_reading_ahead_change_nothing(open_loader, num_workers, prefetch_steps):
+    reference = [contents(step) for step in take(open_loader(num_workers=2), 4)]
+    loader = open_loader(num_workers=num_workers, prefetch_steps=prefetch_steps)
+    assert [contents(step) for step in take(loader, 4)] == reference
+
+
+def test_cursor_is_after_the_step_handed_out_however_far_it_reads_ahead(open_loader):
+    whole = [contents(step) for step in take(open_loader(), 6)]
+    loader = open_loader(prefetch_steps=4)
+    take(loader, 2)
+    assert loader.cursor.num_packs == 2 * GLOBAL_BATCH_SIZE
+    resumed = open_loader(loader.cursor, prefetch_steps=1)
+    assert [contents(step) for step in take(resumed, 4)] == whole[2:]
+
+
+def test_it_reads_as_far_ahead_as_asked(open_loader):
+    handed_out_and_ahead = open_loader()
+    take(handed_out_and_ahead, 1 + 3)
+    loader = open_loader(prefetch_steps=3)
+    take(loader, 1)
+    deadline = time.monotonic() + 30
+    while loader.num_decoded < handed_out_and_ahead.num_decoded and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert loader.num_decoded == handed_out_and_ahead.num_decoded
+
+
+@pytest.mark.parametrize("read_pixels", [True, False])
+def test_each_image_is_decoded_once_and_only_where_pixels_are_read(open_loader, read_pixels):
+    loader = open_loader(read_pixels=read_pixels)
+    steps = take(loader, 3)
+    num_media = sum(len(batch.grid_thw) for step in steps for batch in step.microbatches)
+    assert num_media > 0
+    assert loader.num_decoded == (num_media if read_pixels else 0)
+    for step in steps:
+        for batch in step.microbatches:
+            assert (batch.pixel_values is not None) == read_pixels
+
+
+def test_text_only_sources_need_no_pixels(open_loader, text):
+    loader = open_loader(sources=(text,), pad_to=8)
+    for batch in take(loader, 2)[1].microbatches:
+        assert batch.pixel_values.shape == (0, 1176)
+        assert len(batch.input_ids) % 8 == 0
+    assert loader.num_decoded == 0
+
+
+def test_packs_are_joined_by_micro_batch_size(open_loader, mixed, text):
+    (step,) = take(open_loader(micro_batch_size=4, pad_to=4), 1)
+    assert len(step.microbatches) == 2
+    packs = make_plan((mixed, text)).first_packs(8)
+    for number, batch in enumerate(step.microbatches):
+        expected = [packs[i].samples for i in step.packs[4 * number : 4 * number + 4]]
+        assert batch.sample_ids == sum(expected, ())
+
+
+# -- what goes wrong
+
+
+@pytest.fixture
+def damaged(tmp_path, tokenizer):
+    """A dataset of which one image has a flipped byte, and that image's samples."""
+    folder = build(tmp_path, tokenizer, records)
+    dataset = Dataset.open(folder, "mixed")
+    broken = dataset.sample(0).media[0]
+    shard = folder / "shards" / "000000.tar"
+    data = bytearray(shard.read_bytes())
+    data[broken.offset + broken.size // 2] ^= 1
+    shard.write_bytes(data)
+    return dataset
+
+
+def test_unreadable_media_are_zeros_and_reported(open_loader, damaged, tokenizer):
+    loader = open_loader(sources=(damaged,))
+    steps = take(loader, 12)
+    spots = [(step, *bad) for step in steps for bad in step.bad]
+    found = set()
+    for step, microbatch, segment, reason in spots:
+        batch = step.microbatches[microbatch]
+        _, index = batch.sample_ids[segment]
+        found.add(index)
+        assert f"mixed, sample {index}" in reason
+        assert "damaged" in reason
+    assert found == {0}
+    blank = [patches for step in steps for b in step.microbatches for patches in [b.pixel_values]]
+    assert sum(int((pixels.amax(1) == 0).sum()) for pixels in blank) == len(spots) * int(
+        damaged.num_patches(LIMITS)[0]
+    )
+
+
+def test_an_image_of_another_size_than_recorded_is_reported(open_loader, mixed, monkeypatch):
+    larger = mixed.read_media(mixed.sample(1).media[0])
+    monkeypatch.setattr(mixed, "read_media", lambda media: larger)
+    (step,) = take(open_loader(sources=(mixed,)), 1)
+    assert any("but its dataset says" in reason for _, _, reason in step.bad)
+
+
+def test_an_error_in_a_thread_is_raised_and_ends_all_threads(open_loader, mixed, monkeypatch):
+    def broken(index):
+        raise RuntimeError("disk on fire")
+
+    before = threading.active_count()
+    loader = open_loader(sources=(mixed,), prefetch_steps=2)
+    monkeypatch.setattr(mixed, "sample", broken)
+    with pytest.raises(RuntimeError, match="disk on fire"):
+        next(loader)
+    assert threading.active_count() == before
+    with pytest.raises(RuntimeError):
+        next(loader)
+
+
+def test_close_ends_all_threads(open_loader):
+    before = threading.active_count()
+    loader = open_loader(num_workers=4, prefetch_steps=4)
+    take(loader, 1)
+    assert threading.active_count() > before
+    loader.close()
+    assert threading.active_count() == before
+
+
+# -- validation
+
+
+@pytest.mark.parametrize(
+    ("dp_size", "micro_batch_size"), [(1, 1), (2, 1), (3, 1), (4, 2), (2, 3), (8, 2)]
+)
+def test_validation_supervises_the_same_tokens_in_every_layout(
+    mixed, text, tokenizer, dp_size, micro_batch_size
+):
+    form = BatchFormat(tokens=tokenizer.tokens, limits=LIMITS, pad_to=4, read_pixels=False)
+    validate = partial(
+        validation_step, sources=(mixed, text), form=form, num_packs=10, num_workers=2
+    )
+
+    def supervised(dp_size, micro_batch_size):
+        steps = [
+            validate(
+                make_plan((mixed, text)),
+                dp_rank=rank,
+                dp_size=dp_size,
+                micro_batch_size=micro_batch_size,
+            )
+            for rank in range(dp_size)
+        ]
+        num_microbatches = {len(step.microbatches) for step in steps}
+        targets = Counter()
+        for step in steps:
+            for batch in step.microbatches:
+                for number, sample in enumerate(batch.sample_ids):
+                    start, end = batch.segments[number], batch.segments[number + 1]
+                    targets[sample] += int(batch.loss_mask[start:end].sum())
+        return targets, num_microbatches
+
+    reference, _ = supervised(1, 1)
+    targets, num_microbatches = supervised(dp_size, micro_batch_size)
+    assert targets == reference
+    assert num_microbatches == {-(-10 // (dp_size * micro_batch_size))}
