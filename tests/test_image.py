@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
@@ -60,6 +60,7 @@ def test_sides_halfway_between_multiples_round_to_even(side, expected):
 sides = st.integers(1, 8000)
 
 
+@settings(deadline=None)
 @given(
     sizes=st.lists(st.tuples(sides, sides), min_size=1, max_size=20),
     min_tokens=st.integers(1, 40),
@@ -201,6 +202,7 @@ def test_refused(data, message):
     assert str(caught.value).startswith("images/cat.png: ")
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_damaged_files_decode_or_raise_data_errors(data):
     good = data.draw(
