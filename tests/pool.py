@@ -14,6 +14,7 @@ results travel pickled; a rank finds the function by file and name. A rank that 
 stands still ends the pool, and the next case gets a new one: no case inherits a broken group.
 """
 
+import atexit
 import contextlib
 import multiprocessing
 import os
@@ -101,6 +102,8 @@ class RankPool:
         self.world_size = world_size
         self._folder = folder
         self._ranks: list[Rank] = []
+        # Without this, an interpreter that ends without stop() would wait for its ranks for ever.
+        atexit.register(self.stop)
 
     def run(
         self, function: Callable[..., Any], /, *, timeout_s: float = 120.0, **kwargs: Any

@@ -42,7 +42,8 @@ class Case:
                 f"{module}.{qualname} must stand at the top level of its module: "
                 "the ranks of a pool load it by name"
             )
-        return cls(module, str(sys.modules[module].__file__), qualname, pickle.dumps(kwargs))
+        file = getattr(sys.modules[module], "__file__", "")  # a built-in module has none
+        return cls(module, file, qualname, pickle.dumps(kwargs))
 
     def call(self) -> Any:
         """Load the module if need be, and call the function."""

@@ -155,6 +155,22 @@ def test_hang_ends_at_the_timeout_and_shows_every_stack(pool: Pool):
     assert "in barrier" not in sleeping
 
 
+def test_process_that_forgets_to_stop_its_pool_still_ends(tmp_path: Path):
+    """As when pytest itself breaks down: waiting for ranks at exit would hang for ever."""
+    script = tmp_path / "without_stop.py"
+    script.write_text(
+        "import os, pathlib\n"
+        "from triptych.tests import pool\n"
+        "pool.PRELOAD = ['torch.distributed']\n"
+        "if __name__ == '__main__':\n"
+        f"    print(pool.RankPool(1, pathlib.Path({str(tmp_path / 'pool')!r})).run(os.getpid))\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, str(script)], timeout=60, capture_output=True, text=True, check=True
+    )
+    assert not is_alive(int(ended.stdout.strip("[]\n")))
+
+
 def test_failure_in_one_pool_leaves_the_others_alone(pool: Pool):
     pids = pool(1).run(pid)
     with pytest.raises(RankFailureError):
