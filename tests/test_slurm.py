@@ -33,11 +33,14 @@ dist.destroy_process_group()
 
 
 def submit(tmp_path: Path, project: Path, *arguments: str, **env: str) -> tuple[str, str]:
-    """Run the job on a cluster of two nodes, to its end. Returns the job's state and its log."""
+    """Run the job on a cluster of two nodes, to its end. Returns the job's state and its log.
+
+    Slurm ends a job that hangs after two minutes (``TIMEOUT``), so that its log is shown.
+    """
     log = tmp_path / "job.log"
     # Not `sbatch --wait`, which looks every ten seconds.
     script = """
-        sbatch --nodes=2 --output="$0" "$@" >&2 || exit
+        sbatch --nodes=2 --time=2 --output="$0" "$@" >&2 || exit
         while [ -n "$(squeue --noheader)" ]; do sleep 0.2; done
         scontrol --oneliner show job
     """
