@@ -1,6 +1,7 @@
 """Between our checkpoints and Hugging Face folders. Neither direction builds a model.
 
-Under torchrun, every rank imports its own tensor-parallel piece of each weight; the export is one process, one weight at a time.
+Under torchrun, every rank imports its own tensor-parallel piece of each weight; the export is one
+process, one weight at a time.
 """
 
 from pathlib import Path
@@ -23,9 +24,9 @@ TIMEOUT_S = 600
 
 
 def import_hf(source: Path, output: Path) -> Path:
-    """Write the weights of a Hugging Face folder as a checkpoint for ``init.checkpoint=``. Every rank must call this.
+    """Write the weights of a Hugging Face folder as a checkpoint for ``init.checkpoint=``.
 
-    The ranks together hold the whole model in memory, in the dtype of the folder.
+    Every rank must call this. Together they hold the whole model in memory, in its dtype.
 
     Args:
         source: a folder with config.json and safetensors; config.json decides the sizes.
@@ -55,7 +56,7 @@ def import_hf(source: Path, output: Path) -> Path:
 
 
 def export_hf(source: Path, output: Path, tokenizer: Path, limits: Limits) -> Path:
-    """Write a checkpoint's weights as a Hugging Face folder that transformers loads; one tensor at a time.
+    """Write a checkpoint's weights as a folder that transformers loads, one tensor at a time.
 
     Args:
         source: a run folder, its ``checkpoints``, or one checkpoint.

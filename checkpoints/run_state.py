@@ -1,4 +1,7 @@
-"""All that a run needs to go on: weights, optimizer state, random states and a few numbers, saved and loaded together."""
+"""All that a run needs to go on.
+
+Weights, optimizer state, random states and a few numbers, saved and loaded together.
+"""
 
 import json
 import platform
@@ -110,7 +113,10 @@ def load_optimizer(folder: Path, run: RunTensors, *, partly: bool) -> None:
 
 
 def load_random_state(folder: Path, mesh: Mesh) -> bool:
-    """Restore this rank's random state; False, and nothing changed, where another number of ranks wrote it."""
+    """Restore this rank's random state.
+
+    False, and nothing changed, where another number of ranks wrote it.
+    """
     path = folder / "rng" / f"rank_{mesh.rank:05d}.pt"
     if len(list(path.parent.glob("rank_*.pt"))) != dist.get_world_size():
         return False

@@ -1,13 +1,15 @@
-"""Parameters and their optimizer state as megatron-core's sharded tensors, under names that no layout changes.
+"""Parameters and optimizer state as sharded tensors, under names that no layout changes.
 
-A key is ``<kind>.<global name>``: ``model.language.decoder.layers.0...``, ``exp_avg.vision...``. A gated matrix [gate; up], of which
-each tp rank holds a piece of both halves, is stored as two tensors, ``….gate`` and ``….up``. A tied head is its embedding.
+A key is ``<kind>.<global name>``: ``model.language.decoder.layers.0...``, ``exp_avg.vision...``. A
+gated matrix [gate; up], of which each tp rank holds a piece of both halves, is stored as two
+tensors, ``….gate`` and ``….up``. A tied head is its embedding.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil  # noqa: F401  # without it megatron-core's writing process dies, and saving hangs
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -15,18 +17,15 @@ from torch import Tensor
 from triptych.errors import CheckpointError
 from triptych.models.init import EMBEDDING, HEAD
 from triptych.models.parameters import Cut, cut_of
-from triptych.parallel.device import prepare_megatron
 from triptych.parallel.mesh import Mesh
 
-prepare_megatron()
-
-from megatron.core import dist_checkpointing  # noqa: E402
-from megatron.core.dist_checkpointing.mapping import ShardedTensor  # noqa: E402
-from megatron.core.dist_checkpointing.serialization import (  # noqa: E402
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.serialization import (
     get_default_load_sharded_strategy,
     get_default_save_sharded_strategy,
 )
-from megatron.core.dist_checkpointing.strategies.fully_parallel import (  # noqa: E402
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
 )
@@ -51,7 +50,9 @@ def save_tensors(folder: Path, kinds: Mapping[str, Tensors], mesh: Mesh, *, tied
 
 
 def load_tensors(folder: Path, kinds: Mapping[str, Tensors], mesh: Mesh, *, tied: bool) -> None:
-    """Fill the given tensors, whatever layout wrote them. Every rank must call this, after ``check_tensors``.
+    """Fill the given tensors, whatever layout wrote them.
+
+    Every rank must call this, after ``check_tensors``.
 
     Args:
         folder: what ``save_tensors`` wrote.
@@ -80,7 +81,8 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 def weights_dtype(folder: Path) -> torch.dtype:
     """The dtype in which the model's weights are stored; it is one for all of them."""
     metadata = dist_checkpointing.load_tensors_metadata(str(folder))
-    return next(tensor.dtype for key, tensor in metadata.items() if key.startswith("model."))
+    dtype: torch.dtype = next(t.dtype for key, t in metadata.items() if key.startswith("model."))
+    return dtype
 
 
 def check_tensors(
@@ -153,9 +155,7 @@ def _pieces(name: str, tensor: Tensor) -> list[Tensor]:
     return list(tensor.chunk(2)) if cut_of(name) is Cut.GATED_ROWS else [tensor]
 
 
-def _sharded_tensor(
-    key: str, name: str, piece: Tensor, mesh: Mesh, *, tied: bool
-) -> ShardedTensor:
+def _sharded_tensor(key: str, name: str, piece: Tensor, mesh: Mesh, *, tied: bool) -> ShardedTensor:
     cut = cut_of(name)
     offsets, tp_replica = [], mesh.tp_rank
     if cut is not Cut.REPLICATED:

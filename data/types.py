@@ -19,7 +19,10 @@ class MediaKind(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Media:
-    """One media item: where its bytes lie, and everything that decides how many tokens it becomes."""
+    """One media item.
+
+    Where its bytes lie, and everything that decides how many tokens it becomes.
+    """
 
     kind: MediaKind
     shard: int
@@ -101,7 +104,10 @@ class Source(Protocol):
 
 @dataclass(slots=True)
 class Batch:
-    """One microbatch: packs joined into one sequence of segments ("thd"). Made on the CPU by the loader."""
+    """One microbatch.
+
+    Packs joined into one sequence of segments ("thd"). Made on the CPU by the loader.
+    """
 
     input_ids: Tensor
     """(T,) int64. T is a multiple of ``pad_to``; padding is its own last segment."""
@@ -118,7 +124,10 @@ class Batch:
     vision_index: Tensor
     """(num_patches / 4,) int64: the positions in ``input_ids`` that the ViT's outputs take."""
     pixel_values: Tensor | None
-    """(num_patches, 1176) uint8 in patch order, not yet normalised; None where no pixels are read."""
+    """(num_patches, 1176) uint8 in patch order, not yet normalised.
+
+    None where no pixels are read.
+    """
     sample_ids: tuple[SampleId, ...]
     """One per segment, padding excepted."""
     num_tokens: int
@@ -140,4 +149,7 @@ class Step:
     packs: tuple[int, ...]
     """Numbers of this rank's packs, in the order of the microbatches."""
     bad: list[tuple[int, int, str]]
-    """(microbatch, segment, reason) of samples whose media could not be read here; their pixels are zeros."""
+    """(microbatch, segment, reason) of samples whose media could not be read here.
+
+    Their pixels are zeros.
+    """

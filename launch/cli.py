@@ -12,7 +12,10 @@ SPEAKER_FIRST_S = 3.0
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
-    """Run a command with the words of the command line; exits with 1 on an error that a person can mend."""
+    """Run a command with the words of the command line.
+
+    Exits with 1 on an error that a person can mend.
+    """
     rank = int(os.environ.get("RANK", "0"))
     try:
         main(sys.argv[1:])

@@ -1,10 +1,12 @@
 """Between Hugging Face folders and our checkpoints.
 
-    python launch/convert.py import Qwen2-VL-7B-Instruct runs/imported          # then: init.checkpoint=runs/imported
-    python launch/convert.py export runs/qwen2_vl_7b/stage3 exported --tokenizer Qwen2-VL-7B-Instruct
-    torchrun --nproc-per-node 8 launch/convert.py import ...                    # each rank reads its piece of each weight
+    python launch/convert.py import Qwen2-VL-7B-Instruct runs/imported
+    python launch/convert.py export runs/7b/stage3 exported --tokenizer Qwen2-VL-7B-Instruct
+    torchrun --nproc-per-node 8 launch/convert.py import ...    # each rank reads its pieces
 
-The model's sizes come from config.json; the import prints the command-line overrides that describe them.
+A run starts from an imported model with init.checkpoint=runs/imported.
+
+The model's sizes come from config.json; the import prints them as a model group.
 """
 
 import argparse
@@ -24,12 +26,16 @@ def main(argv: Sequence[str]) -> None:
     """Convert in the direction that is asked for."""
     options = _parser().parse_args(argv)
     from triptych.checkpoints import convert  # late: --help does not pay for torch
+    from triptych.checkpoints.model_file import read_model
     from triptych.data.types import Limits
 
     if options.direction == "import":
         folder = convert.import_hf(options.source, options.output)
-        model = convert.read_model(folder)
-        print(f"{folder}\nstart from it with: init.checkpoint={options.output} and a model group of these sizes:")
+        model = read_model(folder)
+        print(
+            f"{folder}\nstart from it with init.checkpoint={options.output} "
+            "and a model group of these sizes:"
+        )
         print(_as_yaml(model))
         return
     limits = Limits(options.min_pixels, options.max_pixels)

@@ -1,7 +1,7 @@
-"""Core attention over packed segments, causal or not: one small module plugged into megatron-core by ModuleSpec.
+"""Core attention over packed segments, causal or not: one module, plugged in by ModuleSpec.
 
-flash-attn where it is installed, else torch's own varlen attention on CUDA, else scaled_dot_product_attention segment by
-segment. Never a dense block mask over the whole pack.
+flash-attn where it is installed, else torch's own varlen attention on CUDA, else
+scaled_dot_product_attention segment by segment. Never a dense block mask over the whole pack.
 
 T tokens of the pack, N heads of this tensor-parallel rank, K of them key/value heads, D head_dim.
 """
@@ -11,36 +11,37 @@ import inspect
 import math
 from collections.abc import Callable
 from functools import cache
+from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from triptych.parallel.device import HAS_CUDA, prepare_megatron
+from triptych.parallel.device import HAS_CUDA
 
-prepare_megatron()
-
-from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
-from megatron.core.transformer.enums import AttnMaskType  # noqa: E402
-from megatron.core.transformer.module import MegatronModule  # noqa: E402
-from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 VarlenAttention = Callable[[Tensor, Tensor, Tensor, "Segments", bool, float], Tensor]
 
 
 class Segments(PackedSeqParams):
-    """Where the segments of a pack begin and end, on its way through megatron-core's layers to our core attention.
+    """Where the segments of a pack begin and end, on the way to our core attention.
 
-    It travels as ``packed_seq_params``, which megatron-core keeps per microbatch also under recomputation, but says
-    ``qkv_format="sbhd"``: with "thd" megatron-core would give every segment the rotary angles of the pack's first positions
-    wherever the pack is padded. So rotary positions stay per token, and T stays the first dimension of (T, 1, ...).
+    It travels as ``packed_seq_params``, which megatron-core keeps per microbatch also under
+    recomputation, but says ``qkv_format="sbhd"``: with "thd" megatron-core would give every segment
+    the rotary angles of the pack's first positions wherever the pack is padded. So rotary positions
+    stay per token, and T stays the first dimension of (T, 1, ...).
     """
 
     def __init__(self, bounds: list[int], device: torch.device) -> None:
         cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
         if device.type == "cuda":
             cu_seqlens = cu_seqlens.pin_memory().to(device, non_blocking=True)
-        longest = max(end - start for start, end in zip(bounds[:-1], bounds[1:], strict=True))
+        longest = max(end - start for start, end in pairwise(bounds))
         super().__init__(
             qkv_format="sbhd",
             cu_seqlens_q=cu_seqlens,
@@ -52,7 +53,10 @@ class Segments(PackedSeqParams):
 
 
 class PackedCoreAttention(MegatronModule):
-    """Softmax attention within each segment; constructor and call as megatron-core's DotProductAttention."""
+    """Softmax attention within each segment.
+
+    Constructor and call as megatron-core's DotProductAttention.
+    """
 
     def __init__(
         self,
@@ -115,7 +119,10 @@ def choose_attention(dtype: torch.dtype) -> tuple[VarlenAttention, str]:
 def attention_per_segment(
     q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, segments: Segments, causal: bool, scale: float
 ) -> Tensor:
-    """One scaled_dot_product_attention for each run of segments of equal length. Returns (T, N, D)."""
+    """One scaled_dot_product_attention for each run of segments of equal length.
+
+    Returns (T, N, D).
+    """
     outputs = []
     for start, end, length in _equal_runs(segments.bounds):
         q, k, v = (
@@ -129,9 +136,12 @@ def attention_per_segment(
 
 
 def _equal_runs(bounds: list[int]) -> list[tuple[int, int, int]]:
-    """(start, end, segment length) of each run of neighbouring segments of one length: these share a call."""
+    """(start, end, segment length) of each run of neighbouring segments of one length.
+
+    These share a call.
+    """
     runs: list[tuple[int, int, int]] = []
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in pairwise(bounds):
         if runs and runs[-1][2] == end - start:
             runs[-1] = (runs[-1][0], end, end - start)
         else:
@@ -164,9 +174,9 @@ def _torch_varlen_attention(
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    options: dict[str, object] = {"scale": scale}
+    options: dict[str, Any] = {"scale": scale}
     parameters = inspect.signature(varlen_attn).parameters
-    if "window_size" in parameters:  # torch >= 2.11; (-1, 0) looks back without bound and never ahead
+    if "window_size" in parameters:  # since torch 2.11; (-1, 0) looks back, never ahead
         options["window_size"] = (-1, 0) if causal else (-1, -1)
     else:
         options["is_causal"] = causal
@@ -176,7 +186,6 @@ def _torch_varlen_attention(
         groups = q_TND.size(1) // k_TKD.size(1)
         k_TKD, v_TKD = (x.repeat_interleave(groups, dim=1) for x in (k_TKD, v_TKD))
     cu_seqlens, longest = segments.cu_seqlens_q, segments.max_seqlen_q
-    out: Tensor = varlen_attn(
-        q_TND, k_TKD, v_TKD, cu_seqlens, cu_seqlens, longest, longest, **options
-    )
-    return out
+    out: Any = varlen_attn(q_TND, k_TKD, v_TKD, cu_seqlens, cu_seqlens, longest, longest, **options)
+    attended: Tensor = out
+    return attended

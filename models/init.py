@@ -1,4 +1,7 @@
-"""Random weights that do not depend on the layout: each parameter is drawn from its own generator, by its global name."""
+"""Random weights that do not depend on the layout.
+
+Each parameter is drawn from its own generator, by its global name.
+"""
 
 import hashlib
 
@@ -14,9 +17,11 @@ EMBEDDING_STD = 0.02
 
 
 def init_parameters(model: nn.Module, mesh: Mesh, seed: int, *, tied: bool) -> None:
-    """Draw every parameter of this rank: matrices normal with std 1 / sqrt(fan_in), norm weights 1, biases 0.
+    """Draw every parameter of this rank.
 
-    The same ``seed`` gives the same model in every layout. Makes the full tensor of one parameter at a time on the CPU.
+    Matrices are normal with deviation 1 / sqrt(fan_in), norm weights are 1, biases 0.
+    The same ``seed`` gives the same model in every layout. Makes the full tensor of one parameter
+    at a time on the CPU.
 
     Args:
         model: this rank's piece.

@@ -1,16 +1,13 @@
 """Norms for megatron-core layers that work with sequence parallelism on any device.
 
-megatron-core's own torch norm refuses sequence parallelism; its fused ones need apex or Transformer Engine. Only a mark on
-the weight is needed: it tells megatron-core to sum the weight's gradient over the tensor-parallel ranks.
+megatron-core's own torch norm refuses sequence parallelism; its fused ones need apex or Transformer
+Engine. Only a mark on the weight is needed: it tells megatron-core to sum the weight's gradient
+over the tensor-parallel ranks.
 """
 
 from torch import nn
 
-from triptych.parallel.device import prepare_megatron
-
-prepare_megatron()
-
-from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 class RMSNorm(nn.RMSNorm):

@@ -1,4 +1,4 @@
-"""Names of parameters that mean the same in every layout, the part each belongs to, and how it is cut over tp ranks."""
+"""Parameters under names that no layout changes: their part, and how tp cuts them."""
 
 from collections.abc import Iterator, Sequence
 from enum import Enum
@@ -78,9 +78,10 @@ def full_shape(piece: Tensor, cut: Cut, tp: int) -> tuple[int, ...]:
 
 
 def mark_cuts(model: nn.Module) -> None:
-    """Tell megatron-core which parameters are pieces and which are replicas: it counts replicas once in the gradient norm.
+    """Tell megatron-core which parameters are pieces: replicas count once in the gradient norm.
 
-    megatron-core marks them while it initialises weights; we initialise them ourselves (models/init.py), so we mark them too.
+    megatron-core marks them while it initialises weights; we initialise them ourselves
+    (models/init.py), so we mark them too.
     """
     for name, parameter in model.named_parameters():
         cut = cut_of(name)
@@ -91,7 +92,7 @@ def mark_cuts(model: nn.Module) -> None:
 
 
 def global_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """This rank's parameters under names that count decoder layers from the whole model's first, not this stage's."""
+    """This rank's parameters; decoder layers are counted from the whole model's first."""
     for name, parameter in model.named_parameters():
         yield _global_name(model, name), parameter
 

@@ -1,10 +1,11 @@
 """The one module that knows which device and backend this is.
 
-Where there is CUDA, nothing here does anything but name it: megatron-core runs as published, over NCCL. Where there is none,
-``prepare_megatron`` lets megatron-core run on a CPU over gloo, by reading its modules through a small rewriting loader:
-``torch.cuda`` becomes the ``CpuRuntime`` below, the literal ``"cuda"`` becomes ``"cpu"``, ``x.cuda()`` becomes ``x.cpu()``. Only
-``megatron.core`` is rewritten, only in memory, and only for the pinned version; so what the tests of parallelism run on a laptop is
-the code that runs on a GPU. See docs/adr/0001-megatron-on-cpu.md.
+Where there is CUDA, nothing here does anything but name it: megatron-core runs as published, over
+NCCL. Where there is none, ``prepare_megatron`` lets megatron-core run on a CPU over gloo, by
+reading its modules through a small rewriting loader: ``torch.cuda`` becomes the ``CpuRuntime``
+below, the literal ``"cuda"`` becomes ``"cpu"``, ``x.cuda()`` becomes ``x.cpu()``. Only
+``megatron.core`` is rewritten, only in memory, and only for the pinned version; so what the tests
+of parallelism run on a laptop is the code that runs on a GPU. See docs/adr/0001-megatron-on-cpu.md.
 """
 
 import ast
@@ -12,7 +13,6 @@ import contextlib
 import importlib.abc
 import importlib.machinery
 import importlib.metadata
-import importlib.util
 import logging
 import sys
 import warnings
@@ -44,16 +44,17 @@ def synchronize() -> None:
 
 
 def prepare_megatron() -> None:
-    """Make ``megatron.core`` importable on this device. Call before its first import; may be called again.
+    """Make ``megatron.core`` importable on this device; call it before its first import.
 
     Raises:
-        ConfigError: another version of megatron-core is installed than the one this was tested with.
+        ConfigError: another version of megatron-core is installed than the one this was tested
+            with.
     """
     installed = importlib.metadata.version("megatron-core")
     if installed != MEGATRON_VERSION:
         raise ConfigError(
-            f"megatron-core {installed} is installed, this project is tested with {MEGATRON_VERSION}"
-            f"  -> pip install megatron-core=={MEGATRON_VERSION}"
+            f"megatron-core {installed} is installed; this project is tested with "
+            f"{MEGATRON_VERSION}  -> pip install megatron-core=={MEGATRON_VERSION}"
         )
     _silence_expected_warnings()
     if HAS_CUDA or any(isinstance(finder, CpuFinder) for finder in sys.meta_path):
@@ -66,15 +67,25 @@ def prepare_megatron() -> None:
 
 
 def _silence_expected_warnings() -> None:
-    """megatron-core warns at import of every kernel that is not installed; our own table at start says it once."""
+    """megatron-core warns at import of every kernel that is not installed.
+
+    Our own table at start says it once.
+    """
     warnings.filterwarnings("ignore", module=r"megatron\.core.*")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
     quiet = logging.getLogger("megatron.core.tensor_parallel.random")
     quiet.addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
 
 
+def _nothing(*_: object, **__: object) -> None:
+    """What streams, events and synchronisation do on a CPU."""
+
+
 class CpuRuntime(ModuleType):
-    """Stands for ``torch.cuda`` inside megatron-core on a CPU; what it lacks falls through to the real one."""
+    """Stands for ``torch.cuda`` inside megatron-core on a CPU.
+
+    What it lacks falls through to the real one.
+    """
 
     __name__ = "triptych_cpu_runtime"
 
@@ -83,22 +94,14 @@ class CpuRuntime(ModuleType):
 
         def __init__(self, *args: object, **kwargs: object) -> None: ...
 
-        def wait_stream(self, other: object) -> None: ...
-
-        def wait_event(self, event: object) -> None: ...
-
-        def synchronize(self) -> None: ...
+        wait_stream = wait_event = synchronize = _nothing
 
     class Event:
         """An event that has always happened."""
 
         def __init__(self, *args: object, **kwargs: object) -> None: ...
 
-        def record(self, *args: object) -> None: ...
-
-        def wait(self, *args: object) -> None: ...
-
-        def synchronize(self) -> None: ...
+        record = wait = synchronize = _nothing
 
     class _Generators:
         def __getitem__(self, index: int) -> torch.Generator:
@@ -148,16 +151,13 @@ class CpuRuntime(ModuleType):
     def _lazy_call(callback: Callable[[], None], **_: object) -> None:
         callback()
 
-    @staticmethod
-    def _nothing(*_: object, **__: object) -> None: ...
-
-    synchronize = empty_cache = set_device = _lazy_init = _nothing
+    synchronize = empty_cache = set_device = _lazy_init = staticmethod(_nothing)
 
 
 class _CudaToCpu(ast.NodeTransformer):
     """The rewrite itself."""
 
-    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:  # noqa: N802  # ast's naming
+    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:  # ast's naming
         self.generic_visit(node)
         if node.attr != "cuda":
             return node
@@ -166,21 +166,21 @@ class _CudaToCpu(ast.NodeTransformer):
         node.attr = "cpu"
         return node
 
-    def visit_Call(self, node: ast.Call) -> ast.expr:  # noqa: N802
+    def visit_Call(self, node: ast.Call) -> ast.expr:
         moves_to_device = isinstance(node.func, ast.Attribute) and node.func.attr == "cuda"
         self.generic_visit(node)
         if moves_to_device:
             node.args, node.keywords = [], []
         return node
 
-    def visit_Constant(self, node: ast.Constant) -> ast.expr:  # noqa: N802
+    def visit_Constant(self, node: ast.Constant) -> ast.expr:
         if node.value in ("cuda", "cuda:0"):
             node.value = "cpu"
         elif isinstance(node.value, str) and node.value.startswith("torch.cuda."):
             node.value = node.value.replace("torch.cuda.", "torch.")
         return node
 
-    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.stmt:  # noqa: N802
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.stmt:
         if node.module == "torch.cuda":
             node.module = CpuRuntime.__name__
         return node
@@ -209,7 +209,9 @@ class CpuLoader(importlib.machinery.SourceFileLoader):
     def _refuse_survivors(tree: ast.AST, path: str) -> None:
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute) and node.attr == "cuda":
-                raise ConfigError(f"{path}:{node.lineno} still uses CUDA after the rewrite for CPUs")
+                raise ConfigError(
+                    f"{path}:{node.lineno} still uses CUDA after the rewrite for CPUs"
+                )
 
 
 class CpuFinder(importlib.abc.MetaPathFinder):

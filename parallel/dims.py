@@ -5,7 +5,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Dims:
-    """How many ranks each axis has. Ranks are ordered tp (fastest), dp, pp, as megatron-core orders them."""
+    """How many ranks each axis has.
+
+    Ranks are ordered tp (fastest), dp, pp, as megatron-core orders them.
+    """
 
     tp: int
     pp: int

@@ -1,4 +1,7 @@
-"""Process groups: who this rank is on each axis, and the collectives over an axis that training itself needs."""
+"""Process groups.
+
+Who this rank is on each axis, and the collectives over an axis that training itself needs.
+"""
 
 import os
 from dataclasses import dataclass
@@ -7,7 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from triptych.parallel.device import BACKEND, local_device, prepare_megatron
+from triptych.parallel.device import BACKEND, local_device
 from triptych.parallel.dims import Dims
 
 
@@ -39,7 +42,10 @@ class Mesh:
 
     @property
     def reads_media(self) -> bool:
-        """Reads and decodes for its tensor-parallel group: tp rank 0 of the first pipeline stage."""
+        """Reads and decodes for its tensor-parallel group.
+
+        Tp rank 0 of the first pipeline stage.
+        """
         return self.is_first_stage and self.tp_rank == 0
 
     @property
@@ -49,7 +55,10 @@ class Mesh:
 
 
 def init_distributed(timeout_s: int) -> int:
-    """Start the default process group from torchrun's environment, or alone without it. Returns the world size."""
+    """Start the default process group from torchrun's environment, or alone without it.
+
+    Returns the world size.
+    """
     if not dist.is_initialized():
         timeout = timedelta(seconds=timeout_s)
         if "RANK" in os.environ:
@@ -57,14 +66,16 @@ def init_distributed(timeout_s: int) -> int:
             dist.init_process_group(BACKEND, timeout=timeout)
         else:
             local_device(0)
-            store = dist.HashStore()
+            store = dist.HashStore()  # type: ignore[attr-defined]  # not in its __all__
             dist.init_process_group(BACKEND, store=store, rank=0, world_size=1, timeout=timeout)
     return dist.get_world_size()
 
 
 def build_mesh(tp: int, pp: int, *, seed: int, timeout_s: int) -> Mesh:
-    """Make the process groups of this layout. Every rank must call this, after ``init_distributed``."""
-    prepare_megatron()
+    """Make the process groups of this layout.
+
+    Every rank must call this, after ``init_distributed``.
+    """
     from megatron.core import parallel_state, tensor_parallel
 
     if parallel_state.model_parallel_is_initialized():
@@ -91,7 +102,10 @@ def build_mesh(tp: int, pp: int, *, seed: int, timeout_s: int) -> Mesh:
 
 
 def broadcast_from_source(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """Give every rank of ``group`` the tensor of the group's first rank. Every rank of ``group`` must call this."""
+    """Give every rank of ``group`` the tensor of the group's first rank.
+
+    Every rank of ``group`` must call this.
+    """
     if group.size() > 1:
         dist.broadcast(tensor, src=dist.get_process_group_ranks(group)[0], group=group)
     return tensor

@@ -1,11 +1,9 @@
-"""One step's microbatches through megatron-core's 1F1B schedule (or plain accumulation without pipeline)."""
+"""One step's microbatches through megatron-core's schedule: 1F1B, or plain accumulation."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
-
-from triptych.parallel.device import prepare_megatron
 
 Microbatch = TypeVar("Microbatch")
 Result = TypeVar("Result")
@@ -19,21 +17,22 @@ def run_microbatches(
     *,
     forward_only: bool,
 ) -> list[Result]:
-    """Forward (and backward) of every microbatch; gradients are summed and divided by the global number of tokens.
+    """Forward, and backward, of every microbatch.
 
+    Gradients are summed and divided by the global number of tokens that count.
     Every rank must call this, with the same number of microbatches.
 
     Args:
         model: wrapped for data parallelism, or bare for ``forward_only``.
         microbatches: this data-parallel rank's.
-        forward: runs this stage and returns its output and, used on the last stage only, what turns the output into
-            (summed loss, number of tokens that count as a 0-d int tensor, result to keep).
+        forward: runs this stage and returns its output and, used on the last stage only, what turns
+            the output into (summed loss, number of tokens that count as a 0-d int tensor, result to
+            keep).
         forward_only: no backward pass and no gradient reduction.
 
     Returns:
         The results of the microbatches on the last stage, in order; an empty list elsewhere.
     """
-    prepare_megatron()
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     def forward_step(data: Iterator[Microbatch], chunk: nn.Module) -> tuple[Tensor, Any]:

@@ -12,7 +12,8 @@ ParamState = dict[str, Tensor]
 class ShardedOptimizer(Protocol):
     """AdamW with fp32 master weights, its state sharded over the data-parallel ranks.
 
-    Names are the global ones of ``models.parameters``. Tensors are this rank's tensor-parallel pieces, whole over dp.
+    Names are the global ones of ``models.parameters``. Tensors are this rank's tensor-parallel
+    pieces, whole over dp.
     """
 
     model: nn.Module
@@ -24,7 +25,10 @@ class ShardedOptimizer(Protocol):
         """Forget the gradients. Before each step's first microbatch."""
 
     def grad_norm(self) -> float:
-        """L2 norm of the whole model's gradient, replicated and tied parameters counted once. A collective of all ranks."""
+        """L2 norm of the whole model's gradient, replicated and tied parameters counted once.
+
+        A collective of all ranks.
+        """
 
     def step(self, lr: Mapping[str, float], grad_norm: float) -> None:
         """Clip by ``grad_norm`` and update. ``lr`` by part. A collective of all ranks."""

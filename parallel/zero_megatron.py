@@ -1,4 +1,7 @@
-"""ZeRO-1 by megatron-core's DistributedOptimizer: reduce-scatter of gradients, all-gather of parameters."""
+"""ZeRO-1 by megatron-core's DistributedOptimizer.
+
+Reduce-scatter of gradients, all-gather of parameters.
+"""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -8,24 +11,23 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from triptych.configs.schema import OptimizerConfig, Precision
-from triptych.parallel.device import prepare_megatron
 from triptych.parallel.mesh import Mesh
 from triptych.parallel.zero import ParamState
 
-prepare_megatron()
-
-from megatron.core.distributed import (  # noqa: E402
+from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import (  # noqa: E402
+from megatron.core.optimizer import (
     OptimizerConfig as MegatronOptimizerConfig,
+)
+from megatron.core.optimizer import (
     ParamKey,
     get_megatron_optimizer,
 )
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32  # noqa: E402
-from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate  # noqa: E402
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -33,7 +35,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class MegatronZero:
     """The ShardedOptimizer over megatron-core's DDP buffers.
 
-    Every rank must build it, also one where nothing trains. Parameters that are frozen at this moment stay frozen.
+    Every rank must build it, also one where nothing trains. Parameters that are frozen at this
+    moment stay frozen.
     """
 
     def __init__(
@@ -116,7 +119,10 @@ class MegatronZero:
         }
 
     def state_by_param(self) -> dict[str, ParamState]:
-        """Master weights and Adam's moments by name, whole over dp. Every rank of ``dp_group`` must call this."""
+        """Master weights and Adam's moments by name, whole over dp.
+
+        Every rank of ``dp_group`` must call this.
+        """
         gathered: dict[str, ParamState] = {}
         for name, parameter, start, _, inner in self._shards():
             shard = {"master": None} | dict.fromkeys(MOMENTS)
@@ -138,7 +144,9 @@ class MegatronZero:
             if inner is None:
                 continue
             adam, main = inner
-            tensors = {key: value.flatten()[start:end] for key, value in state.get(name, {}).items()}
+            tensors = {
+                key: value.flatten()[start:end] for key, value in state.get(name, {}).items()
+            }
             if tensors:
                 main.data.copy_(tensors["master"])
             moments = {
@@ -159,14 +167,15 @@ class MegatronZero:
     def _shards(
         self,
     ) -> Iterator[tuple[str, Any, int, int, tuple[torch.optim.Optimizer, Tensor] | None]]:
-        """Each trained parameter with the range of its elements that this dp rank owns, and its Adam and master shard.
+        """Each trained parameter, the range that this dp rank owns, its Adam and master shard.
 
-        In one order on all ranks of ``dp_group``; (0, 0, None) where this rank owns nothing of a parameter.
+        In one order on all ranks of ``dp_group``; (0, 0, None) where this rank owns nothing of a
+        parameter.
         """
         owned = {}
         for optimizer in self._optimizers:
             for parameter, (group, index) in optimizer.model_param_group_index_map.items():
-                shard = optimizer._get_model_param_range_map(parameter)["param"]  # noqa: SLF001  # no public name
+                shard = optimizer._get_model_param_range_map(parameter)["param"]  # no public name
                 main = optimizer.optimizer.param_groups[group]["params"][index]
                 owned[id(parameter)] = (shard.start, shard.end, (optimizer.optimizer, main))
         for name, parameter in self._trained.items():
@@ -174,7 +183,10 @@ class MegatronZero:
             yield name, parameter, start, end, inner
 
     def _gather(self, parameter: Tensor, shard: Tensor | None, start: int) -> Tensor:
-        """The whole tensor, from the pieces of all dp ranks: a sum in which each element is not zero on one rank only."""
+        """The whole tensor, from the pieces of all dp ranks.
+
+        A sum in which each element is not zero on one rank only.
+        """
         whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
         if shard is not None and shard.numel():
             whole[start : start + shard.numel()] = shard.detach().flatten()
@@ -203,7 +215,7 @@ def _param_groups(part_by_id: Mapping[int, str]) -> dict[ParamKey, dict[str, Any
 
 
 def _set_fused_step(adam: torch.optim.Optimizer, step: int) -> None:
-    """apex's and Transformer Engine's FusedAdam count steps by group instead of by parameter."""
+    """Apex's and Transformer Engine's FusedAdam count steps by group instead of by parameter."""
     if not isinstance(adam, torch.optim.AdamW):
         for group in adam.param_groups:
             group["step"] = step

@@ -22,6 +22,8 @@ class Engine:
 
     mesh: Mesh
     stage: Stage
+    bare_model: nn.Module
+    """This rank's piece, without the wrapping."""
     parameters: Mapping[str, nn.Parameter]
     optimizer: ShardedOptimizer
     census: Census
@@ -29,7 +31,7 @@ class Engine:
 
     @property
     def model(self) -> nn.Module:
-        """The model, wrapped for data parallelism."""
+        """This rank's piece, wrapped for data parallelism."""
         return self.optimizer.model
 
     @property
@@ -41,8 +43,8 @@ class Engine:
 def build_engine(config: Config, mesh: Mesh) -> Engine:
     """Every rank must call this.
 
-    Pipeline split, tensor and sequence parallelism, recomputation and dtype are the model's; then the stage freezes; then data
-    parallelism and ZeRO-1 wrap what trains.
+    Pipeline split, tensor and sequence parallelism, recomputation and dtype are the model's; then
+    the stage freezes; then data parallelism and ZeRO-1 wrap what trains.
     """
     model = build_model(
         config.model, config.parallel, config.train.precision, mesh, seq_len=config.train.seq_len
@@ -57,4 +59,4 @@ def build_engine(config: Config, mesh: Mesh) -> Engine:
         model, parameters, parts, config.optimizer, config.train.precision, mesh
     )
     tied = config.model.language.tie_word_embeddings
-    return Engine(mesh, stage, parameters, optimizer, census, tied)
+    return Engine(mesh, stage, model, parameters, optimizer, census, tied)

@@ -1,4 +1,7 @@
-"""From what this rank's loader made to what the model takes: who reads pixels tells the others, nobody decodes twice."""
+"""From what this rank's loader made to what the model takes.
+
+Who reads pixels tells the others, nobody decodes twice.
+"""
 
 from dataclasses import replace
 
@@ -12,7 +15,8 @@ from triptych.parallel.mesh import Mesh, broadcast_from_source
 def drop_unreadable(step: Step, mesh: Mesh) -> None:
     """Take samples whose media could not be read out of the loss, on every rank of the replica.
 
-    Only the reading rank knows of them. Every rank of ``model_group`` must call this, once per step.
+    Only the reading rank knows of them. Every rank of ``model_group`` must call this, once per
+    step.
     """
     spots = [(microbatch, segment) for microbatch, segment, _ in step.bad]
     if mesh.dims.tp * mesh.dims.pp > 1:
@@ -29,7 +33,7 @@ def drop_unreadable(step: Step, mesh: Mesh) -> None:
 
 
 def to_device(batch: Batch, mesh: Mesh) -> Batch:
-    """The batch on this rank's device, with pixels on the first stage: read here or received from the reading rank.
+    """The batch on this rank's device; on the first stage with pixels, read here or received.
 
     Every rank of ``tp_group`` must call this, in the same order of microbatches.
     """

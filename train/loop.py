@@ -15,7 +15,10 @@ from triptych.train.step import train_step
 def train(
     config: Config, engine: Engine, loader: Loader, state: TrainState, hooks: Sequence[Hook]
 ) -> TrainState:
-    """Train until the stage's token budget is used up, or ``train.num_steps`` is reached. Every rank must call this."""
+    """Train until the stage's token budget is used up, or ``train.num_steps`` is reached.
+
+    Every rank must call this.
+    """
     while not is_finished(config, engine, state):
         start = time.perf_counter()
         step = next(loader)
@@ -35,4 +38,6 @@ def train(
 def is_finished(config: Config, engine: Engine, state: TrainState) -> bool:
     """Whether the budget is used up, or the cap reached."""
     cap = config.train.num_steps
-    return engine.stage.is_finished(state.consumed_tokens) or (cap is not None and state.step >= cap)
+    return engine.stage.is_finished(state.consumed_tokens) or (
+        cap is not None and state.step >= cap
+    )

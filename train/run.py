@@ -11,12 +11,11 @@ from triptych.checkpoints.comm import ProcessGroupComm
 from triptych.checkpoints.store import CheckpointStore
 from triptych.configs.compose import save_config
 from triptych.configs.schema import Config
-from triptych.data.loader import Loader
+from triptych.costs.layout import layers_per_stage
 from triptych.data.plan.plan import Plan
 from triptych.errors import ConfigError
 from triptych.models.attention import choose_attention
 from triptych.models.qwen2_vl.transformer_configs import DTYPES
-from triptych.parallel.layout import layers_per_stage
 from triptych.parallel.mesh import Mesh, build_mesh, init_distributed, shutdown
 from triptych.train.engine import Engine, build_engine
 from triptych.train.hooks.checkpoint import Checkpointing
@@ -27,7 +26,7 @@ from triptych.train.hooks.trackers import TensorBoardTracker, WandbTracker
 from triptych.train.hooks.validation import Validation
 from triptych.train.loop import is_finished, train
 from triptych.train.report import say
-from triptych.train.sources import DataPlan, generate, open_data
+from triptych.train.sources import Mixture, generate_samples
 from triptych.train.start import start
 from triptych.train.state import TrainState
 
@@ -46,8 +45,8 @@ def pretrain(config: Config) -> TrainState:
         timeout_s=config.cluster.timeout_s,
     )
     _open_run_folder(config, mesh)
-    generate(config, mesh)
-    data = open_data(config)
+    generate_samples(config, mesh)
+    data = Mixture.open(config, config.data.mixtures[config.stage.name])
     _refuse_different_plans(data.plan)
     engine = build_engine(config, mesh)
     _introduce(config, engine, data)
@@ -59,7 +58,7 @@ def pretrain(config: Config) -> TrainState:
         return state
     loader = data.loader(config, mesh, state.cursor)
     with contextlib.closing(loader), contextlib.ExitStack() as stack:
-        hooks = _hooks(config, engine, data, store, state)
+        hooks = _hooks(config, engine, store, state)
         for hook in hooks:
             stack.callback(hook.close)
         state = train(config, engine, loader, state, hooks)
@@ -98,30 +97,36 @@ def _refuse_different_plans(plan: Plan) -> None:
         )
 
 
-def _introduce(config: Config, engine: Engine, data: DataPlan) -> None:
+def _introduce(config: Config, engine: Engine, data: Mixture) -> None:
     mesh, step = engine.mesh, config.train.global_batch_size * config.train.seq_len
     layers = layers_per_stage(config.model, config.parallel, seq_len=config.train.seq_len)
     _, attention = choose_attention(DTYPES[config.train.precision])
+    dims, packs = mesh.dims, config.train.global_batch_size
     say(
         mesh,
         f"{config.stage.name} of {config.model.name} -> {config.run.dir}\n"
-        f"ranks: {mesh.dims.world_size} = tp {mesh.dims.tp} x pp {mesh.dims.pp} x dp {mesh.dims.dp}; "
+        f"ranks: {dims.world_size} = tp {dims.tp} x pp {dims.pp} x dp {dims.dp}; "
         f"decoder layers by stage: {', '.join(map(str, layers))} (ViT on the first)\n"
-        f"step: {config.train.global_batch_size} packs x {config.train.seq_len} tokens = {step:,} at most, "
+        f"step: {packs} packs x {config.train.seq_len} tokens = {step:,} at most, "
         f"of a budget of {config.stage.token_budget:,}\n"
-        f"attention: {attention}; {config.train.precision.name}; threads per rank: {torch.get_num_threads()}\n"
-        f"data: {data.describe()}\n{engine.census}",
+        f"attention: {attention}; {config.train.precision.name}; "
+        f"{torch.get_num_threads()} threads per rank\n"
+        f"data: {data}\n{engine.census}",
     )
 
 
 def _hooks(
-    config: Config, engine: Engine, data: DataPlan, store: CheckpointStore, state: TrainState
+    config: Config, engine: Engine, store: CheckpointStore, state: TrainState
 ) -> Sequence[Hook]:
-    """In the order in which they are called: what adds metrics before what writes them, saving last."""
+    """In the order in which they are called.
+
+    What adds metrics before what writes them, saving last.
+    """
     mesh, run_dir = engine.mesh, Path(config.run.dir)
     hooks: list[Hook] = []
     if config.train.validate_every:
-        hooks.append(Validation(config, engine, data.validation_batches(config, mesh)))
+        held_out = Mixture.open(config, config.data.validation, once=True)
+        hooks.append(Validation(config, engine, held_out.validation_step(config, mesh)))
     if mesh.is_main:
         for ledger in (run_dir / "ledger").glob("*.jsonl"):
             keep_until(ledger, state.step)

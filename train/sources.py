@@ -1,4 +1,4 @@
-"""The datasets of a run: opened, checked against tokenizer and model, and planned."""
+"""The datasets of a run: opened, checked against tokenizer and model, planned, and read."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,31 +6,116 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from triptych.configs.schema import Config, DataConfig
+from triptych.configs.schema import Config
+from triptych.costs.flops import Workload, training_flops
 from triptych.data.dataset import Dataset
-from triptych.data.loader import Loader
+from triptych.data.loader import Loader, validation_step
 from triptych.data.plan.plan import Cursor, Plan
 from triptych.data.plan.sources import plan_sources
+from triptych.data.prepare.digits import have_digits, make_digits
+from triptych.data.reader import BatchFormat
 from triptych.data.tokenizer import load_tokenizer
-from triptych.data.types import Batch, Limits
+from triptych.data.types import Limits, Step
 from triptych.parallel.mesh import Mesh
 from triptych.train.report import say
 
 
 @dataclass(frozen=True, slots=True)
-class DataPlan:
-    """The sources of the stage's mixture, in the order that the plan numbers them, and those of validation."""
+class Mixture:
+    """Datasets in the order in which their plan numbers them."""
 
     sources: list[Dataset]
-    plan: Plan
     weights: Mapping[str, float]
-    validation_sources: list[Dataset]
-    validation_plan: Plan | None
+    plan: Plan
 
-    def describe(self) -> str:
-        """Sources with weight and number of samples, for the terminal."""
+    @classmethod
+    def open(cls, config: Config, weights: Mapping[str, float], *, once: bool = False) -> "Mixture":
+        """Open and plan the datasets that have a weight.
+
+        Args:
+            config: of the run.
+            weights: source name -> weight.
+            once: a window holds no sample twice, however few there are: for validation.
+
+        Raises:
+            ConfigError: tokenizer or weights cannot be used.
+            DataError: a dataset is missing, damaged, empty, or of another tokenizer.
+        """
+        tokenizer = load_tokenizer(config.data.tokenizer)
+        sources = [Dataset.open(config.data.sources[name].path, name) for name in weights]
+        for source in sources:
+            source.check_tokens(config.model.tokens, tokenizer.fingerprint)
+        num_samples = sum(len(source) for source in sources)
+        plan = Plan(
+            plan_sources(sources, weights, _limits(config)),
+            seed=config.seed,
+            seq_len=config.train.seq_len,
+            max_patches=config.data.max_patches,
+            window=min(config.data.window, num_samples) if once else config.data.window,
+            oversize=config.data.oversize,
+        )
+        return cls(sources, weights, plan)
+
+    def loader(self, config: Config, mesh: Mesh, cursor: Cursor) -> Loader:
+        """This rank's steps from ``cursor`` on; whoever asks must close it."""
+        parts = config.stage
+        trains = {name: getattr(parts, name).train for name in ("vit", "adapter", "llm")}
+
+        def cost(load: Workload) -> float:
+            return training_flops(config.model, load, **trains)
+
+        return Loader(
+            self.plan,
+            self.sources,
+            cursor,
+            _form(config, mesh),
+            dp_rank=mesh.dp_rank,
+            dp_size=mesh.dims.dp,
+            global_batch_size=config.train.global_batch_size,
+            micro_batch_size=config.train.micro_batch_size,
+            cost=cost,
+            num_workers=config.data.num_workers,
+            prefetch_steps=config.data.prefetch_steps,
+        )
+
+    def validation_step(self, config: Config, mesh: Mesh) -> Step:
+        """This rank's share of the ``train.validation_packs`` first packs."""
+        return validation_step(
+            self.plan,
+            self.sources,
+            _form(config, mesh),
+            num_packs=config.train.validation_packs,
+            dp_rank=mesh.dp_rank,
+            dp_size=mesh.dims.dp,
+            micro_batch_size=config.train.micro_batch_size,
+            num_workers=config.data.num_workers,
+        )
+
+    def __str__(self) -> str:
         listed = ", ".join(
-            f"{source.name} {self.weights[source.name]:g} ({len(source):,} samples)"
+            f"{source.name} {self.weights[source.name]:g} of {len(source):,} samples"
             for source in self.sources
         )
         return f"{listed}; plan {self.plan.hash[:12]}"
+
+
+def generate_samples(config: Config, mesh: Mesh) -> None:
+    """Make the sample datasets, where asked for and not there. Every rank must call this."""
+    root = Path(config.data.root)
+    if config.data.generate and mesh.is_main and not have_digits(root):
+        say(mesh, f"making sample data in {root}")
+        make_digits(root)
+    dist.barrier()
+
+
+def _limits(config: Config) -> Limits:
+    return Limits(config.data.min_pixels, config.data.max_pixels)
+
+
+def _form(config: Config, mesh: Mesh) -> BatchFormat:
+    return BatchFormat(
+        tokens=config.model.tokens,
+        limits=_limits(config),
+        pad_to=config.parallel.tp,
+        read_pixels=mesh.reads_media,
+    )

@@ -1,4 +1,7 @@
-"""Where a run starts: from its own newest checkpoint, from another one's weights, or from random ones."""
+"""Where a run starts.
+
+From its own newest checkpoint, from another one's weights, or from random ones.
+"""
 
 from pathlib import Path
 
@@ -26,7 +29,8 @@ def start(
     """Set weights and optimizer state, and say where training stands. Every rank must call this.
 
     Raises:
-        ConfigError: ``resume=never`` and the run has checkpoints, or another plan of the data than the checkpoint's.
+        ConfigError: ``resume=never`` and the run has checkpoints, or another plan of the data than
+            the checkpoint's.
         CheckpointError: nothing good to start from, or of another model or stage.
     """
     folder = _own_checkpoint(config, store, comm)
@@ -77,9 +81,10 @@ def _resume(folder: Path, config: Config, engine: Engine, plan: Plan) -> TrainSt
 def _on_new_plan(folder: Path, state: TrainState, config: Config, plan: Plan) -> TrainState:
     if not config.data.accept_new_plan:
         raise ConfigError(
-            f"{folder} was trained on the data plan {state.segments[-1].plan}, this configuration plans "
-            f"{plan.hash}: sources, mixture, seed, train.seq_len, data.max_patches, pixel limits or data.window differ"
-            "  -> restore them, or data.accept_new_plan=true to start the data anew from here"
+            f"{folder} was trained on the data plan {state.segments[-1].plan}, this configuration "
+            f"plans {plan.hash}: sources, mixture, seed, train.seq_len, data.max_patches, pixel "
+            "limits or data.window differ  -> restore them, or data.accept_new_plan=true to start "
+            "the data anew from here"
         )
     return state.on_new_plan(plan.hash, plan.start)
 
@@ -87,7 +92,7 @@ def _on_new_plan(folder: Path, state: TrainState, config: Config, plan: Plan) ->
 def _init_weights(config: Config, engine: Engine, comm: Comm) -> None:
     mesh = engine.mesh
     if config.init.checkpoint is None:
-        init_parameters(engine.model.module, mesh, config.seed, tied=engine.tied)
+        init_parameters(engine.bare_model, mesh, config.seed, tied=engine.tied)
         engine.optimizer.refresh_master_weights()
         say(mesh, f"weights: random, drawn from seed={config.seed} (init.allow_random=true)")
         return

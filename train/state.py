@@ -1,4 +1,7 @@
-"""Where a run stands: a few numbers, all that is needed to go on besides weights and optimizer state."""
+"""Where a run stands.
+
+A few numbers, all that is needed to go on besides weights and optimizer state.
+"""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace

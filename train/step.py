@@ -1,7 +1,11 @@
-"""One optimizer step: the summed loss of the global batch, divided by its number of supervised tokens, in every layout."""
+"""One optimizer step.
+
+The summed loss of the global batch, divided by its number of supervised tokens, in every layout.
+"""
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +35,10 @@ class StepResult:
     """What one step did, over all ranks."""
 
     loss: float | None
-    """Mean over the supervised tokens of the global batch; None where there was none and nothing was updated."""
+    """Mean over the supervised tokens of the global batch.
+
+    None where there was none and nothing was updated.
+    """
     grad_norm: float
     """Before clipping."""
     lr: dict[str, float]
@@ -69,19 +76,22 @@ def train_step(
     return StepResult(loss, grad_norm, lr, totals, time.perf_counter() - start)
 
 
-def validation_loss(model: nn.Module, batches: list[Batch], mesh: Mesh) -> float:
+def validation_loss(model: nn.Module, step: Step, mesh: Mesh) -> float:
     """Mean loss over the supervised tokens of all ranks' batches. Every rank must call this."""
-    step = Step(microbatches=batches, packs=(), bad=[])
+    drop_unreadable(step, mesh)
     totals = count(step, mesh)
     with torch.no_grad():
-        loss_sum = sum_losses(model, batches, mesh, forward_only=True)
+        loss_sum = sum_losses(model, step.microbatches, mesh, forward_only=True)
     return _mean_loss(loss_sum, totals, mesh)
 
 
 def sum_losses(
-    model: nn.Module, batches: "list[Batch] | tuple[Batch, ...]", mesh: Mesh, *, forward_only: bool
+    model: nn.Module, batches: Sequence[Batch], mesh: Mesh, *, forward_only: bool
 ) -> Tensor:
-    """Loss of this rank's supervised tokens, summed in fp64; 0 but on the last stage. Every rank must call this."""
+    """Loss of this rank's supervised tokens, summed in fp64.
+
+    0 but on the last stage. Every rank must call this.
+    """
 
     def forward(stage: nn.Module, batch: Batch) -> tuple[Tensor, LossFunction[Tensor]]:
         batch = to_device(batch, mesh)
@@ -100,8 +110,9 @@ def masked_sum(losses_T: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor, Ten
         loss_mask: (T,) bool.
 
     Returns:
-        The sum to differentiate, the number of tokens that count, and the sum in fp64 to report. The schedule turns the
-        gradients of all sums into the gradient of the mean over the global batch (parallel/schedule.py).
+        The sum to differentiate, the number of tokens that count, and the sum in fp64 to report.
+        The schedule turns the gradients of all sums into the gradient of the mean over the global
+        batch (parallel/schedule.py).
     """
     counted = losses_T * loss_mask
     return counted.sum(), loss_mask.sum().int(), counted.detach().double().sum()
@@ -125,7 +136,10 @@ def count(step: Step, mesh: Mesh) -> Totals:
 
 
 def _mean_loss(loss_sum: Tensor, totals: Totals, mesh: Mesh) -> float:
-    """The global mean, on every rank: the last stage's sums over dp, then from the last stage to the others."""
+    """The global mean, on every rank.
+
+    The last stage's sums over dp, then from the last stage to the others.
+    """
     total = loss_sum.clone()
     dist.all_reduce(total, group=mesh.dp_group)
     dist.all_reduce(total, group=mesh.pp_group)
@@ -137,8 +151,11 @@ def _stop(number: int, loss: float, grad_norm: float, loss_sum: Tensor) -> None:
     finite: list[bool] = [True] * dist.get_world_size()
     dist.all_gather_object(finite, math.isfinite(float(loss_sum)))
     ranks = [rank for rank, good in enumerate(finite) if not good]
-    where = f"the loss of rank {', '.join(map(str, ranks))}" if ranks else "a gradient, but no loss,"
+    where = (
+        f"the loss of rank {', '.join(map(str, ranks))}" if ranks else "a gradient, but no loss,"
+    )
     raise TrainingError(
-        f"step {number}: {where} is not finite (loss {loss}, gradient norm {grad_norm}); nothing was updated"
-        "  -> look at this step's packs in ledger.jsonl, or resume from an earlier checkpoint with a lower learning rate"
+        f"step {number}: {where} is not finite (loss {loss}, gradient norm {grad_norm}); "
+        "nothing was updated  -> run.dir/ledger names the packs of each step; resume from an "
+        "earlier checkpoint, with a lower learning rate or without the data at fault"
     )

@@ -1,4 +1,7 @@
-"""Layer specs: megatron-core's transformer layers with our norm and our packed core attention plugged in."""
+"""Layer specs.
+
+Megatron-core's transformer layers with our norm and our packed core attention plugged in.
+"""
 
 from triptych.models.attention import PackedCoreAttention
 from triptych.models.norm import LayerNorm, RMSNorm

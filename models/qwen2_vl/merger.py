@@ -8,9 +8,14 @@ from triptych.models.qwen2_vl.transformer_configs import DTYPES
 
 
 class Merger(nn.Module):
-    """Joins 2x2 neighbouring patches into one token of the language model. Replicated over tp: it has few parameters."""
+    """Joins 2x2 neighbouring patches into one token of the language model.
 
-    def __init__(self, vision: VisionConfig, language: LanguageConfig, precision: Precision) -> None:
+    Replicated over tp: it has few parameters.
+    """
+
+    def __init__(
+        self, vision: VisionConfig, language: LanguageConfig, precision: Precision
+    ) -> None:
         super().__init__()
         dtype = DTYPES[precision]
         self.merged_size = vision.hidden_size * vision.spatial_merge_size**2

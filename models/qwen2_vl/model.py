@@ -1,7 +1,8 @@
 """Qwen2-VL as one pipeline stage sees it.
 
-The first stage holds ViT, merger, embedding and the first decoder layers; the last one holds the head. In between there are decoder
-layers only. megatron-core's GPTModel is the language model; what this module adds is the way of the pixels into its input.
+The first stage holds ViT, merger, embedding and the first decoder layers; the last one holds the
+head. In between there are decoder layers only. megatron-core's GPTModel is the language model; what
+this module adds is the way of the pixels into its input.
 
 T tokens of the pack, H width of the language model.
 """
@@ -66,7 +67,10 @@ class Qwen2VL(MegatronModule):
         self.language.set_input_tensor(input_tensor)
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
-        """The tied embedding, where this stage has it; megatron-core sums its gradient over first and last stage."""
+        """The tied embedding, where this stage has it.
+
+        Megatron-core sums its gradient over first and last stage.
+        """
         weight: Tensor | None = self.language.shared_embedding_or_output_weight()
         return weight
 
@@ -74,7 +78,8 @@ class Qwen2VL(MegatronModule):
         """Run this stage.
 
         Args:
-            batch: on the device; ``pixel_values`` is needed on the first stage only, ``labels`` on the last only.
+            batch: on the device; ``pixel_values`` is needed on the first stage only, ``labels`` on
+                the last only.
             with_loss: False gives logits.
 
         Returns:
@@ -92,14 +97,18 @@ class Qwen2VL(MegatronModule):
         return output
 
     def _embed(self, batch: Batch) -> Tensor:
-        """Text embeddings with the ViT's tokens in their places: (T, 1, H), cut along T for sequence parallelism."""
+        """Text embeddings with the ViT's tokens in their places.
+
+        (T, 1, H), cut along T for sequence parallelism.
+        """
         h_T1H = self.language.embedding(input_ids=batch.input_ids.unsqueeze(0), position_ids=None)
         if batch.pixel_values is not None and batch.num_patches:
             vision_VH = self._encode_vision(batch.pixel_values, batch.grid_thw)
             h_T1H = h_T1H.index_copy(0, batch.vision_index, vision_VH.unsqueeze(1))
         if self.config.sequence_parallel:
             h_T1H = scatter_to_sequence_parallel_region(h_T1H)
-        return h_T1H
+        embedded: Tensor = h_T1H
+        return embedded
 
     def _encode_vision(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
         """ViT and merger. A frozen ViT runs without a graph: it keeps no activations."""

@@ -13,12 +13,9 @@ from triptych.configs.schema import (
     Recompute,
     VisionConfig,
 )
-from triptych.parallel.device import prepare_megatron
 
-prepare_megatron()
-
-from megatron.core.activations import quick_gelu  # noqa: E402
-from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
+from megatron.core.activations import quick_gelu
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
 
@@ -48,7 +45,7 @@ def language_transformer(
         pipeline_model_parallel_size=parallel.pp,
         pipeline_model_parallel_layout=_pipeline_layout(layers_per_stage),
         variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",  # megatron asks for it wherever lengths vary, also without experts
+        moe_token_dispatcher_type="alltoall",  # asked for wherever lengths vary, experts or not
         batch_p2p_comm=True,
         deallocate_pipeline_outputs=True,
         calculate_per_token_loss=True,
@@ -60,7 +57,11 @@ def language_transformer(
 def vision_transformer(
     config: VisionConfig, parallel: ParallelConfig, precision: Precision
 ) -> TransformerConfig:
-    """The ViT: LayerNorm, quick GELU, bias everywhere; lives whole in the first pipeline stage, replicated along the sequence."""
+    """The ViT.
+
+    LayerNorm, quick GELU, bias everywhere; lives whole in the first pipeline stage, replicated
+    along the sequence.
+    """
     return TransformerConfig(
         num_layers=config.depth,
         hidden_size=config.hidden_size,
@@ -91,7 +92,7 @@ def _common(parallel: ParallelConfig, precision: Precision) -> dict[str, Any]:
         apply_rope_fusion=False,
         gradient_accumulation_fusion=False,
         use_cpu_initialization=True,
-        perform_initialization=False,  # models/init.py draws weights that do not depend on the layout
+        perform_initialization=False,  # models/init.py draws weights, the same in every layout
     )
 
 

@@ -1,4 +1,4 @@
-"""The vision tower: patches of any number of images in one packed sequence, one attention segment per frame.
+"""The vision tower: all images of a pack in one sequence, one attention segment per frame.
 
 P patches of all images and frames, E ViT width, D head_dim.
 """
@@ -23,10 +23,13 @@ ROPE_THETA = 10000.0
 class VisionTower(MegatronModule):
     """Patch embedding and ViT layers, sharded over tp with the language model.
 
-    The patch embedding is a linear map over flattened 3D patches, equal to the convolution because its kernel is its stride.
+    The patch embedding is a linear map over flattened 3D patches, equal to the convolution because
+    its kernel is its stride.
     """
 
-    def __init__(self, config: VisionConfig, parallel: ParallelConfig, precision: Precision) -> None:
+    def __init__(
+        self, config: VisionConfig, parallel: ParallelConfig, precision: Precision
+    ) -> None:
         transformer = vision_transformer(config, parallel, precision)
         super().__init__(config=transformer)
         patch_dim = config.in_channels * config.temporal_patch_size * config.patch_size**2
@@ -83,7 +86,8 @@ def patch_positions(grid_thw: Tensor, merge: int) -> Tensor:
 def vision_angles(grid_thw: Tensor, merge: int, head_dim: int) -> Tensor:
     """Angles of the 2D rotary embedding, fp32 on the CPU.
 
-    A quarter of the head's dimensions follows the row, a quarter the column, both again for the rotated half.
+    A quarter of the head's dimensions follows the row, a quarter the column, both again for the
+    rotated half.
 
     Returns:
         (P, head_dim) float32.

@@ -1,12 +1,10 @@
 """Saves the run every ``run.checkpoint_every`` steps, and at its end."""
 
-
 from triptych.checkpoints.model_file import write_model
 from triptych.checkpoints.run_state import save_state
 from triptych.checkpoints.store import CheckpointStore
 from triptych.configs.compose import save_config
 from triptych.configs.schema import Config
-from triptych.parallel.mesh import Mesh
 from triptych.train.engine import Engine
 from triptych.train.hooks.hook import StepEvent
 from triptych.train.report import say

@@ -10,7 +10,10 @@ from triptych.train.step import StepResult
 
 @dataclass(frozen=True, slots=True)
 class StepEvent:
-    """One finished step. Hooks run in order, on every rank; ``metrics`` grows on its way through them."""
+    """One finished step.
+
+    Hooks run in order, on every rank; ``metrics`` grows on its way through them.
+    """
 
     state: TrainState
     """After the step."""

@@ -55,7 +55,7 @@ class JsonLines:
 
 
 def keep_until(path: Path, last_step: int) -> None:
-    """Drop the records of steps after ``last_step``, which will be trained again, and a half-written last line."""
+    """Drop steps after ``last_step``, which will be trained again, and a half-written line."""
     kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= last_step]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept))
@@ -83,7 +83,10 @@ class MetricsFile:
 
 
 class Ledger:
-    """Writes which packs and samples this data-parallel rank trained on, step by step; on its reading rank."""
+    """Writes which packs and samples this data-parallel rank trained on, step by step.
+
+    On its reading rank.
+    """
 
     def __init__(self, path: Path, from_step: int) -> None:
         self._lines = JsonLines(path, from_step)
@@ -92,9 +95,7 @@ class Ledger:
         """Append the step's packs, by number, and its samples, as [source, index]."""
         step: Step = event.step
         samples = [sample for batch in step.microbatches for sample in batch.sample_ids]
-        self._lines.write(
-            {"step": event.state.step, "packs": list(step.packs), "samples": samples}
-        )
+        self._lines.write({"step": event.state.step, "packs": list(step.packs), "samples": samples})
 
     def close(self) -> None:
         """Close the file."""

@@ -40,7 +40,8 @@ class Progress:
         return (
             f"{self._config.stage.name} step {event.state.step}{of} | loss {loss}"
             + (f" | validation {validation:.4f}" if validation is not None else "")
-            + f" | norm {event.result.grad_norm:.3f} | lr {lr} | {rate:,.0f} tokens/s | {step_s:.2f} s/step"
+            + f" | norm {event.result.grad_norm:.3f} | lr {lr}"
+            + f" | {rate:,.0f} tokens/s | {step_s:.2f} s/step"
             + f" | fill {event.metrics['fill']:.3f} | left {duration(steps_left * step_s)}"
         )
 

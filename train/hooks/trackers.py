@@ -11,7 +11,10 @@ from triptych.train.hooks.hook import StepEvent
 
 
 class WandbTracker:
-    """Sends each step's metrics to Weights & Biases; ``log.wandb_mode=offline`` keeps them in the run folder."""
+    """Sends each step's metrics to Weights & Biases.
+
+    ``log.wandb_mode=offline`` keeps them in the run folder.
+    """
 
     def __init__(self, config: Config, run_dir: Path) -> None:
         import wandb
@@ -53,7 +56,10 @@ class TensorBoardTracker:
 
 
 def flatten(metrics: dict[str, Any]) -> dict[str, float]:
-    """Numbers by name; those of a group as ``group/name``. Texts and missing values are left out."""
+    """Numbers by name.
+
+    Those of a group as ``group/name``. Texts and missing values are left out.
+    """
     flat: dict[str, float] = {}
     for name, value in metrics.items():
         if isinstance(value, dict):

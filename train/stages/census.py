@@ -21,15 +21,17 @@ class Census:
     frozen: dict[Part, int]
 
     def __str__(self) -> str:
-        lines = [f"{'part':<10}{'trained':>18}{'frozen':>18}"]
-        for part in Part:
-            lines.append(f"{part.value:<10}{self.trained[part]:>18,}{self.frozen[part]:>18,}")
-        total = sum(self.trained.values()), sum(self.frozen.values())
-        return "\n".join([*lines, f"{'total':<10}{total[0]:>18,}{total[1]:>18,}"])
+        rows = [(part.value, self.trained[part], self.frozen[part]) for part in Part]
+        rows.append(("total", sum(self.trained.values()), sum(self.frozen.values())))
+        head = f"{'part':<10}{'trained':>18}{'frozen':>18}"
+        return "\n".join([head, *(f"{name:<10}{t:>18,}{f:>18,}" for name, t, f in rows)])
 
 
 def count(parameters: Mapping[str, nn.Parameter], mesh: Mesh) -> Census:
-    """Count over all stages and tensor-parallel ranks. Every rank of ``model_group`` must call this."""
+    """Count over all stages and tensor-parallel ranks.
+
+    Every rank of ``model_group`` must call this.
+    """
     counts = torch.zeros(2, len(Part), dtype=torch.int64, device=mesh.device)
     for name, parameter in parameters.items():
         is_copy = name == HEAD and not mesh.is_first_stage and _is_shared(parameter)

@@ -10,7 +10,7 @@ from triptych.models.parameters import Part, part_of
 
 
 class Stage:
-    """One of the stages of the recipe (configs/stage/), applied to a model and to a place in its token budget."""
+    """One stage of the recipe, as configs/stage/ describes it."""
 
     def __init__(self, config: StageConfig) -> None:
         self.name = config.name
@@ -27,7 +27,10 @@ class Stage:
         return frozenset(part for part, config in self.parts.items() if config.train)
 
     def freeze(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Set ``requires_grad`` of every parameter, by its global name. Before the optimizer is built."""
+        """Set ``requires_grad`` of every parameter, by its global name.
+
+        Before the optimizer is built.
+        """
         for name, parameter in parameters.items():
             parameter.requires_grad_(part_of(name) in self.trained_parts)
 
@@ -36,7 +39,10 @@ class Stage:
         return consumed_tokens >= self.token_budget
 
     def learning_rates(self, consumed_tokens: int) -> dict[str, float]:
-        """Learning rate of each part ("vit", "adapter", "llm") at this place in the budget; 0 for what is frozen."""
+        """Learning rate of each part ("vit", "adapter", "llm") at this place in the budget.
+
+        0 for what is frozen.
+        """
         progress = min(1.0, consumed_tokens / self.token_budget)
         return {
             part.value: learning_rate(config, progress) if config.train else 0.0
@@ -45,7 +51,10 @@ class Stage:
 
 
 def learning_rate(config: PartConfig, progress: float) -> float:
-    """Linear warm-up, then decay to ``min_lr``; ``progress`` is the share of the token budget that is used up."""
+    """Linear warm-up, then decay to ``min_lr``.
+
+    ``progress`` is the share of the token budget that is used up.
+    """
     if progress < config.warmup:
         return config.lr * progress / config.warmup
     left = (1.0 - progress) / (1.0 - config.warmup) if config.warmup < 1 else 0.0
@@ -53,4 +62,6 @@ def learning_rate(config: PartConfig, progress: float) -> float:
         return config.lr
     if config.decay is Decay.linear:
         return config.min_lr + (config.lr - config.min_lr) * left
-    return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1.0 + math.cos(math.pi * (1 - left)))
+    return config.min_lr + (config.lr - config.min_lr) * 0.5 * (
+        1.0 + math.cos(math.pi * (1 - left))
+    )

@@ -13,7 +13,10 @@ from triptych.costs.flops import (
 )
 
 EXPECTED_VISION_SHARE = 0.5
-"""Share of the tokens that come from the ViT, for the automatic split; ours, typical of stages 1 and 2."""
+"""Share of the tokens that come from the ViT, for the automatic split.
+
+Ours, typical of stages 1 and 2.
+"""
 EXPECTED_PATCHES_PER_FRAME = 1024
 """A 448x448 image."""
 
@@ -23,8 +26,8 @@ def layers_per_stage(
 ) -> tuple[int, ...]:
     """Decoder layers of each stage, as given in ``parallel.layout`` or balanced by cost for "auto".
 
-    The first stage also runs the ViT and the merger, the last one the head; the layers between are split evenly, those that
-    remain go to the stages before the last.
+    The first stage also runs the ViT and the merger, the last one the head; the layers between are
+    split evenly, those that remain go to the stages before the last.
     """
     if parallel.layout != "auto":
         return tuple(parallel.layout)
@@ -72,7 +75,10 @@ def _even(layers: int, stages: int) -> list[int]:
 def _slowest(
     counts: Sequence[int], first: float, last: float, layer: float
 ) -> tuple[float, list[float]]:
-    """Cost of the slowest stage, then of all from slowest to fastest: a tie goes to the evener split."""
+    """Cost of the slowest stage, then of all from slowest to fastest.
+
+    A tie goes to the evener split.
+    """
     costs = [layer * count for count in counts]
     costs[0] += first
     costs[-1] += last
