@@ -3,9 +3,10 @@
 Where there is CUDA, nothing here does anything but name it: megatron-core runs as published, over
 NCCL. Where there is none, ``prepare_megatron`` lets megatron-core run on a CPU over gloo, by
 reading its modules through a small rewriting loader: ``torch.cuda`` becomes the ``CpuRuntime``
-below, the literal ``"cuda"`` becomes ``"cpu"``, ``x.cuda()`` becomes ``x.cpu()``. Only
-``megatron.core`` is rewritten, only in memory, and only for the pinned version; so what the tests
-of parallelism run on a laptop is the code that runs on a GPU. See docs/adr/0001-megatron-on-cpu.md.
+below, ``torch.compile`` does nothing, the literal ``"cuda"`` becomes ``"cpu"``, ``x.cuda()``
+becomes ``x.cpu()``. Only ``megatron.core`` is rewritten, only in memory, and only for the pinned
+version; so what the tests of parallelism run on a laptop is the code that runs on a GPU. See
+docs/adr/0001-megatron-on-cpu.md.
 """
 
 import ast
@@ -14,6 +15,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.metadata
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -26,13 +28,16 @@ from triptych.errors import ConfigError
 
 MEGATRON_VERSION = "0.16.1"
 HAS_CUDA = torch.cuda.is_available()
-BACKEND = "nccl" if HAS_CUDA else "gloo"
+BACKEND = "cpu:gloo,cuda:nccl" if HAS_CUDA else "gloo"
 
 
 def local_device(local_rank: int) -> torch.device:
     """The device of this process; makes it the current one on CUDA."""
     if not HAS_CUDA:
         return torch.device("cpu")
+    # One hardware queue keeps kernels in the order of launch: overlapping tp communication asks for
+    # it.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 
@@ -148,6 +153,11 @@ class CpuRuntime(ModuleType):
     default_stream = current_stream
 
     @staticmethod
+    def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+        """Stands for ``torch.compile``, which on a CPU asks for a C++ compiler and seconds."""
+        return function
+
+    @staticmethod
     def _lazy_call(callback: Callable[[], None], **_: object) -> None:
         callback()
 
@@ -159,11 +169,14 @@ class _CudaToCpu(ast.NodeTransformer):
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.expr:  # ast's naming
         self.generic_visit(node)
-        if node.attr != "cuda":
-            return node
-        if isinstance(node.value, ast.Name) and node.value.id == "torch":
-            return ast.copy_location(ast.Name(id=CpuRuntime.__name__, ctx=ast.Load()), node)
-        node.attr = "cpu"
+        of_torch = isinstance(node.value, ast.Name) and node.value.id == "torch"
+        runtime = ast.copy_location(ast.Name(id=CpuRuntime.__name__, ctx=ast.Load()), node)
+        if of_torch and node.attr == "compile":
+            node.value, node.attr = runtime, "uncompiled"
+        elif of_torch and node.attr == "cuda":
+            return runtime
+        elif node.attr == "cuda":
+            node.attr = "cpu"
         return node
 
     def visit_Call(self, node: ast.Call) -> ast.expr:
