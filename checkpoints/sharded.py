@@ -5,7 +5,7 @@ gated matrix [gate; up], of which each tp rank holds a piece of both halves, is 
 tensors, ``….gate`` and ``….up``. A tied head is its embedding.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +67,8 @@ def load_tensors(folder: Path, kinds: Mapping[str, Tensors], mesh: Mesh, *, tied
     with torch.no_grad():
         for kind, tensors in kinds.items():
             for name, tensor in tensors.items():
-                stored = loaded[kind][name].values()
-                for piece, value in zip(_pieces(name, tensor), stored, strict=True):
-                    piece.copy_(value)
+                for key, piece in _stored_pieces(kind, name, tensor, tied=tied):
+                    piece.copy_(loaded[key])
 
 
 def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -101,10 +100,8 @@ def check_tensors(
         CheckpointError: on every rank; lists every missing, unexpected and mis-shaped tensor.
     """
     mine = {
-        sharded.key: tuple(sharded.global_shape)
-        for tensors in _sharded_state(kinds, mesh, tied=tied).values()
-        for pieces in tensors.values()
-        for sharded in pieces.values()
+        key: tuple(tensor.global_shape)
+        for key, tensor in _sharded_state(kinds, mesh, tied=tied).items()
     }
     everyone: list[dict[str, tuple[int, ...]]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, mine)
@@ -134,25 +131,22 @@ def stored_keys(kind: str, name: str, *, tied: bool) -> list[str]:
 
 def _sharded_state(
     kinds: Mapping[str, Tensors], mesh: Mesh, *, tied: bool
-) -> dict[str, dict[str, dict[str, ShardedTensor]]]:
-    """Kind -> name -> key -> sharded tensor; one key, or two for a gated matrix."""
+) -> dict[str, ShardedTensor]:
+    """This rank's sharded tensors by key."""
     return {
-        kind: {
-            name: {
-                key: _sharded_tensor(key, name, piece, mesh, tied=tied)
-                for key, piece in zip(
-                    stored_keys(kind, name, tied=tied), _pieces(name, tensor), strict=True
-                )
-            }
-            for name, tensor in tensors.items()
-        }
+        key: _sharded_tensor(key, name, piece, mesh, tied=tied)
         for kind, tensors in kinds.items()
+        for name, tensor in tensors.items()
+        for key, piece in _stored_pieces(kind, name, tensor, tied=tied)
     }
 
 
-def _pieces(name: str, tensor: Tensor) -> list[Tensor]:
-    """Views of the tensor, each a block of one stored tensor."""
-    return list(tensor.chunk(2)) if cut_of(name) is Cut.GATED_ROWS else [tensor]
+def _stored_pieces(
+    kind: str, name: str, tensor: Tensor, *, tied: bool
+) -> Iterator[tuple[str, Tensor]]:
+    """Views of the tensor, each a block of one stored tensor, with its key."""
+    pieces = tensor.chunk(2) if cut_of(name) is Cut.GATED_ROWS else (tensor,)
+    return zip(stored_keys(kind, name, tied=tied), pieces, strict=True)
 
 
 def _sharded_tensor(key: str, name: str, piece: Tensor, mesh: Mesh, *, tied: bool) -> ShardedTensor:
