@@ -5,6 +5,13 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from triptych.parallel.mesh import Mesh
+from triptych.parallel.p2p import PlannedP2P
+
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import get_model_config
+
 Microbatch = TypeVar("Microbatch")
 Result = TypeVar("Result")
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, Result]]
@@ -13,7 +20,9 @@ LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, Result]]
 def run_microbatches(
     model: nn.Module,
     microbatches: Sequence[Microbatch],
+    lengths: Sequence[int],
     forward: Callable[[nn.Module, Microbatch], tuple[Tensor, LossFunction[Result]]],
+    mesh: Mesh,
     *,
     forward_only: bool,
 ) -> list[Result]:
@@ -25,15 +34,19 @@ def run_microbatches(
     Args:
         model: wrapped for data parallelism, or bare for ``forward_only``.
         microbatches: this data-parallel rank's.
+        lengths: tokens of each, padding included; the same on all stages.
         forward: runs this stage and returns its output and, used on the last stage only, what turns
             the output into (summed loss, number of tokens that count as a 0-d int tensor, result to
             keep).
+        mesh: this rank's place.
         forward_only: no backward pass and no gradient reduction.
 
     Returns:
         The results of the microbatches on the last stage, in order; an empty list elsewhere.
     """
-    from megatron.core.pipeline_parallel import get_forward_backward_func
+    config: Any = get_model_config(model)
+    shard = mesh.dims.tp if config.sequence_parallel else 1
+    shapes = [[length // shard, 1, config.hidden_size] for length in lengths]
 
     def forward_step(data: Iterator[Microbatch], chunk: nn.Module) -> tuple[Tensor, Any]:
         return forward(chunk, next(data))
@@ -43,8 +56,10 @@ def run_microbatches(
         data_iterator=iter(microbatches),
         model=model,
         num_microbatches=len(microbatches),
-        seq_length=1,  # not used: lengths vary, stages tell each other the shape
+        seq_length=1,  # not used: every microbatch has its own length
         micro_batch_size=1,
         forward_only=forward_only,
+        p2p_communicator=PlannedP2P(mesh.pp_group, config, shapes),
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
     )
     return results

@@ -97,7 +97,8 @@ def sum_losses(
         batch = to_device(batch, mesh)
         return stage(batch), lambda losses: masked_sum(losses.squeeze(0), batch.loss_mask)
 
-    sums = run_microbatches(model, batches, forward, forward_only=forward_only)
+    lengths = [len(batch.input_ids) for batch in batches]
+    sums = run_microbatches(model, batches, lengths, forward, mesh, forward_only=forward_only)
     zero = torch.zeros((), dtype=torch.float64, device=mesh.device)
     return torch.stack(sums).sum() if sums else zero
 
