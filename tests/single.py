@@ -1,0 +1,88 @@
+"""Our model in one process: its weights from a Hugging Face folder, its samples in one pack."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from triptych.checkpoints.hf import HFReader
+from triptych.checkpoints.names import name_table
+from triptych.configs.schema import ModelConfig, ParallelConfig, Precision
+from triptych.data.collate import Segment, collate
+from triptych.data.types import Batch, SampleId
+from triptych.models.build import build_model
+from triptych.models.parameters import global_parameters
+from triptych.parallel.mesh import Mesh, build_mesh, init_distributed, shutdown
+from triptych.tests.reference import TOKENS, Conversation, Outcome
+from triptych.train.step import masked_sum
+
+
+@contextmanager
+def alone() -> Iterator[Mesh]:
+    """A process group of this process only; one thread, as more only slow models this small."""
+    init_distributed(60)
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield build_mesh(1, 1, seed=0, timeout_s=60)
+    finally:
+        torch.set_num_threads(num_threads)
+        shutdown()
+
+
+def load_ours(
+    folder: Path, model: ModelConfig, mesh: Mesh, precision: Precision = Precision.fp32
+) -> nn.Module:
+    """The model with the weights of a Hugging Face folder."""
+    piece = build_model(model, ParallelConfig(), precision, mesh, seq_len=512)
+    reader = HFReader(folder, model)
+    with torch.no_grad():
+        for name, parameter in global_parameters(piece):
+            parameter.copy_(reader.read(name))
+    return piece
+
+
+def pack(samples: Sequence[Conversation], *, pad_to: int = 1) -> Batch:
+    """All samples in one batch, as the loader makes it."""
+    segments = [
+        Segment(
+            SampleId(0, i),
+            sample.input_ids,
+            sample.targets,
+            np.array(sample.grids, np.int64).reshape(-1, 3),
+            (sample.pixels,),
+        )
+        for i, sample in enumerate(samples)
+    ]
+    return collate(segments, TOKENS, pad_to=pad_to, with_pixels=True)
+
+
+def logits_by_sample(piece: nn.Module, batch: Batch) -> list[Tensor]:
+    """(num_tokens, vocab) of each sample of the pack; padding left out."""
+    with torch.no_grad():
+        logits = piece(batch, with_loss=False)[0]
+    lengths = batch.cu_seqlens.diff().tolist()
+    return list(logits.split(lengths))[: len(batch.sample_ids)]
+
+
+def run_ours(piece: nn.Module, batch: Batch, model: ModelConfig) -> Outcome:
+    """Logits, mean loss and gradients of one pack."""
+    piece.zero_grad()
+    logits = logits_by_sample(piece, batch)
+    loss_sum, count, reported = masked_sum(piece(batch).squeeze(0), batch.loss_mask)
+    (loss_sum / count).backward()
+    return Outcome(logits, reported.item() / count.item(), gradients(piece, model))
+
+
+def gradients(piece: nn.Module, model: ModelConfig) -> dict[str, Tensor]:
+    """By Hugging Face name, in the shapes of Hugging Face tensors."""
+    table = name_table(model)
+    grads: dict[str, Tensor] = {}
+    for name, parameter in global_parameters(piece):
+        if parameter.grad is not None:
+            parts = table[name].transform.to_theirs(parameter.grad)
+            grads |= dict(zip(table[name].theirs, parts, strict=True))
+    return grads
