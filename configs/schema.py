@@ -30,6 +30,7 @@ class Zero(Enum):
     """Which optimizer shards its state over the data-parallel ranks (ZeRO-1)."""
 
     megatron = "megatron"
+    deepspeed = "deepspeed"
 
 
 class Oversize(Enum):

@@ -5,6 +5,10 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+PARTS = ("adapter", "llm", "vit")
+"""Each has its own learning rate."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Adam's state, as torch and apex name it."""
 ParamState = dict[str, Tensor]
 """``master``, ``exp_avg``, ``exp_avg_sq``: fp32, each of the shape of this rank's parameter."""
 

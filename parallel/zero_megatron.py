@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from triptych.configs.schema import OptimizerConfig, Precision
 from triptych.parallel.mesh import Mesh
-from triptych.parallel.zero import ParamState
+from triptych.parallel.zero import MOMENTS, PARTS, ParamState
 
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -28,8 +28,6 @@ from megatron.core.optimizer import (
 )
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class MegatronZero:
@@ -84,7 +82,9 @@ class MegatronZero:
                 use_distributed_optimizer=True,
             ),
             [self.model],
-            config_overrides=_param_groups({id(p): parts[name] for name, p in names.items()}),
+            config_overrides=_param_groups(
+                {id(p): parts[name] for name, p in names.items()}, config.weight_decay
+            ),
             use_gloo_process_groups=False,
         )
         self._optimizers = [o for o in self._chain.chained_optimizers if not o.is_stub_optimizer]
@@ -195,7 +195,9 @@ class MegatronZero:
         return whole.view(parameter.shape)
 
 
-def _param_groups(part_by_id: Mapping[int, str]) -> dict[ParamKey, dict[str, Any]]:
+def _param_groups(
+    part_by_id: Mapping[int, str], weight_decay: float
+) -> dict[ParamKey, dict[str, Any]]:
     """One group for each part, with and without weight decay."""
 
     def in_group(part: str, decays: bool) -> ParamWithNamePredicate:
@@ -207,9 +209,10 @@ def _param_groups(part_by_id: Mapping[int, str]) -> dict[ParamKey, dict[str, Any
     return {
         ParamKey(with_name_predicate=in_group(part, decays)): {
             "part": part,
-            "wd_mult": 1.0 if decays else 0.0,
+            # not wd_mult: only megatron-core's own scheduler would apply that
+            "weight_decay": weight_decay if decays else 0.0,
         }
-        for part in sorted(set(part_by_id.values()) | {"adapter", "llm", "vit"})
+        for part in PARTS
         for decays in (True, False)
     }
 

@@ -1,17 +1,16 @@
 """Model and sharded optimizer of this rank, built from the configuration of a run."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
 from triptych.checkpoints.run_state import RunTensors
-from triptych.configs.schema import Config
+from triptych.configs.schema import Config, Zero
 from triptych.models.build import build_model
 from triptych.models.parameters import global_parameters, part_of
 from triptych.parallel.mesh import Mesh
 from triptych.parallel.zero import ShardedOptimizer
-from triptych.parallel.zero_megatron import MegatronZero
 from triptych.train.stages.census import Census, check, count
 from triptych.train.stages.stage import Stage
 
@@ -55,8 +54,18 @@ def build_engine(config: Config, mesh: Mesh) -> Engine:
     census = count(parameters, mesh)
     check(stage, census)
     parts = {name: part_of(name).value for name in parameters}
-    optimizer = MegatronZero(
-        model, parameters, parts, config.optimizer, config.train.precision, mesh
-    )
+    zero = _zero_of(config.optimizer.zero)
+    optimizer = zero(model, parameters, parts, config.optimizer, config.train.precision, mesh)
     tied = config.model.language.tie_word_embeddings
     return Engine(mesh, stage, model, parameters, optimizer, census, tied)
+
+
+def _zero_of(choice: Zero) -> Callable[..., ShardedOptimizer]:
+    """The optimizer's class; importing DeepSpeed takes seconds, so only who asks for it pays."""
+    if choice is Zero.deepspeed:
+        from triptych.parallel.zero_deepspeed import DeepSpeedZero
+
+        return DeepSpeedZero
+    from triptych.parallel.zero_megatron import MegatronZero
+
+    return MegatronZero

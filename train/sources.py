@@ -16,6 +16,7 @@ from triptych.data.prepare.digits import have_digits, make_digits
 from triptych.data.reader import BatchFormat
 from triptych.data.tokenizer import load_tokenizer
 from triptych.data.types import Limits, Step
+from triptych.errors import ConfigError
 from triptych.parallel.mesh import Mesh
 from triptych.train.report import say
 
@@ -42,6 +43,12 @@ class Mixture:
             DataError: a dataset is missing, damaged, empty, or of another tokenizer.
         """
         tokenizer = load_tokenizer(config.data.tokenizer)
+        if tokenizer.vocab_size > config.model.language.vocab_size:
+            raise ConfigError(
+                f"data.tokenizer={config.data.tokenizer} has {tokenizer.vocab_size} tokens, more "
+                f"than model.language.vocab_size={config.model.language.vocab_size}"
+                "  -> take the tokenizer that the model was made with"
+            )
         sources = [Dataset.open(config.data.sources[name].path, name) for name in weights]
         for source in sources:
             source.check_tokens(config.model.tokens, tokenizer.fingerprint)

@@ -6,12 +6,12 @@ From its own newest checkpoint, from another one's weights, or from random ones.
 from pathlib import Path
 
 from triptych.checkpoints.comm import Comm
-from triptych.checkpoints.model_file import refuse_other_model
 from triptych.checkpoints.run_state import (
     load_numbers,
     load_optimizer,
     load_random_state,
     load_weights,
+    refuse_other_model,
 )
 from triptych.checkpoints.store import CheckpointStore, locate, step_folders
 from triptych.configs.schema import Config
@@ -65,7 +65,7 @@ def _resume(folder: Path, config: Config, engine: Engine, plan: Plan) -> TrainSt
             f"{folder} is of {numbers['stage']}, this run is {config.stage.name}"
             f"  -> init.checkpoint={folder} takes over its weights; use another run.dir"
         )
-    refuse_other_model(folder, config.model)
+    refuse_other_model(folder, config.model, engine.tensors)
     state = TrainState.from_json(numbers["train"])
     planned_by = state.segments[-1].plan
     if planned_by != plan.hash:
@@ -97,7 +97,7 @@ def _init_weights(config: Config, engine: Engine, comm: Comm) -> None:
         say(mesh, f"weights: random, drawn from seed={config.seed} (init.allow_random=true)")
         return
     folder = locate(Path(config.init.checkpoint), comm)
-    refuse_other_model(folder, config.model)
+    refuse_other_model(folder, config.model, engine.tensors)
     load_weights(folder, engine.tensors)
     carried = "fresh"
     if config.init.optimizer_state:

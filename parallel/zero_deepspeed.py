@@ -1,0 +1,244 @@
+"""ZeRO-1 by DeepSpeed's stage 1 optimizer, used bare: no engine, megatron-core's schedule.
+
+megatron-core accumulates fp32 gradients over the microbatches and sums those of sequence
+parallelism and tied embeddings; DeepSpeed reduces them over dp, clips, and updates its shards. Its
+norm walks over parameter groups with a collective for each, so every rank has the same groups:
+where a rank holds nothing of one, a single zero stands in.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils import logger as deepspeed_logger
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_grad,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
+from deepspeed.utils.timer import NoopTimer
+from torch import Tensor, nn
+
+from triptych.configs.schema import OptimizerConfig, Precision
+from triptych.parallel.device import BACKEND, HAS_CUDA
+from triptych.parallel.mesh import Mesh
+from triptych.parallel.zero import MOMENTS, PARTS, ParamState
+
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+BUCKET_NUMEL = 50_000_000
+"""Elements that are reduced, and gathered, in one message."""
+
+
+class DeepSpeedZero:
+    """The ShardedOptimizer over DeepSpeed's.
+
+    Every rank must build it, also one where nothing trains.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        names: Mapping[str, nn.Parameter],
+        parts: Mapping[str, str],
+        config: OptimizerConfig,
+        precision: Precision,
+        mesh: Mesh,
+    ) -> None:
+        """Wrap ``model``; the arguments are those of ``MegatronZero``."""
+        self._mesh = mesh
+        self._trained = {name: p for name, p in names.items() if p.requires_grad}
+        transformer: Any = model.config
+        self.model: Any = _accumulate_locally(model, transformer)
+        transformer.finalize_model_grads_func = finalize_model_grads
+        groups = _param_groups(self._trained, parts, config, mesh)
+        parameter: Any
+        for name, parameter in self._trained.items():
+            parameter.ds_pipe_replicated = _is_copy(name, parameter, mesh)
+        self._stand_ins = [g["params"][0] for g in groups if g["is_stand_in"]]
+        self._zero = _sharded_adam(groups, self._trained, config, precision, mesh)
+        self.num_updates = 0
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        self.model.zero_grad_buffer()
+        self._zero.zero_grad()
+
+    def grad_norm(self) -> float:
+        """Reduce the gradients over dp; L2 norm of the whole model's. Every rank must call this."""
+        parameter: Any
+        for parameter in self._trained.values():
+            # DeepSpeed averages over dp; ours is a sum already divided by the number of tokens.
+            self._hand_over(parameter, parameter.main_grad.mul_(self._mesh.dims.dp))
+        for stand_in in self._stand_ins:
+            self._hand_over(stand_in, torch.zeros_like(stand_in, dtype=torch.float32))
+        self._zero.reduce_gradients(pipeline_parallel=True)
+        return float(self._zero.scaled_global_norm())
+
+    def step(self, lr: Mapping[str, float], grad_norm: float) -> None:
+        """Clip and update; ``grad_norm()`` comes before. Every rank must call this."""
+        for group in self._zero.optimizer.param_groups:
+            group["lr"] = lr[group["part"]]
+        self._zero.step()
+        self.num_updates += 1
+
+    def local_grads(self) -> dict[str, Tensor]:
+        """Reduced gradients by name, whole over dp. Every rank of ``dp_group`` must call this."""
+        return {name: safe_get_full_grad(p).float() for name, p in self._trained.items()}
+
+    def state_by_param(self) -> dict[str, ParamState]:
+        """Master weights and moments by name, whole over dp.
+
+        Every rank of ``dp_group`` must call this.
+        """
+        self._link_moments()
+        return {
+            name: {"master": safe_get_full_fp32_param(parameter)}
+            | {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+            for name, parameter in self._trained.items()
+        }
+
+    def load_state_by_param(self, state: Mapping[str, ParamState], num_updates: int) -> None:
+        """Take over the state of the named parameters; the others start from zero moments."""
+        self.num_updates = num_updates
+        adam = self._zero.optimizer
+        adam.state.clear()
+        self._link_moments()
+        for name, tensors in state.items():
+            parameter = self._trained[name]
+            safe_set_full_fp32_param(parameter, tensors["master"])
+            for key in MOMENTS:
+                safe_set_full_optimizer_state(parameter, tensors[key], key)
+
+    def refresh_master_weights(self) -> None:
+        """Copy the model's weights to the master weights."""
+        self._zero.refresh_fp32_params()
+
+    def _link_moments(self) -> None:
+        """Let DeepSpeed find the moments of each parameter, zeros where there are none yet.
+
+        DeepSpeed links them by itself after the first group's first step, too early for the others.
+        """
+        adam = self._zero.optimizer
+        for group in adam.param_groups:
+            for shard in group["params"]:
+                if "exp_avg" not in adam.state[shard]:
+                    adam.state[shard] = {key: torch.zeros_like(shard) for key in MOMENTS}
+                    adam.state[shard]["step"] = torch.tensor(float(self.num_updates))
+        self._zero._hp_optimizer_states_linked = False
+        self._zero._lazy_init_hp_params_optimizer_state()
+
+    def _hand_over(self, parameter: Tensor, grad: Tensor) -> None:
+        if self._zero.use_grad_accum_attribute:
+            parameter.grad_accum = grad  # type: ignore[attr-defined]  # DeepSpeed's name
+        else:
+            parameter.grad = grad
+
+
+def _accumulate_locally(model: nn.Module, transformer: Any) -> nn.Module:
+    """megatron-core's fp32 gradient buffers, without its reduction over dp."""
+    alone = ProcessGroupCollection.use_mpu_process_groups()
+    alone.dp = alone.dp_cp = alone.intra_dp_cp = (
+        alone.cp
+    )  # of one rank, as nothing is context-parallel
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=False, overlap_grad_reduce=False
+    )
+    wrapped: nn.Module = DistributedDataParallel(transformer, config, model, pg_collection=alone)
+    return wrapped
+
+
+def _param_groups(
+    trained: Mapping[str, nn.Parameter],
+    parts: Mapping[str, str],
+    config: OptimizerConfig,
+    mesh: Mesh,
+) -> list[dict[str, Any]]:
+    """One group for each part, with and without weight decay; the same list on every rank."""
+    return [
+        {
+            "params": members or [nn.Parameter(torch.zeros(1, device=mesh.device))],
+            "part": part,
+            "weight_decay": config.weight_decay if decays else 0.0,
+            "is_stand_in": not members,
+        }
+        for part in PARTS
+        for decays, members in _by_decay(
+            parameter for name, parameter in trained.items() if parts[name] == part
+        )
+    ]
+
+
+def _by_decay(parameters: Iterator[nn.Parameter]) -> list[tuple[bool, list[nn.Parameter]]]:
+    """Matrices decay; biases and norm weights do not."""
+    members = list(parameters)
+    return [(decays, [p for p in members if (p.dim() > 1) == decays]) for decays in (True, False)]
+
+
+def _is_copy(name: str, parameter: nn.Parameter, mesh: Mesh) -> bool:
+    """The last stage's copy of a tied embedding, which the norm must not count again."""
+    shared = bool(getattr(parameter, "shared_embedding", False))
+    return shared and not mesh.is_first_stage
+
+
+def _sharded_adam(
+    groups: list[dict[str, Any]],
+    trained: Mapping[str, nn.Parameter],
+    config: OptimizerConfig,
+    precision: Precision,
+    mesh: Mesh,
+) -> DeepSpeedZeroOptimizer:
+    deepspeed_logger.setLevel(logging.WARNING)
+    if not HAS_CUDA:
+        deepspeed.ops.__compatible_ops__ = {}  # else a CPU collective is compiled for a minute
+    backend = BACKEND if not HAS_CUDA else "nccl"
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    adam = torch.optim.AdamW(
+        groups, lr=1.0, betas=(config.beta1, config.beta2), eps=config.eps, fused=HAS_CUDA or None
+    )
+    by_parameter = {parameter: name for name, parameter in trained.items()}
+    by_parameter |= {
+        g["params"][0]: f"stand-in for {g['part']}" for g in groups if g["is_stand_in"]
+    }
+    return DeepSpeedZeroOptimizer(
+        adam,
+        by_parameter,
+        timers=NoopTimer(),
+        optimizer_params={},
+        dp_process_group=mesh.dp_group,
+        mpu=_model_parallel_unit(mesh),
+        clip_grad=config.clip_grad,
+        partition_grads=False,
+        contiguous_gradients=False,
+        overlap_comm=False,
+        reduce_bucket_size=BUCKET_NUMEL,
+        allgather_bucket_size=BUCKET_NUMEL,
+        gradient_accumulation_dtype=torch.float32,
+        communication_data_type=torch.float32,
+        check_grad_overflow=False,
+        verbose=False,
+    )
+
+
+def _model_parallel_unit(mesh: Mesh) -> SimpleNamespace:
+    """What DeepSpeed calls an mpu. Without one, its norm under tp is silently wrong."""
+    return SimpleNamespace(
+        get_model_parallel_group=lambda: mesh.model_group,
+        get_model_parallel_world_size=lambda: dist.get_world_size(mesh.model_group),
+        get_model_parallel_rank=lambda: dist.get_rank(mesh.model_group),
+        get_tensor_model_parallel_rank=lambda: mesh.tp_rank,
+        get_tensor_model_parallel_world_size=lambda: mesh.dims.tp,
+        get_data_parallel_group=lambda: mesh.dp_group,
+    )
