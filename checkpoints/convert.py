@@ -4,6 +4,7 @@ Under torchrun, every rank imports its own tensor-parallel piece of each weight;
 process, one weight at a time.
 """
 
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -15,8 +16,11 @@ from triptych.checkpoints.model_file import read_model, write_model
 from triptych.checkpoints.names import Entry, name_table
 from triptych.checkpoints.run_state import WEIGHTS
 from triptych.checkpoints.sharded import load_tensors, save_tensors, weights_dtype
-from triptych.checkpoints.store import CheckpointStore, locate
+from triptych.checkpoints.store import CheckpointStore, locate, step_folders
+from triptych.configs.schema import ModelConfig
+from triptych.data.tokenizer import load_tokenizer
 from triptych.data.types import Limits
+from triptych.errors import CheckpointError, ConfigError
 from triptych.models.init import HEAD
 from triptych.parallel.mesh import build_mesh, init_distributed
 
@@ -36,9 +40,13 @@ def import_hf(source: Path, output: Path) -> Path:
         The committed checkpoint.
 
     Raises:
-        CheckpointError: not a Qwen2-VL model, or its tensors are not those of its config.json.
+        CheckpointError: not a Qwen2-VL model, its tensors are not those of its config.json, or
+            ``output`` has checkpoints.
     """
+    if others := step_folders(output / "checkpoints"):
+        raise CheckpointError(f"{others[0]} is there already -> name another folder")
     model = model_config_from_hf(source)
+    _refuse_foreign_tokens(source, model)
     reader = HFReader(source, model)
     tp = init_distributed(TIMEOUT_S)
     mesh = build_mesh(tp, 1, seed=0, timeout_s=TIMEOUT_S)
@@ -66,9 +74,15 @@ def export_hf(source: Path, output: Path, tokenizer: Path, limits: Limits) -> Pa
 
     Returns:
         The checkpoint that was exported.
+
+    Raises:
+        CheckpointError: no good checkpoint, ``output`` exists, or a model that transformers cannot
+            express.
+        ConfigError: no tokenizer, or one with other ids of the special tokens than the model's.
     """
     folder = locate(source, Alone())
     model = read_model(folder)
+    _refuse_other_tokenizer(tokenizer, model)
     init_distributed(TIMEOUT_S)
     mesh = build_mesh(1, 1, seed=0, timeout_s=TIMEOUT_S)
     tied = model.language.tie_word_embeddings
@@ -82,6 +96,29 @@ def export_hf(source: Path, output: Path, tokenizer: Path, limits: Limits) -> Pa
         writer.add(name, weight)
     writer.finish(tokenizer, limits)
     return folder
+
+
+def _refuse_foreign_tokens(source: Path, model: ModelConfig) -> None:
+    """Without its tokenizer a model gets the ids of the Qwen2 vocabulary, maybe beyond its own."""
+    largest, vocab_size = max(asdict(model.tokens).values()), model.language.vocab_size
+    if largest >= vocab_size:
+        raise CheckpointError(
+            f"{source}: the special tokens have ids up to {largest}, beyond vocab_size={vocab_size}"
+            " -> put the model's own tokenizer.json into the folder"
+        )
+
+
+def _refuse_other_tokenizer(tokenizer: Path, model: ModelConfig) -> None:
+    """Before the weights are written: it may take an hour."""
+    theirs, ours = asdict(load_tokenizer(tokenizer).tokens), asdict(model.tokens)
+    problems = [
+        f"<|{name}|> is {theirs[name]}, the model has {value}"
+        for name, value in ours.items()
+        if theirs[name] != value
+    ]
+    if problems:
+        listed = "\n  ".join(problems)
+        raise ConfigError(f"{tokenizer} is the tokenizer of another model:\n  {listed}")
 
 
 def _own_names(table: dict[str, Entry], *, tied: bool) -> list[str]:

@@ -33,19 +33,12 @@ def read_model(folder: Path) -> ModelConfig:
         raise CheckpointError(f"{folder / NAME} does not describe a model: {error}") from error
 
 
-def refuse_other_model(folder: Path, model: ModelConfig) -> None:
-    """Compare sizes, and what no tensor shows: heads, rotary base and sections, epsilon, token ids.
-
-    Raises:
-        CheckpointError: lists every difference.
-    """
+def differences(folder: Path, model: ModelConfig) -> list[str]:
+    """Sizes, and what no tensor shows: heads, rotary base and sections, epsilon, token ids."""
     theirs, ours = asdict(read_model(folder)), asdict(model)
-    differences = [
+    return [
         f"model.{group}.{key}={value}, the checkpoint has {theirs[group][key]}"
         for group in ("vision", "language", "tokens")
         for key, value in ours[group].items()
         if theirs[group][key] != value
     ]
-    if differences:
-        listed = "\n  ".join(differences)
-        raise CheckpointError(f"{folder} is of another model:\n  {listed}")

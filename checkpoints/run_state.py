@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from triptych.checkpoints.model_file import differences
 from triptych.checkpoints.sharded import (
     Tensors,
     check_tensors,
@@ -23,7 +24,10 @@ from triptych.checkpoints.sharded import (
     save_tensors,
     stored_keys,
     stored_shapes,
+    tensor_problems,
 )
+from triptych.configs.schema import ModelConfig
+from triptych.errors import CheckpointError
 from triptych.parallel.device import HAS_CUDA
 from triptych.parallel.mesh import Mesh
 from triptych.parallel.zero import ParamState, ShardedOptimizer
@@ -69,6 +73,19 @@ def load_numbers(folder: Path) -> dict[str, Any]:
     """The numbers that ``save_state`` was given, and ``num_updates``."""
     numbers: dict[str, Any] = json.loads((folder / "data.json").read_text())
     return numbers
+
+
+def refuse_other_model(folder: Path, model: ModelConfig, run: RunTensors) -> None:
+    """Compare the checkpoint's model and its tensors with this run's. Every rank must call this.
+
+    Raises:
+        CheckpointError: on every rank; lists every difference of the two.
+    """
+    kinds = {WEIGHTS: run.parameters}
+    problems = differences(folder, model)
+    problems += tensor_problems(folder / "shards", kinds, run.mesh, tied=run.tied, strict=WEIGHTS)
+    if problems:
+        raise CheckpointError(f"{folder} is of another model:\n  " + "\n  ".join(problems))
 
 
 def load_weights(folder: Path, run: RunTensors) -> None:

@@ -5,7 +5,9 @@ gated matrix [gate; up], of which each tp rank holds a piece of both halves, is 
 tensors, ``….gate`` and ``….up``. A tied head is its embedding.
 """
 
-from collections.abc import Iterator, Mapping
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,15 +91,26 @@ def check_tensors(
 ) -> None:
     """Compare what is stored with what this model has. Every rank must call this.
 
+    Raises:
+        CheckpointError: on every rank; lists all ``tensor_problems``.
+    """
+    if problems := tensor_problems(folder, kinds, mesh, tied=tied, strict=strict):
+        raise CheckpointError(f"{folder} is of another model:\n  " + "\n  ".join(problems))
+
+
+def tensor_problems(
+    folder: Path, kinds: Mapping[str, Tensors], mesh: Mesh, *, tied: bool, strict: str | None
+) -> list[str]:
+    """Every missing, unexpected and mis-shaped tensor, a line for all layers that share one.
+
+    Every rank must call this.
+
     Args:
         folder: what ``save_tensors`` wrote.
         kinds: as for ``load_tensors``.
         mesh: this rank's place.
         tied: the head is the embedding.
         strict: the kind of which nothing may be stored that this model does not have, if any.
-
-    Raises:
-        CheckpointError: on every rank; lists every missing, unexpected and mis-shaped tensor.
     """
     mine = {
         key: tuple(tensor.global_shape)
@@ -108,18 +121,17 @@ def check_tensors(
     wanted = {key: shape for keys in everyone for key, shape in keys.items()}
     found = stored_shapes(folder)
     of_kind = {key for key in found if key.startswith(f"{strict}.")}
-    problems = [
-        *(f"missing: {key} {wanted[key]}" for key in sorted(wanted.keys() - found.keys())),
-        *(f"unexpected: {key} {found[key]}" for key in sorted(of_kind - wanted.keys())),
-        *(
-            f"mis-shaped: {key} is {found[key]}, this model has {wanted[key]}"
-            for key in sorted(wanted.keys() & found.keys())
-            if wanted[key] != found[key]
-        ),
-    ]
-    if problems:
-        shown = problems[:20] + ([f"… and {len(problems) - 20} more"] if len(problems) > 20 else [])
-        raise CheckpointError(f"{folder} is of another model:\n  " + "\n  ".join(shown))
+    return _one_line_for_all_layers(
+        [
+            *(f"missing: {key} {wanted[key]}" for key in sorted(wanted.keys() - found.keys())),
+            *(f"unexpected: {key} {found[key]}" for key in sorted(of_kind - wanted.keys())),
+            *(
+                f"mis-shaped: {key} is {found[key]}, this model has {wanted[key]}"
+                for key in sorted(wanted.keys() & found.keys())
+                if wanted[key] != found[key]
+            ),
+        ]
+    )
 
 
 def stored_keys(kind: str, name: str, *, tied: bool) -> list[str]:
@@ -127,6 +139,16 @@ def stored_keys(kind: str, name: str, *, tied: bool) -> list[str]:
     stored_as = EMBEDDING if tied and name == HEAD else name
     halves = HALVES if cut_of(name) is Cut.GATED_ROWS else ("",)
     return [".".join(filter(None, (kind, stored_as, half))) for half in halves]
+
+
+def _one_line_for_all_layers(problems: Sequence[str]) -> list[str]:
+    groups = defaultdict(list)
+    for problem in problems:
+        groups[re.sub(r"\.layers\.\d+\.", ".layers.*.", problem)].append(problem)
+    return [
+        group[0] if len(group) == 1 else f"{pattern} ({len(group)} layers)"
+        for pattern, group in groups.items()
+    ]
 
 
 def _sharded_state(

@@ -4,12 +4,13 @@
     python launch/convert.py export runs/7b/stage3 exported --tokenizer Qwen2-VL-7B-Instruct
     torchrun --nproc-per-node 8 launch/convert.py import ...    # each rank reads its pieces
 
-A run starts from an imported model with init.checkpoint=runs/imported.
-
-The model's sizes come from config.json; the import prints them as a model group.
+A run starts from an imported model with --config-dir runs/imported model=Qwen2-VL-7B-Instruct
+init.checkpoint=runs/imported: the import writes the model's sizes, which come from its config.json,
+as a model group beside the weights.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -31,12 +32,13 @@ def main(argv: Sequence[str]) -> None:
 
     if options.direction == "import":
         folder = convert.import_hf(options.source, options.output)
-        model = read_model(folder)
-        print(
-            f"{folder}\nstart from it with init.checkpoint={options.output} "
-            "and a model group of these sizes:"
-        )
-        print(_as_yaml(model))
+        if os.environ.get("RANK", "0") == "0":
+            model = read_model(folder)
+            group = _write_group(options.output, model)
+            print(
+                f"{folder}\nits sizes: {group}\nstart from it: --config-dir {options.output} "
+                f"model={model.name} init.checkpoint={options.output}"
+            )
         return
     limits = Limits(options.min_pixels, options.max_pixels)
     folder = convert.export_hf(options.source, options.output, options.tokenizer, limits)
@@ -50,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     directions = parser.add_subparsers(dest="direction", required=True)
     into = directions.add_parser("import", help="Hugging Face folder -> checkpoint")
     into.add_argument("source", type=Path, help="folder with config.json and safetensors")
-    into.add_argument("output", type=Path, help="folder that gets checkpoints/")
+    into.add_argument("output", type=Path, help="folder that gets checkpoints/ and model/")
     out = directions.add_parser("export", help="checkpoint -> Hugging Face folder")
     out.add_argument("source", type=Path, help="run folder, its checkpoints/, or one checkpoint")
     out.add_argument("output", type=Path, help="new folder")
@@ -60,12 +62,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _as_yaml(model: ModelConfig) -> str:
-    """The model as a file for ``--config-dir FOLDER model=NAME``, put at FOLDER/model/NAME.yaml."""
+def _write_group(output: Path, model: ModelConfig) -> Path:
+    """The model's sizes as the choice ``model=NAME`` of ``--config-dir OUTPUT``."""
     import yaml
 
-    text: str = yaml.safe_dump(asdict(model), sort_keys=False)
-    return text
+    path = output / "model" / f"{model.name}.yaml"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(yaml.safe_dump(asdict(model), sort_keys=False))
+    return path
 
 
 if __name__ == "__main__":
