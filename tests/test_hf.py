@@ -197,7 +197,7 @@ def test_gate_comes_before_up(saved):
 
 def test_patch_embedding_is_the_convolution(saved):
     reader, theirs = HFReader(saved, tiny()), transformers_model(tiny())
-    patches = torch.randn(5, 1176)
+    patches = torch.randn(5, 1176) / 1176**0.5  # outputs near 1, as the tolerance expects
     close(
         patches @ reader.read("vision.patch_embed.weight").T,
         theirs.model.visual.patch_embed(patches),
