@@ -1,0 +1,225 @@
+"""Every layout computes what one process computes: loss, gradient norm, gradients, updates.
+
+    pytest -s tests/test_layouts.py                    # prints the tables of docs/parallelism.md
+    pytest -s tests/test_layouts.py -m "slow or not slow"
+
+Each case takes three global batches: images in some packs, in the first pack only, in none.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from unittest import mock
+
+import pytest
+import torch
+
+from triptych.tests.layouts import (
+    LAYOUTS,
+    TRAINED,
+    Case,
+    Distance,
+    Layout,
+    Outcome,
+    Piece,
+    distance,
+    grid,
+    join,
+    measure,
+    pairs,
+)
+from triptych.train.feed import to_device
+
+pytestmark = pytest.mark.distributed
+
+BAR = Distance(loss=2e-6, norm=2e-6, grads=2e-5, parameters=1e-2)
+"""Gradients as the issue asks; parameters after three clipped steps, in learning rates."""
+STEPS = 3
+
+COVER = """
+tp1 pp1 dp1 stage1 untied mbs1 vit none, llm none
+tp1 pp1 dp4 stage1 untied mbs1 vit none, llm full
+tp1 pp1 dp4 stage1-vit untied mbs1 vit none, llm selective
+tp1 pp1 dp4 stage2 untied mbs1 vit none, llm none
+tp1 pp1 dp4 stage3 tied mbs2 vit full, llm none
+tp1 pp1 dp4 warmup untied mbs1 vit none, llm none
+tp1 pp2[1,3] dp2 stage1 untied mbs1 vit none, llm none
+tp1 pp2[1,3] dp2 stage1-vit untied mbs1 vit none, llm none
+tp1 pp2[1,3] dp2 stage2 untied mbs2 vit full, llm full
+tp1 pp2[1,3] dp2 stage3 untied mbs1 vit none, llm selective
+tp1 pp2[1,3] dp2 warmup untied mbs1 vit none, llm none
+tp1 pp2[3,1] dp1 stage2 untied mbs1 vit none, llm none
+tp1 pp3[1,1,2] dp1 stage1 untied mbs2 vit full, llm full
+tp1 pp3[1,1,2] dp1 stage1-vit untied mbs1 vit none, llm none
+tp1 pp3[1,1,2] dp1 stage2 untied mbs1 vit none, llm none
+tp1 pp3[1,1,2] dp1 stage3 untied mbs1 vit none, llm none
+tp1 pp3[1,1,2] dp1 warmup tied mbs1 vit none, llm selective
+tp1 pp3[2,1,1] dp1 stage3 untied mbs1 vit full, llm none
+tp1 pp4[1,1,1,1] dp1 stage1 tied mbs2 vit none, llm full
+tp1 pp4[1,1,1,1] dp1 stage1-vit untied mbs1 vit full, llm none
+tp1 pp4[1,1,1,1] dp1 stage2 untied mbs1 vit none, llm selective
+tp1 pp4[1,1,1,1] dp1 stage3 untied mbs1 vit none, llm none
+tp1 pp4[1,1,1,1] dp1 warmup untied mbs1 vit none, llm none
+tp2 pp2[1,3] dp1 stage2 tied mbs1 vit none, llm none
+tp2+sp pp1 dp2 stage3 tied mbs1 vit none, llm full
+tp2+sp pp2[2,2] dp1 stage2 untied mbs1 vit none, llm none
+tp2+sp pp2[3,1] dp1 stage1 untied mbs1 vit none, llm selective
+tp2+sp pp2[3,1] dp1 stage1-vit tied mbs2 vit full, llm selective
+tp2+sp pp2[3,1] dp1 warmup untied mbs1 vit none, llm full
+tp4 pp1 dp1 stage1 untied mbs1 vit none, llm none
+tp4 pp1 dp1 stage1-vit untied mbs1 vit none, llm full
+tp4 pp1 dp1 stage2 tied mbs1 vit none, llm selective
+tp4 pp1 dp1 stage3 untied mbs1 vit none, llm none
+tp4+sp pp1 dp1 warmup untied mbs2 vit full, llm none
+"""
+"""Every two choices that any case of the whole grid makes together, are made together here."""
+
+GRID = {str(case): case for layout in LAYOUTS for case in grid(layout)}
+COVERING = [GRID[line] for line in COVER.strip().splitlines()]
+
+Measure = Callable[..., list[Outcome]]
+
+
+@pytest.fixture(scope="module")
+def outcomes(pool) -> Measure:
+    """``outcomes(layout, cases)``: what they give, on ranks of the pool."""
+
+    def of(layout: Layout, cases: list[Case], **options: int) -> list[Outcome]:
+        ranks = pool(layout.world_size).run(
+            measure, layout=layout, cases=cases, timeout_s=60 + 30 * len(cases), **options
+        )
+        return [join(pieces, case) for case, *pieces in zip(cases, *ranks, strict=True)]
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def alone(outcomes) -> Callable[[Case], Outcome]:
+    """What one process gives for the same model, without recomputation, pack by pack."""
+    known: dict[tuple[str, bool], Outcome] = {}
+
+    def of(case: Case) -> Outcome:
+        key = case.stage, case.tied
+        if key not in known:
+            known[key] = outcomes(Layout(), [Case(Layout(), *key)], num_steps=STEPS)[0]
+        return known[key]
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def table() -> Iterator[dict[str, Distance]]:
+    """Worst distance by layout, printed when all is measured."""
+    worst: dict[str, Distance] = {}
+    yield worst
+    print()
+    for name, apart in worst.items():
+        print(f"{name:28} {apart}")
+
+
+def check(outcomes, alone, table, cases: list[Case], **options: int) -> None:
+    layout = cases[0].layout
+    for case, outcome in zip(cases, outcomes(layout, cases, **options), strict=True):
+        apart = distance(outcome, alone(case))
+        table[str(layout)] = table.get(str(layout), apart) | apart
+        assert apart.times(BAR) <= 1, f"{case}: {apart}"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_three_steps_equal_one_process(layout, outcomes, alone, table):
+    """Gradients of all parameters, and the weights after three steps of the three batches."""
+    check(outcomes, alone, table, [Case(layout, tied=layout.dp == 1)], num_steps=STEPS)
+
+
+@pytest.mark.parametrize("layout", sorted({case.layout for case in COVERING}), ids=str)
+def test_every_pair_of_choices_equals_one_process(layout, outcomes, alone, table):
+    check(outcomes, alone, table, [case for case in COVERING if case.layout == layout])
+
+
+def test_the_covering_cases_cover_every_pair():
+    missing = set().union(*map(pairs, GRID.values())) - set().union(*map(pairs, COVERING))
+    assert not missing, "python -m triptych.tests.layouts prints a new COVER"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", TRAINED)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_whole_grid_equals_one_process(layout, stage, outcomes, alone, table):
+    check(outcomes, alone, table, [case for case in grid(layout) if case.stage == stage])
+
+
+def loss_averaged_by_microbatch():
+    def averaged(losses_T, loss_mask):
+        counted = losses_T * loss_mask
+        mean = counted.sum() / loss_mask.sum().clamp(min=1)
+        return mean, torch.ones((), dtype=torch.int32), counted.detach().double().sum()
+
+    return mock.patch("triptych.train.step.masked_sum", averaged)
+
+
+def images_dropped_on_dp_rank_1():
+    def drop(batch, mesh):
+        if mesh.dp_rank == 1:
+            batch = dataclasses.replace(batch, pixel_values=None, num_patches=0)
+        return to_device(batch, mesh)
+
+    return mock.patch("triptych.train.step.to_device", drop)
+
+
+def pixels_kept_by_the_reading_rank():
+    def kept(tensor, group):
+        return tensor if group.rank() == 0 else torch.zeros_like(tensor)
+
+    return mock.patch("triptych.train.feed.broadcast_from_source", kept)
+
+
+def norms_not_summed_over_tp():
+    return mock.patch("triptych.models.norm._mark", return_value=None)
+
+
+def pieces_not_marked():
+    return mock.patch("triptych.models.qwen2_vl.model.mark_cuts", return_value=None)
+
+
+def replicas_counted_on_every_tp_rank():
+    name = "megatron.core.tensor_parallel.param_is_not_tensor_parallel_duplicate"
+    return mock.patch(name, return_value=True)
+
+
+def tied_embedding_not_summed():
+    module = sys.modules["megatron.core.distributed.finalize_model_grads"]
+    return mock.patch.object(module, "_allreduce_word_embedding_grads", return_value=None)
+
+
+def nothing_clipped():
+    name = "triptych.parallel.zero_megatron.clip_grad_by_total_norm_fp32"
+    return mock.patch(name, return_value=None)
+
+
+FAULTS = [
+    (loss_averaged_by_microbatch, Case(Layout())),
+    (loss_averaged_by_microbatch, Case(Layout(dp=2))),
+    (images_dropped_on_dp_rank_1, Case(Layout(dp=2), "stage1")),
+    (pixels_kept_by_the_reading_rank, Case(Layout(tp=2))),
+    (norms_not_summed_over_tp, Case(Layout(tp=2, sequence_parallel=True))),
+    (pieces_not_marked, Case(Layout(tp=2))),
+    (replicas_counted_on_every_tp_rank, Case(Layout(tp=2))),
+    (tied_embedding_not_summed, Case(Layout(pp=2, layers=(1, 3)), tied=True)),
+    (nothing_clipped, Case(Layout(dp=2))),
+]
+
+
+def measure_with(fault: Callable[[], AbstractContextManager[object]], case: Case) -> list[Piece]:
+    with fault():
+        return measure(case.layout, [case], STEPS)
+
+
+@pytest.mark.parametrize(
+    ("fault", "case"), FAULTS, ids=[f"{fault.__name__}, {case.layout}" for fault, case in FAULTS]
+)
+def test_planted_fault_breaks_a_bar(fault, case, alone, pool):
+    pieces = pool(case.layout.world_size).run(measure_with, fault=fault, case=case)
+    apart = distance(join([piece for [piece] in pieces], case), alone(case))
+    print(f"{fault.__name__:36} {apart.times(BAR):9.1e} times a bar: {apart}")
+    assert apart.times(BAR) > 100
