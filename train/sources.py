@@ -11,7 +11,7 @@ from triptych.costs.flops import Workload, training_flops
 from triptych.data.dataset import Dataset
 from triptych.data.loader import Loader, validation_step
 from triptych.data.plan.plan import Cursor, Plan
-from triptych.data.plan.sources import plan_sources
+from triptych.data.plan.sources import PlanSource, plan_sources
 from triptych.data.prepare.digits import have_digits, make_digits
 from triptych.data.reader import BatchFormat
 from triptych.data.tokenizer import load_tokenizer
@@ -26,7 +26,6 @@ class Mixture:
     """Datasets in the order in which their plan numbers them."""
 
     sources: list[Dataset]
-    weights: Mapping[str, float]
     plan: Plan
 
     @classmethod
@@ -61,7 +60,7 @@ class Mixture:
             window=min(config.data.window, num_samples) if once else config.data.window,
             oversize=config.data.oversize,
         )
-        return cls(sources, weights, plan)
+        return cls(sources, plan)
 
     def loader(self, config: Config, mesh: Mesh, cursor: Cursor) -> Loader:
         """This rank's steps from ``cursor`` on; whoever asks must close it."""
@@ -100,10 +99,18 @@ class Mixture:
 
     def __str__(self) -> str:
         listed = ", ".join(
-            f"{source.name} {self.weights[source.name]:g} of {len(source):,} samples"
-            for source in self.sources
+            f"{source.name} {source.weight:g} of {len(source):,} samples" + self._too_long(source)
+            for source in self.plan.sources
         )
         return f"{listed}; plan {self.plan.hash[:12]}"
+
+    def _too_long(self, source: PlanSource) -> str:
+        """How many of its samples fit no pack, where there are any; they are left out whole."""
+        fits = source.fits(
+            slice(None), seq_len=self.plan.seq_len, max_patches=self.plan.max_patches
+        )
+        count = len(source) - int(fits.sum())
+        return f" ({count:,} too long for a pack, skipped)" if count else ""
 
 
 def generate_samples(config: Config, mesh: Mesh) -> None:
