@@ -83,13 +83,13 @@ def export_hf(source: Path, output: Path, tokenizer: Path, limits: Limits) -> Pa
     folder = locate(source, Alone())
     model = read_model(folder)
     _refuse_other_tokenizer(tokenizer, model)
+    writer = HFWriter(output, model)
     init_distributed(TIMEOUT_S)
     mesh = build_mesh(1, 1, seed=0, timeout_s=TIMEOUT_S)
     tied = model.language.tie_word_embeddings
     table = name_table(model)
     names = _own_names(table, tied=tied)
     dtype = weights_dtype(folder / "shards")
-    writer = HFWriter(output, model)
     for name in names:
         weight = torch.empty(table[name].shape, dtype=dtype)
         load_tensors(folder / "shards", {WEIGHTS: {name: weight}}, mesh, tied=tied)

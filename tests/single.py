@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -63,18 +64,33 @@ def pack(samples: Sequence[Conversation], *, pad_to: int = 1) -> Batch:
 def logits_by_sample(piece: nn.Module, batch: Batch) -> list[Tensor]:
     """(num_tokens, vocab) of each sample of the pack; padding left out."""
     with torch.no_grad():
-        logits = piece(batch, with_loss=False)[0]
+        logits = piece(_beside(piece, batch), with_loss=False)[0]
     lengths = batch.cu_seqlens.diff().tolist()
-    return list(logits.split(lengths))[: len(batch.sample_ids)]
+    return list(logits.cpu().split(lengths))[: len(batch.sample_ids)]
+
+
+def backward(piece: nn.Module, batch: Batch, *, divisor: int = 1) -> float:
+    """Add the gradient of the summed loss / ``divisor``; returns the summed loss."""
+    losses = piece(_beside(piece, batch)).squeeze(0)
+    loss_sum, _, reported = masked_sum(losses, batch.loss_mask.to(losses.device))
+    (loss_sum / divisor).backward()
+    return reported.item()
 
 
 def run_ours(piece: nn.Module, batch: Batch, model: ModelConfig) -> Outcome:
     """Logits, mean loss and gradients of one pack."""
     piece.zero_grad()
+    count = int(batch.loss_mask.sum())
+    loss_sum = backward(piece, batch, divisor=count)
     logits = logits_by_sample(piece, batch)
-    loss_sum, count, reported = masked_sum(piece(batch).squeeze(0), batch.loss_mask)
-    (loss_sum / count).backward()
-    return Outcome(logits, reported.item() / count.item(), gradients(piece, model))
+    return Outcome(logits, loss_sum / count, gradients(piece, model))
+
+
+def _beside(piece: nn.Module, batch: Batch) -> Batch:
+    """The batch on the device of the model."""
+    device = next(piece.parameters()).device
+    names = ("input_ids", "labels", "loss_mask", "position_ids", "vision_index", "pixel_values")
+    return replace(batch, **{name: getattr(batch, name).to(device) for name in names})
 
 
 def gradients(piece: nn.Module, model: ModelConfig) -> dict[str, Tensor]:
@@ -83,6 +99,6 @@ def gradients(piece: nn.Module, model: ModelConfig) -> dict[str, Tensor]:
     grads: dict[str, Tensor] = {}
     for name, parameter in global_parameters(piece):
         if parameter.grad is not None:
-            parts = table[name].transform.to_theirs(parameter.grad)
+            parts = table[name].transform.to_theirs(parameter.grad.cpu())
             grads |= dict(zip(table[name].theirs, parts, strict=True))
     return grads

@@ -16,8 +16,7 @@ from triptych.tests.reference import (
     small_model,
     transformers_model,
 )
-from triptych.tests.single import alone, gradients, load_ours, logits_by_sample, pack
-from triptych.train.step import masked_sum
+from triptych.tests.single import alone, backward, gradients, load_ours, logits_by_sample, pack
 
 BAR = 1e-5
 """Of the largest logit, or of a tensor's largest gradient; measured: docs/parity.md."""
@@ -77,8 +76,7 @@ def summed_gradients(
     """Of the summed loss, by Hugging Face name, accumulated over the packs."""
     piece.zero_grad()
     for samples in packs:
-        batch = pack(samples, pad_to=pad_to)
-        masked_sum(piece(batch).squeeze(0), batch.loss_mask)[0].backward()
+        backward(piece, pack(samples, pad_to=pad_to))
     return {name: grad.clone() for name, grad in gradients(piece, MODEL).items()}
 
 
