@@ -181,7 +181,7 @@ class Distance:
 
 
 BAR = Distance(logits=2e-5, loss=2e-6, grads=3e-5)
-"""By how much fp32 may differ from transformers; measured: a third of it at most (docs/parity.md)."""
+"""How far fp32 may be from transformers; measured: a third of it at most (docs/parity.md)."""
 
 
 def distance(got: Outcome, want: Outcome) -> Distance:
