@@ -34,13 +34,13 @@ class Progress:
         elapsed = self._times[-1] - self._times[0]
         step_s, rate = elapsed / len(self._tokens), sum(self._tokens) / elapsed
         loss = "none" if event.result.loss is None else f"{event.result.loss:.4f}"
-        lr = " ".join(f"{part} {value:.1e}" for part, value in event.result.lr.items() if value)
+        rates = [f"{part} {value:.1e}" for part, value in event.result.lr.items() if value]
         validation = event.metrics.get("validation_loss")
         steps_left, of = self._remaining(event, step_s * rate)
         return (
             f"{self._config.stage.name} step {event.state.step}{of} | loss {loss}"
             + (f" | validation {validation:.4f}" if validation is not None else "")
-            + f" | norm {event.result.grad_norm:.3f} | lr {lr}"
+            + f" | norm {event.result.grad_norm:.3f} | lr {' '.join(rates) or 0}"
             + f" | {rate:,.0f} tokens/s | {step_s:.2f} s/step"
             + f" | fill {event.metrics['fill']:.3f} | left {duration(steps_left * step_s)}"
         )
