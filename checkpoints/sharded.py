@@ -5,6 +5,7 @@ gated matrix [gate; up], of which each tp rank holds a piece of both halves, is 
 tensors, ``….gate`` and ``….up``. A tied head is its embedding.
 """
 
+import queue
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ from megatron.core.dist_checkpointing.serialization import (
     get_default_load_sharded_strategy,
     get_default_save_sharded_strategy,
 )
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
@@ -34,6 +36,10 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 
 Tensors = Mapping[str, Tensor]
 HALVES = ("gate", "up")
+
+# megatron-core would start a Python of its own beside every rank, with torch and the main module in
+# it, to hold this queue. We save synchronously: the process that fills it is the one that reads it.
+filesystem_async._results_queue = queue.Queue()
 
 
 def save_tensors(folder: Path, kinds: Mapping[str, Tensors], mesh: Mesh, *, tied: bool) -> None:
