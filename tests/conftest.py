@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -25,6 +26,16 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], R
     yield of_size
     for one in pools.values():
         one.stop()
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sample data, of a size that suffices for tests: ``data.root``. Not to be changed."""
+    from triptych.data.prepare.digits import make_digits  # late: it takes 2 s
+
+    root = tmp_path_factory.mktemp("digits") / "sample_data"
+    make_digits(root, num_images=60, num_samples=120)
+    return root
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -1,4 +1,5 @@
-"""What the fork server imports once for all ranks: torch, and what tests reach of megatron-core.
+"""What the fork server imports once for all ranks: torch, and what tests reach of megatron-core
+and of a run.
 
 Forking is safe because none of this starts a thread (OMP_NUM_THREADS=1) or touches a device.
 """
@@ -9,12 +10,16 @@ import importlib
 from triptych.parallel.device import prepare_megatron
 
 MODULES = (
+    "torch._dynamo",
     "torch.distributed.checkpoint",
-    "megatron.core.dist_checkpointing",
+    "hydra._internal.core_plugins",
+    "megatron.core.dist_checkpointing.strategies.torch",
     "megatron.core.distributed",
     "megatron.core.models.gpt",
     "megatron.core.optimizer",
     "megatron.core.pipeline_parallel",
+    "triptych.configs.validate",
+    "triptych.train.run",
 )
 
 prepare_megatron()
