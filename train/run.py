@@ -44,7 +44,6 @@ def pretrain(config: Config) -> TrainState:
         seed=config.seed,
         timeout_s=config.cluster.timeout_s,
     )
-    _open_run_folder(config, mesh)
     generate_samples(config, mesh)
     data = Mixture.open(config, config.data.mixtures[config.stage.name])
     _refuse_different_plans(data.plan)
@@ -56,6 +55,7 @@ def pretrain(config: Config) -> TrainState:
     if is_finished(config, engine, state):
         say(mesh, _finished(config, state))
         return state
+    _open_run_folder(config, mesh)
     loader = data.loader(config, mesh, state.cursor)
     with contextlib.closing(loader), contextlib.ExitStack() as stack:
         hooks = _hooks(config, engine, store, state)
@@ -73,7 +73,10 @@ def leave() -> None:
 
 
 def _open_run_folder(config: Config, mesh: Mesh) -> None:
-    """Make ``run.dir`` and write the resolved configuration into it."""
+    """Make ``run.dir`` and write the resolved configuration into it.
+
+    Only a run that will train does: what was refused leaves no trace.
+    """
     run_dir = Path(config.run.dir)
     if mesh.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
