@@ -16,7 +16,9 @@ from PIL import Image
 NUM_TRAIN_SCANS = 1400
 MIN_SIDE, MAX_SIDE = 28, 168
 """Pixels: of 1 to 6 tokens along each side."""
-MIN_DIGIT, MAX_DIGIT = 18, 96
+CLOSE_UP_SIDE = 64
+"""Pixels: the largest side of a close-up, which one digit fills."""
+MIN_DIGIT, MAX_DIGIT = 20, 72
 """Pixels along the sides of a digit's 8x8 scan."""
 UNSEEN_GRIDS = ((2, 4), (4, 2), (3, 5), (5, 3))
 """(rows, columns) of 28 pixels, after rounding."""
@@ -55,13 +57,18 @@ def load_scans() -> tuple[Scans, Scans]:
 
 
 def compose(
-    rng: np.random.Generator, scans: Scans, num_digits: int, *, unseen_size: bool
+    rng: np.random.Generator,
+    scans: Scans,
+    num_digits: int,
+    *,
+    unseen_size: bool,
+    max_side: int = MAX_SIDE,
 ) -> DigitImage:
     """Draws a picture: size, background, and digits at random scale, shape and place.
 
     Digits stand in disjoint columns, so their order from left to right is never in doubt.
     """
-    height, width = _draw_size(rng, num_digits, unseen_size=unseen_size)
+    height, width = _draw_size(rng, num_digits, max_side, unseen_size=unseen_size)
     grey, noise = rng.integers(0, 60), rng.integers(1, 12)
     canvas = (grey + rng.integers(0, noise, (height, width))).astype(np.uint8)
     chosen = rng.integers(0, len(scans.digits), num_digits)
@@ -92,11 +99,21 @@ def training_images(num_images: int, seed: int) -> Iterator[DigitImage]:
         yield compose(rng, scans, 1 + i % 2, unseen_size=False)
 
 
-def _draw_size(rng: np.random.Generator, num_digits: int, *, unseen_size: bool) -> tuple[int, int]:
+def close_up_images(num_images: int, seed: int) -> Iterator[DigitImage]:
+    """Small pictures for training that one digit fills: what a ViT learns soonest."""
+    rng = np.random.default_rng([seed, 2])
+    scans, _ = load_scans()
+    for _ in range(num_images):
+        yield compose(rng, scans, 1, unseen_size=False, max_side=CLOSE_UP_SIDE)
+
+
+def _draw_size(
+    rng: np.random.Generator, num_digits: int, max_side: int, *, unseen_size: bool
+) -> tuple[int, int]:
     """Height and width in pixels; small ones are as likely as large ones (log-uniform)."""
     smallest = np.log([MIN_SIDE, MIN_SIDE if num_digits == 1 else num_digits * MIN_DIGIT + 2])
     while True:
-        height, width = np.exp(rng.uniform(smallest, np.log(MAX_SIDE + 1))).astype(int).tolist()
+        height, width = np.exp(rng.uniform(smallest, np.log(max_side + 1))).astype(int).tolist()
         grid = (round(height / 28), round(width / 28))
         if (grid in UNSEEN_GRIDS) == unseen_size:
             return height, width
@@ -107,9 +124,9 @@ def _draw_boxes(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Widths and heights of the digits, in pixels; together they are no wider than the picture."""
     largest = min(width // num_digits, height, MAX_DIGIT)
-    smallest = max(MIN_DIGIT, largest // 2)
+    smallest = max(MIN_DIGIT, 3 * largest // 4)
     scale = rng.integers(smallest, largest + 1)
-    sides = np.maximum(MIN_DIGIT, (scale * rng.uniform(0.75, 1, (2, num_digits))).astype(int))
+    sides = np.maximum(MIN_DIGIT, (scale * rng.uniform(0.8, 1, (2, num_digits))).astype(int))
     return sides[0], sides[1]
 
 

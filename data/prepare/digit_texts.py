@@ -1,7 +1,7 @@
 """What is said about pictures of digits: captions, documents, questions, and text without pictures.
 
 Text-only samples say the same as those with pictures, with a sketch in characters where the picture
-would be (". . 4 . 7"), so that a language model warmed up on them knows the phrases, and to copy
+would be ("..4.7"), so that a language model warmed up on them knows the phrases, and to copy
 digits out of what it sees in their order.
 """
 
@@ -29,10 +29,12 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Pictures:
-    """The pictures that records are about, by their number of digits."""
+    """The pictures that records are about, by what they show."""
 
     of_one: Sequence[Picture]
     of_two: Sequence[Picture]
+    close_ups: Sequence[Picture]
+    """Of one digit each."""
 
     def draw(self, rng: random.Random) -> Picture:
         """One with one or two digits."""
@@ -46,24 +48,24 @@ def text_part(text: str) -> Record:
 
 def sketch(rng: random.Random, num_digits: int) -> Picture:
     """A picture in characters: digits among points, in one line."""
-    cells = ["."] * rng.randint(num_digits, 8)
+    cells = ["."] * rng.randint(num_digits, 6)
     digits = [str(rng.randrange(10)) for _ in range(num_digits)]
     places = sorted(rng.sample(range(len(cells)), num_digits))
     for place, digit in zip(places, digits, strict=True):
         cells[place] = digit
-    return Picture("".join(digits), text_part(" ".join(cells) + "\n"))
+    return Picture("".join(digits), text_part("".join(cells) + "\n"))
 
 
 def classification(rng: random.Random, pictures: Pictures) -> Record:
-    """A picture of one digit and its class, bare or as an answer."""
-    picture = rng.choice(pictures.of_one)
+    """A close-up of one digit and its class, bare or as an answer."""
+    picture = rng.choice(pictures.close_ups)
     question = rng.choice(("", f"{READ} ", "What digit is this? "))
     return {"content": [picture.part, text_part(question + picture.digits)]}
 
 
 def caption(rng: random.Random, pictures: Pictures) -> Record:
-    """A picture of one digit with a sentence."""
-    picture = rng.choice(pictures.of_one)
+    """A close-up of one digit with a sentence."""
+    picture = rng.choice(pictures.close_ups)
     return {
         "content": [picture.part, text_part(rng.choice(CAPTIONS_OF_ONE).format(picture.digits))]
     }
@@ -109,11 +111,14 @@ def chat(rng: random.Random, pictures: Pictures) -> Record:
 
 
 def text(rng: random.Random, pictures: Pictures) -> Record:
-    """Documents about sketches, sums, and series."""
+    """Documents about sketches, repeated numbers, sums, and series."""
     kind = rng.random()
-    if kind < 0.8:
+    if kind < 0.5:
         record = rng.choice((classification, caption, string, string))(rng, sketches(rng))
         return {"text": "".join(part["text"] for part in record["content"])}
+    if kind < 0.8:  # most of it can be copied, which teaches copying soonest
+        digits = "".join(str(rng.randrange(10)) for _ in range(rng.randint(2, 6)))
+        return {"text": " ".join([digits] * 4)}
     if kind < 0.9:
         a = rng.randrange(10)
         b = rng.randrange(10 - a)
@@ -139,7 +144,8 @@ def heldout(rng: random.Random, pictures: Pictures) -> Record:
 
 def sketches(rng: random.Random) -> Pictures:
     """A few sketches to speak about."""
-    return Pictures([sketch(rng, 1)], [sketch(rng, 2)])
+    of_one = [sketch(rng, 1)]
+    return Pictures(of_one, [sketch(rng, 2)], of_one)
 
 
 SOURCES: dict[str, Callable[[random.Random, Pictures], Record]] = {

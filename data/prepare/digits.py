@@ -3,7 +3,7 @@
 root/raw/                      pictures as PNG, records as JSONL: what launch/prepare.py reads
 root/tokenizer/                512 tokens or fewer; the same whatever the sizes and the seed
 root/text, text_chat           text only: documents and chats about sketches in characters
-root/classification, captions  pictures of one digit, with its class or a sentence
+root/classification, captions  close-ups of one digit, with its class or a sentence
 root/strings                   one or two digits; articles with two pictures
 root/chat                      ChatML: "Read the digits." -> "47", and other questions
 root/heldout                   chats and documents about scans that no other dataset shows
@@ -14,13 +14,18 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import yaml
 
 from triptych.data.prepare.build import build_dataset
-from triptych.data.prepare.digit_images import DigitImage, heldout_images, training_images
+from triptych.data.prepare.digit_images import (
+    DigitImage,
+    close_up_images,
+    heldout_images,
+    training_images,
+)
 from triptych.data.prepare.digit_texts import (
     SOURCES,
     Picture,
@@ -47,7 +52,8 @@ def make_digits(
 
     Args:
         root: the folder; appears when it is complete.
-        num_images: pictures for training, shared by the datasets; a tenth as many are held out.
+        num_images: pictures for training, shared by the datasets, and as many close-ups; a tenth as
+            many are held out.
         num_samples: of each dataset; of ``heldout`` a tenth as many.
         seed: decides pictures and texts.
     Raises:
@@ -82,8 +88,11 @@ def _check_same(root: Path, arguments: dict[str, int]) -> None:
 def _make(root: Path, num_images: int, num_samples: int, seed: int) -> None:
     raw = root / "raw"
     (raw / "images").mkdir(parents=True)
-    train = _save(training_images(num_images, seed), raw, "train")
-    heldout = _save(heldout_images(max(8, num_images // 10), seed), raw, "heldout")
+    train = _pictures(
+        _save(training_images(num_images, seed), raw, "train"),
+        _save(close_up_images(num_images, seed), raw, "close_up"),
+    )
+    heldout = _pictures(_save(heldout_images(max(8, num_images // 10), seed), raw, "heldout"), [])
     tokenizer = train_tokenizer(_corpus(), root / "tokenizer", VOCAB_SIZE)
     for name, make_record in SOURCES.items():
         rng = random.Random(f"{seed} {name}")
@@ -97,22 +106,25 @@ def _make(root: Path, num_images: int, num_samples: int, seed: int) -> None:
         build_dataset([records], root / name, tokenizer, images=raw)
 
 
-def _save(images: Iterable[DigitImage], raw: Path, prefix: str) -> Pictures:
-    of_one: list[Picture] = []
-    of_two: list[Picture] = []
+def _save(images: Iterable[DigitImage], raw: Path, prefix: str) -> list[Picture]:
+    pictures = []
     for i, digit_image in enumerate(images):
         path = f"images/{prefix}_{i:06d}.png"
         digit_image.image.save(raw / path, compress_level=1)
-        picture = Picture(digit_image.answer, {"type": "image", "image": path})
-        (of_one if len(digit_image.answer) == 1 else of_two).append(picture)
-    return Pictures(of_one, of_two)
+        pictures.append(Picture(digit_image.answer, {"type": "image", "image": path}))
+    return pictures
+
+
+def _pictures(pictures: Sequence[Picture], close_ups: Sequence[Picture]) -> Pictures:
+    of_one, of_two = ([p for p in pictures if len(p.digits) == n] for n in (1, 2))
+    return Pictures(of_one, of_two, close_ups)
 
 
 def _corpus() -> Iterable[str]:
     """The phrases of all datasets, so that every run has the same tokenizer."""
     rng = random.Random(0)
     picture = Picture("47", text_part(""))
-    pictures = Pictures([picture], [picture])
+    pictures = Pictures([picture], [picture], [picture])
     for make_record in SOURCES.values():
         for _ in range(500):
             yield from texts_of(make_record(rng, pictures))

@@ -1,0 +1,71 @@
+r"""Let a trained model read images.
+
+    python launch/sample.py --checkpoint runs/demo/stage3 --tokenizer runs/demo/data/tokenizer \
+        --image scan.png --prompt "Read the digits."
+    python launch/sample.py --checkpoint runs/demo/stage3 --tokenizer runs/demo/data/tokenizer \
+        --digits 400 --output runs/demo    # composed from handwritten digits kept out of training
+
+Answers are greedy. One process holds the whole model, on the GPU where there is one.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+try:
+    from triptych.launch.cli import run
+except ModuleNotFoundError as missing:
+    sys.exit(f"{missing.name} is not installed -> make install && source .venv/bin/activate")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Answer one question about one image, or read the digits that are kept for evaluation."""
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if (options.digits is None) == (options.image is None):
+        parser.error("give either --image FILE --prompt TEXT, or --digits NUMBER --output FOLDER")
+    if options.image is not None and options.prompt is None:
+        parser.error("--image needs --prompt TEXT")
+    if options.digits is not None and options.output is None:
+        parser.error("--digits needs --output FOLDER")
+    from triptych.launch.answering import Answerer, Question  # late: --help does not pay for torch
+
+    answerer = Answerer.load(options.checkpoint, options.tokenizer)
+    if options.image is not None:
+        question = Question(options.image.read_bytes(), options.prompt, str(options.image))
+        print(answerer.read([question], max_new_tokens=options.max_new_tokens)[0])
+        return
+    from triptych.launch import digits, pictures
+
+    options.output.mkdir(parents=True, exist_ok=True)
+    readings = digits.evaluate(answerer, options.digits, seed=options.seed)
+    print(digits.table(readings))
+    digits.save_readings(readings, options.output)
+    print(pictures.contact_sheet(readings, options.output, seed=options.seed))
+    if options.curves:
+        print(pictures.loss_curves(options.curves, options.output))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", type=Path, required=True, help="run folder or checkpoint")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="Hugging Face folder")
+    parser.add_argument("--image", type=Path, help="file to ask about")
+    parser.add_argument("--prompt", help="the question")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=32, help="an answer is cut there (default: 32)"
+    )
+    parser.add_argument("--digits", type=int, metavar="NUMBER", help="images for evaluation")
+    parser.add_argument("--seed", type=int, default=1234, help="of these images (default: 1234)")
+    parser.add_argument("--output", type=Path, help="folder for results and pictures")
+    parser.add_argument(
+        "--curves", nargs="+", type=Path, metavar="RUN", help="also draw the loss of these runs"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,79 @@
+"""Greedy decoding over packed prompts.
+
+All prompts go through the model together, one segment each, and whole again for every new token:
+right for answers of a few tokens, and the very forward pass that training runs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from triptych.configs.schema import TokensConfig
+from triptych.data.collate import Segment, collate
+from triptych.data.types import Batch
+
+
+def greedy(
+    model: nn.Module, prompts: Sequence[Segment], tokens: TokensConfig, *, max_new_tokens: int
+) -> list[list[int]]:
+    """Continue each prompt with its most likely tokens.
+
+    O(max_new_tokens) forward passes over all prompts that are not yet answered.
+
+    Args:
+        model: whole, in this process: tp = pp = 1.
+        prompts: with pixels.
+        tokens: ids of the special tokens.
+        max_new_tokens: an answer is cut there.
+
+    Returns:
+        The new ids of each prompt, up to and without ``<|im_end|>`` or ``<|endoftext|>``.
+    """
+    answers: list[list[int]] = [[] for _ in prompts]
+    open_prompts = list(range(len(prompts)))
+    for _ in range(max_new_tokens):
+        if not open_prompts:
+            break
+        segments = [_extended(prompts[i], answers[i]) for i in open_prompts]
+        next_ids = _next_ids(model, segments, tokens)
+        going_on = [
+            (i, token)
+            for i, token in zip(open_prompts, next_ids, strict=True)
+            if token not in (tokens.im_end, tokens.endoftext)
+        ]
+        for i, token in going_on:
+            answers[i].append(token)
+        open_prompts = [i for i, _ in going_on]
+    return answers
+
+
+@torch.no_grad()
+def _next_ids(model: nn.Module, segments: Sequence[Segment], tokens: TokensConfig) -> list[int]:
+    """The most likely token after each segment."""
+    device = next(model.parameters()).device
+    batch = collate(segments, tokens, pad_to=1, with_pixels=True)
+    last_S = torch.tensor(batch.segments[1:], device=device) - 1
+    logits_TV = model(_on(batch, device), with_loss=False).squeeze(0)
+    next_ids: list[int] = logits_TV[last_S].argmax(dim=-1).tolist()
+    return next_ids
+
+
+def _extended(prompt: Segment, answer: Sequence[int]) -> Segment:
+    """The prompt and what was answered so far; nothing is a target."""
+    input_ids = np.append(prompt.input_ids, np.array(answer, dtype=prompt.input_ids.dtype))
+    return replace(prompt, input_ids=input_ids, targets=np.zeros(len(input_ids), dtype=np.uint8))
+
+
+def _on(batch: Batch, device: torch.device) -> Batch:
+    """The batch with all that a forward pass takes on the model's device."""
+    assert batch.pixel_values is not None
+    return replace(
+        batch,
+        input_ids=batch.input_ids.to(device),
+        position_ids=batch.position_ids.to(device),
+        vision_index=batch.vision_index.to(device),
+        pixel_values=batch.pixel_values.to(device),
+    )
