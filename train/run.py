@@ -131,13 +131,13 @@ def _hooks(
         held_out = Mixture.open(config, config.data.validation, once=True)
         hooks.append(Validation(config, engine, held_out.validation_step(config, mesh)))
     if mesh.is_main:
-        for ledger in (run_dir / "ledger").glob("*.jsonl"):
-            keep_until(ledger, state.step)
+        for record in (*run_dir.glob("ledger/*.jsonl"), *run_dir.glob("quarantine.jsonl")):
+            keep_until(record, state.step)
         hooks.append(MetricsFile(run_dir / "metrics.jsonl", state.step))
         if config.log.wandb:
             hooks.append(WandbTracker(config, run_dir))
         if config.log.tensorboard:
-            hooks.append(TensorBoardTracker(run_dir))
+            hooks.append(TensorBoardTracker(run_dir, state.step))
     dist.barrier()
     if mesh.reads_media:
         hooks.append(Ledger(run_dir / "ledger" / f"dp_{mesh.dp_rank:05d}.jsonl", state.step))

@@ -1,6 +1,7 @@
 """Weights & Biases and TensorBoard; on rank 0."""
 
 import json
+import secrets
 from dataclasses import asdict
 from numbers import Real
 from pathlib import Path
@@ -11,7 +12,7 @@ from triptych.train.hooks.hook import StepEvent
 
 
 class WandbTracker:
-    """Sends each step's metrics to Weights & Biases.
+    """Sends each step's metrics to Weights & Biases; a resumed run goes on under its id.
 
     ``log.wandb_mode=offline`` keeps them in the run folder.
     """
@@ -24,6 +25,7 @@ class WandbTracker:
             mode=config.log.wandb_mode,  # type: ignore[arg-type]  # validated
             name=f"{config.model.name}-{config.stage.name}",
             dir=str(run_dir),
+            id=_own_id(run_dir / "wandb" / "id"),
             config=json.loads(json.dumps(asdict(config), default=lambda value: value.name)),
             resume="allow",
         )
@@ -40,10 +42,11 @@ class WandbTracker:
 class TensorBoardTracker:
     """Writes each step's metrics as TensorBoard scalars into ``run.dir/tensorboard``."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, from_step: int) -> None:
+        """What was logged after ``from_step``, before the run died, will not be shown."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"))
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=from_step + 1)
 
     def after_step(self, event: StepEvent) -> None:
         """Write the step's numbers under their names."""
@@ -53,6 +56,14 @@ class TensorBoardTracker:
     def close(self) -> None:
         """Write what is left."""
         self._writer.close()
+
+
+def _own_id(file: Path) -> str:
+    """The run's id, drawn at its first start."""
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(secrets.token_hex(4))
+    return file.read_text()
 
 
 def flatten(metrics: dict[str, Any]) -> dict[str, float]:
