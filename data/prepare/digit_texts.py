@@ -57,10 +57,15 @@ def sketch(rng: random.Random, num_digits: int) -> Picture:
 
 
 def classification(rng: random.Random, pictures: Pictures) -> Record:
-    """A close-up of one digit and its class, bare or as an answer."""
+    """A close-up of one digit and its class, bare or as an answer.
+
+    The question stands first: what precedes a picture does not depend on it, so that only the class
+    tells a ViT before a frozen language model what to learn.
+    """
     picture = rng.choice(pictures.close_ups)
-    question = rng.choice(("", f"{READ} ", "What digit is this? "))
-    return {"content": [picture.part, text_part(question + picture.digits)]}
+    question = rng.choice(("", "", f"{READ}\n", "What digit is this?\n"))
+    parts = [picture.part, text_part(picture.digits)]
+    return {"content": [text_part(question), *parts] if question else parts}
 
 
 def caption(rng: random.Random, pictures: Pictures) -> Record:
