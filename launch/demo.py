@@ -80,9 +80,9 @@ class Run:
 
 
 FULL = Plan(
-    num_images=8_000,
-    num_samples=12_000,
-    budgets=(600_000, 900_000, 1_300_000, 700_000),
+    num_images=24_000,
+    num_samples=16_000,
+    budgets=(600_000, 900_000, 1_200_000, 600_000),
     num_read=400,
     num_exported=50,
     bars=Bars(accuracy=0.85, each=0.75, controls=0.15),
@@ -128,7 +128,7 @@ def runs_of(plan: Plan) -> list[Run]:
             stage="3",
             what="language model and adapter learn to answer; the ViT is frozen (DP=2, ZeRO-1)",
             token_budget=third,
-            overrides="train.micro_batch_size=2",
+            overrides="train.micro_batch_size=2 stage.adapter.lr=5e-4 stage.llm.lr=5e-4",
         ),
     ]
 
