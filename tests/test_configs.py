@@ -34,10 +34,10 @@ def test_every_choice_composes_and_validates(
     group: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for folder in ("tokenizer", "pairs", "interleaved", "text", "instructions", "heldout"):
-        (tmp_path / "datasets" / folder).mkdir(parents=True)
     largest = ["model=qwen2_vl_72b"] if name.startswith(("tp4", "tp8")) else []
     config = load_config([f"{group}={name}", *largest, "init.allow_random=true"])
+    for path in (config.data.tokenizer, *(s.path for s in config.data.sources.values())):
+        Path(path).mkdir(parents=True)  # as launch/prepare.py would have
     validate(config, world_size=config.parallel.tp * config.parallel.pp)
 
 
