@@ -45,7 +45,7 @@ def test_every_choice_composes_and_validates(
 @pytest.mark.parametrize("model", MODELS)
 def test_every_model_goes_through_every_stage(model: str, stage: str) -> None:
     config = load_config([f"stage={stage}", f"model={model}", "init.allow_random=true"])
-    validate(config, world_size=8)
+    validate(config, world_size=4)
     assert config.model.name == model
     assert config.stage.name in config.data.mixtures
 
