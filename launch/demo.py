@@ -80,9 +80,9 @@ class Run:
 
 
 FULL = Plan(
-    num_images=24_000,
+    num_images=12_000,
     num_samples=16_000,
-    budgets=(600_000, 900_000, 1_200_000, 600_000),
+    budgets=(600_000, 900_000, 1_300_000, 700_000),
     num_read=400,
     num_exported=50,
     bars=Bars(accuracy=0.85, each=0.75, controls=0.15),
