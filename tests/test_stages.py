@@ -96,7 +96,10 @@ def test_rates_follow_consumed_tokens(pool, digits, tmp_path):
 
 
 @distributed
-@pytest.mark.parametrize("stage", ["1", "2", "3"])
+@pytest.mark.parametrize(
+    "stage",
+    ["1", pytest.param("2", marks=pytest.mark.slow), pytest.param("3", marks=pytest.mark.slow)],
+)
 def test_the_table_is_the_same_in_every_layout(stage, pool, digits, tmp_path):
     """Replicated and tied parameters count once; a stage of the pipeline may train nothing."""
     runs = Runs(pool, digits, tmp_path)

@@ -136,7 +136,7 @@ def test_validation_leaves_training_as_it_is(runs):
 @distributed
 @pytest.mark.parametrize(
     ("layout", "ranks", "microbatch"),
-    [("dp2", [1], 5), ("pp2", [1], 9), ("tp2 pp2", [2, 3], 9)],
+    [("dp2", [1], 5), pytest.param("pp2", [1], 9, marks=pytest.mark.slow), ("tp2 pp2", [2, 3], 9)],
 )
 def test_a_loss_that_is_not_finite_stops_every_rank(layout, ranks, microbatch, runs):
     """In the first microbatch of step 3; nothing is updated, logged or saved."""
