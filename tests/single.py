@@ -48,7 +48,12 @@ def load_ours(
 
 def pack(samples: Sequence[Conversation], *, pad_to: int = 1) -> Batch:
     """All samples in one batch, as the loader makes it."""
-    segments = [
+    return collate(segments_of(samples), TOKENS, pad_to=pad_to, with_pixels=True)
+
+
+def segments_of(samples: Sequence[Conversation]) -> list[Segment]:
+    """The samples as the loader's segments."""
+    return [
         Segment(
             SampleId(0, i),
             sample.input_ids,
@@ -58,7 +63,6 @@ def pack(samples: Sequence[Conversation], *, pad_to: int = 1) -> Batch:
         )
         for i, sample in enumerate(samples)
     ]
-    return collate(segments, TOKENS, pad_to=pad_to, with_pixels=True)
 
 
 def logits_by_sample(piece: nn.Module, batch: Batch) -> list[Tensor]:

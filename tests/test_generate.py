@@ -17,7 +17,7 @@ from triptych.tests.reference import (
     small_model,
     transformers_model,
 )
-from triptych.tests.single import alone, load_ours
+from triptych.tests.single import alone, load_ours, segments_of
 
 MAX_NEW_TOKENS = 6
 
@@ -31,16 +31,7 @@ def answers(tmp_path_factory):
     samples = [sample for seed in range(3) for sample in conversations(seed)]
     with alone() as mesh:
         ours = load_ours(folder, config, mesh).eval()
-        prompts = [
-            Segment(
-                SampleId(0, i),
-                sample.input_ids,
-                sample.targets,
-                np.array(sample.grids, np.int64).reshape(-1, 3),
-                (sample.pixels,),
-            )
-            for i, sample in enumerate(samples)
-        ]
+        prompts = segments_of(samples)
         mine = greedy(ours, prompts, TOKENS, max_new_tokens=MAX_NEW_TOKENS)
         cut = greedy(ours, prompts, TOKENS, max_new_tokens=1)
     return mine, [_generate(reference, sample) for sample in samples], cut

@@ -4,7 +4,6 @@ The summed loss of the global batch, divided by its number of supervised tokens,
 """
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -43,7 +42,6 @@ class StepResult:
     """Before clipping."""
     lr: dict[str, float]
     totals: Totals
-    step_time_s: float
 
 
 def train_step(
@@ -61,11 +59,10 @@ def train_step(
     Raises:
         TrainingError: loss or gradient is not finite; on every rank, before anything is updated.
     """
-    start = time.perf_counter()
     drop_unreadable(step, mesh)
     totals = count(step, mesh)
     if totals.num_supervised_tokens == 0:
-        return StepResult(None, 0.0, lr, totals, time.perf_counter() - start)
+        return StepResult(None, 0.0, lr, totals)
     optimizer.zero_grad()
     loss_sum = sum_losses(optimizer.model, step.microbatches, mesh, forward_only=False)
     grad_norm = optimizer.grad_norm()
@@ -73,7 +70,7 @@ def train_step(
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         _stop(number, loss, grad_norm, loss_sum)
     optimizer.step(lr, grad_norm)
-    return StepResult(loss, grad_norm, lr, totals, time.perf_counter() - start)
+    return StepResult(loss, grad_norm, lr, totals)
 
 
 def validation_loss(model: nn.Module, step: Step, mesh: Mesh) -> float:
