@@ -13,6 +13,10 @@ class DataError(TriptychError):
     """A sample, media file or dataset folder is not what it should be. Names file, line or key."""
 
 
+class StorageError(TriptychError):
+    """Files cannot be reached, though nothing is known to be wrong with them. Names the file."""
+
+
 class CheckpointError(TriptychError):
     """A checkpoint is missing, damaged, or of another model. Names the folder and the tensors."""
 

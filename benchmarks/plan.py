@@ -1,114 +1,182 @@
-"""Speed of planning, fill of packs and balance of ranks, on a synthetic mixture; a few seconds.
+"""Speed of planning, fill of packs, balance of ranks and stages, on a synthetic mixture.
 
-python benchmarks/plan.py
+    python benchmarks/plan.py        # about a minute
 
-Five sources (captions, OCR, interleaved articles, VQA, text) with image sides drawn log-uniformly
-and text lengths drawn log-normally, packed to 8192 tokens in windows of 4096 samples.
+The mixture stands in benchmarks/mixture.py; ranks and stages cost what costs/work.py says.
 """
 
 import time
-from functools import partial
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from triptych.benchmarks.mixture import MAX_PATCHES, SEQ_LEN, VISION_SHARE, make_plan
+from triptych.benchmarks.table import Row, print_rows
 from triptych.configs.compose import load_config
-from triptych.configs.schema import ModelConfig, Oversize
-from triptych.costs.flops import Workload, training_flops
+from triptych.configs.schema import Config
+from triptych.costs.layout import layers_per_stage
+from triptych.costs.timeline import simulate
+from triptych.costs.work import part_work, work_of_pack
 from triptych.data.plan.balance import assign
-from triptych.data.plan.plan import Plan
-from triptych.data.plan.sources import PlanSource
 
-NUM_SAMPLES = 200_000
-SEQ_LEN, WINDOW = 8192, 4096
-MIXTURE = {
-    # source: (weight, images per sample, shortest and longest side, median and spread of the text)
-    "captions": (0.50, 1, 112, 1344, 40, 0.6),
-    "ocr": (0.15, 1, 448, 2000, 300, 0.9),
-    "interleaved": (0.15, 4, 224, 896, 600, 0.8),
-    "vqa": (0.10, 1, 224, 1120, 120, 0.7),
-    "text": (0.10, 0, 28, 28, 700, 1.0),
-}
+COMMAND = "python benchmarks/plan.py"
+LEAST_FILL, LEAST_SPEED = 0.99, 1e5
+NUM_PACKS, NUM_STEPS, NUM_SIMULATED = 8000, 50, 5
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Which model on how many ranks, and the most that its dearest rank may be above the mean."""
+
+    model: str
+    tp: int
+    pp: int
+    dp: int
+    num_microbatches: int
+    bar: float
+
+    def config(self) -> Config:
+        """Everything trains; stage 2."""
+        degrees = [f"parallel.tp={self.tp}", f"parallel.pp={self.pp}"]
+        expected = [f"train.seq_len={SEQ_LEN}", f"data.vision_share={VISION_SHARE}"]
+        return load_config([f"model=qwen2_vl_{self.model}", "stage=2", *degrees, *expected])
+
+    def __str__(self) -> str:
+        return f"{self.model}, dp {self.dp}, m {self.num_microbatches}"
+
+
 LAYOUTS = [
-    # model, data-parallel ranks, microbatches, packs per microbatch
-    ("qwen2_vl_2b", 64, 8, 1),
-    ("qwen2_vl_2b", 16, 4, 2),
-    ("qwen2_vl_7b", 32, 16, 1),
-    ("qwen2_vl_7b", 8, 4, 1),
-    ("qwen2_vl_72b", 16, 32, 1),
+    Layout("2b", tp=1, pp=2, dp=64, num_microbatches=8, bar=1.02),
+    Layout("7b", tp=4, pp=2, dp=32, num_microbatches=16, bar=1.01),
+    Layout("72b", tp=8, pp=8, dp=16, num_microbatches=64, bar=1.01),
 ]
 
 
-def draw_source(name: str, rng: np.random.Generator) -> PlanSource:
-    """Token and patch counts of one source."""
-    weight, num_images, low, high, median, spread = MIXTURE[name]
-    sides = np.exp(rng.uniform(np.log(low), np.log(high), (2, NUM_SAMPLES, num_images)))
-    patches = (4 * np.maximum(1, np.rint(sides / 28)).prod(axis=0)).astype(np.int64)
-    text = np.clip(rng.lognormal(np.log(median), spread, NUM_SAMPLES), 8, 6000).astype(np.int64)
-    tokens: NDArray[np.int64] = patches.sum(axis=1) // 4 + 2 * num_images + text
-    return PlanSource(name, weight, tokens, patches.sum(axis=1), (patches**2).sum(axis=1))
+def main() -> list[Row]:
+    """Print everything; returns a row for each claim."""
+    print("| max_patches | planning | fill: tokens | fill: patches | tokens bind | patches bind |")
+    print("|---|---|---|---|---|---|")
+    fill = {bound: measure_fill(bound) for bound in (32768, 22528, MAX_PATCHES, 20480, 16384)}
+    rows = [
+        Row(
+            f"fill of {SEQ_LEN}-token packs, max_patches={MAX_PATCHES}",
+            f"{fill[MAX_PATCHES]:.4f}",
+            f">= {LEAST_FILL}",
+            fill[MAX_PATCHES] >= LEAST_FILL,
+            COMMAND,
+        )
+    ]
+    print("\n| layout | as they come | balanced | worst step | planning and balance |")
+    print("|---|---|---|---|---|")
+    for layout in LAYOUTS:
+        rows += measure_balance(layout)
+    print("\n| layout | layers | as they come | balanced, any order | dear to cheap | all alike |")
+    print("|---|---|---|---|---|---|")
+    for layout in LAYOUTS:
+        measure_stages(layout)
+    return rows
 
 
-def make_plan(max_patches: int) -> Plan:
-    """The mixture under a bound of patches per pack."""
-    rng = np.random.default_rng(0)
-    return Plan(
-        [draw_source(name, rng) for name in MIXTURE],
-        seed=0,
-        seq_len=SEQ_LEN,
-        max_patches=max_patches,
-        window=WINDOW,
-        oversize=Oversize.skip,
-    )
+def measure_fill(max_patches: int) -> float:
+    """Print speed and fill; returns the share of the packs' positions that hold tokens.
 
-
-def measure_packing(max_patches: int, num_packs: int = 8000) -> None:
-    """Print speed and fill."""
+    A budget binds where less than 1 % of it is left.
+    """
     plan = make_plan(max_patches)
     begin = time.process_time()
-    packs = plan.first_packs(num_packs)
+    packs = plan.first_packs(NUM_PACKS)
     seconds = time.process_time() - begin
-    samples_per_s = sum(len(pack.samples) for pack in packs) / seconds
-    tokens = sum(pack.num_tokens for pack in packs) / (num_packs * SEQ_LEN)
-    patches = sum(pack.num_patches for pack in packs) / (num_packs * max_patches)
+    speed = sum(len(pack.samples) for pack in packs) / seconds
+    tokens = np.array([pack.num_tokens for pack in packs]) / SEQ_LEN
+    patches = np.array([pack.num_patches for pack in packs]) / max_patches
     print(
-        f"| {max_patches} | {samples_per_s:,.0f} samples / CPU-s | {tokens:.4f} | {patches:.4f} |"
+        f"| {max_patches} | {speed:,.0f} samples / CPU-s | {tokens.mean():.4f} "
+        f"| {patches.mean():.4f} | {(tokens > 0.99).mean():.0%} | {(patches > 0.99).mean():.0%} |"
     )
+    return float(tokens.mean())
 
 
-def measure_balance(
-    name: str, dp_size: int, num_microbatches: int, micro_batch_size: int, num_steps: int = 8
-) -> None:
-    """Print the cost of the slowest rank over the mean, as packs come and balanced."""
-    model: ModelConfig = load_config([f"model={name}"]).model
-    cost = partial(training_flops, model, vit=True, adapter=True, llm=True)
-    plan = make_plan(max_patches=4 * SEQ_LEN)
+def measure_balance(layout: Layout) -> list[Row]:
+    """Print the cost of the dearest rank over the mean; returns rows for balance and speed."""
+    cost, plan, dp = work_of_pack(layout.config()), make_plan(), layout.dp
     cursor = plan.start
     as_they_come, balanced, num_samples, seconds = [], [], 0, 0.0
-    for _ in range(num_steps):
+    for _ in range(NUM_STEPS):
         begin = time.process_time()
-        packs, cursor = plan.next_packs(cursor, dp_size * num_microbatches * micro_batch_size)
-        loads: list[Workload] = [plan.workload(pack) for pack in packs]
-        costs = [cost(load) for load in loads]
-        ranks = assign(costs, dp_size=dp_size, micro_batch_size=micro_batch_size)
+        packs, cursor = plan.next_packs(cursor, dp * layout.num_microbatches)
+        costs = [cost(plan.workload(pack)) for pack in packs]
+        ranks = assign(costs, dp_size=dp, micro_batch_size=1)
         seconds += time.process_time() - begin
         num_samples += sum(len(pack.samples) for pack in packs)
-        mean = sum(costs) / dp_size
-        as_they_come.append(max(sum(costs[rank::dp_size]) for rank in range(dp_size)) / mean)
+        mean = sum(costs) / dp
+        as_they_come.append(max(sum(costs[rank::dp]) for rank in range(dp)) / mean)
         by_rank = [sum(costs[i] for group in rank for i in group) for rank in ranks]
         balanced.append(max(by_rank) / mean)
+    found, speed = float(np.mean(balanced)), num_samples / seconds
     print(
-        f"| {name} | {dp_size} | {num_microbatches} x {micro_batch_size} "
-        f"| {np.mean(as_they_come):.3f} | {np.mean(balanced):.4f} (worst {max(balanced):.4f}) "
-        f"| {num_samples / seconds:,.0f} samples / CPU-s |"
+        f"| {layout} | {np.mean(as_they_come):.3f} | {found:.4f} | {max(balanced):.4f} "
+        f"| {speed:,.0f} samples / CPU-s |"
     )
+    claim = f"dearest rank / mean, {NUM_STEPS} steps, {layout}"
+    quick = f"{LEAST_SPEED:,.0f}"
+    return [
+        Row(claim, f"{found:.4f}", f"<= {layout.bar}", found <= layout.bar, COMMAND),
+        Row(
+            f"whole plan with balance, samples / CPU-s, {layout}",
+            f"{speed:,.0f}",
+            f">= {quick}",
+            speed >= LEAST_SPEED,
+            COMMAND,
+        ),
+    ]
+
+
+def measure_stages(layout: Layout) -> None:
+    """Print the simulated makespan of the slowest replica, over that of even stages and packs."""
+    config, plan = layout.config(), make_plan()
+    cost, layers = work_of_pack(config), layers_per_stage(config)
+    cursor, rng = plan.start, np.random.default_rng(0)
+    found: list[tuple[float, ...]] = []
+    for _ in range(NUM_SIMULATED):
+        packs, cursor = plan.next_packs(cursor, layout.dp * layout.num_microbatches)
+        loads = [plan.workload(pack) for pack in packs]
+        chunks = [part_work(config, load).of_chunks(layers) for load in loads]
+        seconds = np.array([[(work.forward, work.backward) for work in pack] for pack in chunks])
+        ranks = assign([cost(load) for load in loads], dp_size=layout.dp, micro_batch_size=1)
+        ordered = np.array(ranks)[:, :, 0]
+        m, pp = layout.num_microbatches, layout.pp
+        ideal = seconds.sum() / len(packs) / pp * (m + pp - 1)
+        alike = np.broadcast_to(seconds.mean(axis=0), seconds.shape)
+        orders = [
+            np.arange(len(packs)).reshape(m, layout.dp).T,
+            rng.permuted(ordered, axis=1),
+            ordered,
+        ]
+        found.append(
+            (
+                *(slowest(seconds, order) / ideal for order in orders),
+                slowest(alike, ordered[:1]) / ideal,
+            )
+        )
+    figures = " | ".join(f"{figure:.3f}" for figure in np.mean(found, axis=0))
+    print(f"| {layout}, pp {layout.pp} | {list(layers)} | {figures} |")
+
+
+def slowest(seconds: NDArray[np.float64], ranks: NDArray[np.int64]) -> float:
+    """Makespan of the slowest replica.
+
+    Args:
+        seconds: (num_packs, pp, 2) of the forward and the backward pass.
+        ranks: (dp, num_microbatches) packs.
+    """
+    makespans = []
+    for packs in ranks:
+        forward, backward = seconds[packs].transpose(2, 1, 0)
+        timeline = simulate(forward[None], backward[None], num_microbatches=len(packs))
+        makespans.append(timeline.makespan_s)
+    return max(makespans)
 
 
 if __name__ == "__main__":
-    print("| max_patches | planning | fill: tokens | fill: patches |\n|---|---|---|---|")
-    for bound in (32768, 24576, 20480, 16384):
-        measure_packing(bound)
-    print("\n| model | dp | microbatches | as they come | balanced | planning and balance |")
-    print("|---|---|---|---|---|---|")
-    for layout in LAYOUTS:
-        measure_balance(*layout)
+    print_rows(main())

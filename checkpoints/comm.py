@@ -1,7 +1,7 @@
 """How the ranks of a run agree: on a name, a list of files, or a verdict."""
 
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 from triptych.errors import CheckpointError
 
@@ -53,14 +53,8 @@ def on_every_rank(comm: Comm, action: Callable[[], T]) -> list[T]:
     Raises:
         CheckpointError: on every rank alike, if the action failed on any; names the rank.
     """
-    result: T | None = None
-    failure = None
-    try:
-        result = action()
-    except (OSError, CheckpointError) as error:
-        failure = f"rank {comm.rank}: {error}"
-    gathered = comm.all_gather((result, failure))
-    failures = [text for _, text in gathered if text is not None]
+    gathered = comm.all_gather(_attempt(action))
+    failures = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(gathered) if text]
     if failures:
         raise CheckpointError("\n".join(failures))
     return [value for value, _ in gathered]
@@ -72,6 +66,15 @@ def on_rank_0(comm: Comm, action: Callable[[], T]) -> T:
     Raises:
         CheckpointError: on every rank alike, if the action failed.
     """
-    outcomes: list[Any] = on_every_rank(comm, action if comm.rank == 0 else lambda: None)
-    result: T = outcomes[0]
-    return result
+    result, failure = comm.all_gather(_attempt(action) if comm.rank == 0 else None)[0]
+    if failure:
+        raise CheckpointError(failure)
+    return cast(T, result)
+
+
+def _attempt(action: Callable[[], T]) -> tuple[T | None, str]:
+    """Its result, and why it failed, or nothing."""
+    try:
+        return action(), ""
+    except (OSError, CheckpointError) as error:
+        return None, str(error) or type(error).__name__

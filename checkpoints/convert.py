@@ -17,7 +17,8 @@ from triptych.checkpoints.names import Entry, name_table
 from triptych.checkpoints.run_state import WEIGHTS
 from triptych.checkpoints.sharded import load_tensors, save_tensors, weights_dtype
 from triptych.checkpoints.store import CheckpointStore, locate, step_folders
-from triptych.configs.schema import ModelConfig
+from triptych.configs.compose import read_config
+from triptych.configs.schema import DataConfig, ModelConfig
 from triptych.data.tokenizer import load_tokenizer
 from triptych.data.types import Limits
 from triptych.errors import CheckpointError, ConfigError
@@ -63,14 +64,13 @@ def import_hf(source: Path, output: Path) -> Path:
     return store.commit(folder, {"stage": "imported", "from": source.name})
 
 
-def export_hf(source: Path, output: Path, tokenizer: Path, limits: Limits) -> Path:
+def export_hf(source: Path, output: Path, tokenizer: Path) -> Path:
     """Write a checkpoint's weights as a folder that transformers loads, one tensor at a time.
 
     Args:
         source: a run folder, its ``checkpoints``, or one checkpoint.
         output: a new folder.
         tokenizer: a tokenizer folder, copied along.
-        limits: pixels, for preprocessor_config.json.
 
     Returns:
         The checkpoint that was exported.
@@ -94,8 +94,15 @@ def export_hf(source: Path, output: Path, tokenizer: Path, limits: Limits) -> Pa
         weight = torch.empty(table[name].shape, dtype=dtype)
         load_tensors(folder / "shards", {WEIGHTS: {name: weight}}, mesh, tied=tied)
         writer.add(name, weight)
-    writer.finish(tokenizer, limits)
+    writer.finish(tokenizer, _limits_of(folder))
     return folder
+
+
+def _limits_of(folder: Path) -> Limits:
+    """What the run that saved the checkpoint made of its images; Qwen's own, if it was imported."""
+    config = folder / "config.yaml"
+    data = read_config(config).data if config.is_file() else DataConfig()
+    return Limits(data.min_pixels, data.max_pixels)
 
 
 def _refuse_foreign_tokens(source: Path, model: ModelConfig) -> None:

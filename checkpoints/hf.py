@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from triptych.checkpoints.hf_config import generation_config, hf_config, preprocessor_config
-from triptych.checkpoints.names import EMBEDDING, HEAD, hub_name, name_table
+from triptych.checkpoints.names import HF_EMBEDDING, HF_HEAD, hub_name, name_table
 from triptych.configs.schema import ModelConfig
 from triptych.data.types import Limits
 from triptych.errors import CheckpointError
@@ -82,7 +82,7 @@ class HFReader:
         wanted = {hf: shape for entry in self._table.values() for hf, shape in entry.theirs.items()}
         found = {name: tuple(part.get_shape()) for name, part in self._slices.items()}
         if model.language.tie_word_embeddings and self._head_is_embedding():
-            del found[HEAD]
+            del found[HF_HEAD]
         shared = wanted.keys() & found.keys()
         problems = [
             *_grouped("missing", wanted.keys() - found.keys()),
@@ -101,7 +101,7 @@ class HFReader:
 
     def _head_is_embedding(self) -> bool:
         """Whether the folder holds the tied weight twice, as some tools save it."""
-        head, embedding = self._slices.get(HEAD), self._slices.get(EMBEDDING)
+        head, embedding = self._slices.get(HF_HEAD), self._slices.get(HF_EMBEDDING)
         return head is not None and embedding is not None and torch.equal(head[:], embedding[:])
 
 

@@ -14,14 +14,15 @@ from triptych.checkpoints.transforms import (
     VisionQKV,
 )
 from triptych.configs.schema import LanguageConfig, ModelConfig, VisionConfig
+from triptych.models.init import EMBEDDING, HEAD
 from triptych.models.parameters import Cut, cut_of
 
 Shape = tuple[int, ...]
 Row = tuple[str, dict[str, Shape], Transform]
 """Our name; their names with full shapes; how the one is made of the others."""
 
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
+HF_EMBEDDING = "model.embed_tokens.weight"
+HF_HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +47,10 @@ def name_table(model: ModelConfig) -> dict[str, Entry]:
     """
     rows = [*_vision(model.vision), *_merger(model), *_language(model.language)]
     table = {ours: _entry(ours, theirs, transform) for ours, theirs, transform in rows}
-    head, tied = "language.output_layer.weight", model.language.tie_word_embeddings
+    tied = model.language.tie_word_embeddings
     shape = (model.language.vocab_size, model.language.hidden_size)
-    table[head] = _entry(head, {EMBEDDING if tied else HEAD: shape}, Same(), exported=not tied)
+    source: dict[str, Shape] = {HF_EMBEDDING if tied else HF_HEAD: shape}
+    table[HEAD] = _entry(HEAD, source, Same(), exported=not tied)
     return table
 
 
@@ -94,8 +96,7 @@ def _language(config: LanguageConfig) -> Iterator[Row]:
     width, inner = config.hidden_size, config.intermediate_size
     q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     qkv = GroupedQKV(config.num_heads // config.num_kv_heads, config.head_dim)
-    embedding = "language.embedding.word_embeddings.weight"
-    yield embedding, {EMBEDDING: (config.vocab_size, width)}, Same()
+    yield EMBEDDING, {HF_EMBEDDING: (config.vocab_size, width)}, Same()
     for i in range(config.num_layers):
         ours, theirs = f"language.decoder.layers.{i}", f"model.layers.{i}"
         attention, mlp = f"{ours}.self_attention", f"{ours}.mlp"

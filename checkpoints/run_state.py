@@ -3,6 +3,7 @@
 Weights, optimizer state, random states and a few numbers, saved and loaded together.
 """
 
+import io
 import json
 import platform
 import sys
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from triptych.checkpoints.comm import ProcessGroupComm, on_every_rank
 from triptych.checkpoints.model_file import differences
 from triptych.checkpoints.sharded import (
     Tensors,
@@ -30,10 +32,10 @@ from triptych.configs.schema import ModelConfig
 from triptych.errors import CheckpointError
 from triptych.parallel.device import HAS_CUDA
 from triptych.parallel.mesh import Mesh
-from triptych.parallel.zero import ParamState, ShardedOptimizer
+from triptych.parallel.zero import MOMENTS, ParamState, ShardedOptimizer
 
 WEIGHTS = "model"
-OPTIMIZER_KINDS = ("master", "exp_avg", "exp_avg_sq")
+OPTIMIZER_KINDS = ("master", *MOMENTS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,23 +56,42 @@ def save_state(folder: Path, run: RunTensors, numbers: Mapping[str, Any]) -> Non
         folder: from ``CheckpointStore.begin``.
         run: the tensors.
         numbers: plain JSON; comes back from ``load_numbers``.
+
+    Raises:
+        CheckpointError: on every rank alike, where some could not write; names them.
     """
     kinds: dict[str, Tensors] = {WEIGHTS: run.parameters}
-    num_updates = 0
+    num_updates: dict[str, int] = {}
     if run.optimizer is not None:
+        run.optimizer.gather_weights()
         state = run.optimizer.state_by_param()
         num_updates = run.optimizer.num_updates
         for kind in OPTIMIZER_KINDS:
             kinds[kind] = {name: tensors[kind] for name, tensors in state.items()}
     save_tensors(folder / "shards", kinds, run.mesh, tied=run.tied)
-    torch.save(_random_state(), folder / "rng" / f"rank_{run.mesh.rank:05d}.pt")
-    if run.mesh.is_main:
-        _write_json(folder / "data.json", {**numbers, "num_updates": num_updates})
-        _write_json(folder / "environment.json", _environment(run.mesh))
+
+    def write_the_rest() -> None:
+        random_state = io.BytesIO()  # written at once, a full disk is an OSError
+        torch.save(_random_state(), random_state)
+        (folder / "rng" / f"rank_{run.mesh.rank:05d}.pt").write_bytes(random_state.getvalue())
+        if run.mesh.is_main:
+            _write_json(folder / "data.json", {**numbers, "num_updates": num_updates})
+            _write_json(folder / "environment.json", _environment(run.mesh))
+
+    on_every_rank(ProcessGroupComm(), write_the_rest)
 
 
 def load_numbers(folder: Path) -> dict[str, Any]:
-    """The numbers that ``save_state`` was given, and ``num_updates``."""
+    """The numbers that ``save_state`` was given, and ``num_updates``.
+
+    Raises:
+        CheckpointError: it was imported, so no run has saved it.
+    """
+    if not (folder / "data.json").is_file():
+        raise CheckpointError(
+            f"{folder} has weights only, no position in the data and no optimizer state, as it was "
+            "imported  -> init.checkpoint=FOLDER starts from it, with init.optimizer_state=false"
+        )
     numbers: dict[str, Any] = json.loads((folder / "data.json").read_text())
     return numbers
 
@@ -85,18 +106,20 @@ def refuse_other_model(folder: Path, model: ModelConfig, run: RunTensors) -> Non
     problems = differences(folder, model)
     problems += tensor_problems(folder / "shards", kinds, run.mesh, tied=run.tied, strict=WEIGHTS)
     if problems:
-        raise CheckpointError(f"{folder} is of another model:\n  " + "\n  ".join(problems))
+        raise CheckpointError(
+            f"{folder} is of another model:\n  "
+            + "\n  ".join(problems)
+            + "\n  -> name the model and sizes that it has (its model.json), or another checkpoint"
+        )
 
 
 def load_weights(folder: Path, run: RunTensors) -> None:
     """Load the weights only; the optimizer starts afresh from them. Every rank must call this.
 
-    Raises:
-        CheckpointError: the checkpoint is of another model.
+    The model is that of the checkpoint: ``refuse_other_model`` comes before, or it was built by the
+    checkpoint's ``model.json``.
     """
-    kinds = {WEIGHTS: run.parameters}
-    check_tensors(folder / "shards", kinds, run.mesh, tied=run.tied, strict=WEIGHTS)
-    load_tensors(folder / "shards", kinds, run.mesh, tied=run.tied)
+    load_tensors(folder / "shards", {WEIGHTS: run.parameters}, run.mesh, tied=run.tied)
     if run.optimizer is not None:
         run.optimizer.refresh_master_weights()
 
@@ -132,7 +155,7 @@ def load_optimizer(folder: Path, run: RunTensors, *, partly: bool) -> None:
 def load_random_state(folder: Path, mesh: Mesh) -> bool:
     """Restore this rank's random state.
 
-    False, and nothing changed, where another number of ranks wrote it.
+    False, and nothing changed, where another number of ranks or other devices wrote it.
     """
     path = folder / "rng" / f"rank_{mesh.rank:05d}.pt"
     if len(list(path.parent.glob("rank_*.pt"))) != dist.get_world_size():
@@ -140,8 +163,10 @@ def load_random_state(folder: Path, mesh: Mesh) -> bool:
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
     state = torch.load(path, map_location="cpu", weights_only=True)
+    if HAS_CUDA != ("cuda" in state):
+        return False
     torch.set_rng_state(state["cpu"])
-    if HAS_CUDA and "cuda" in state:
+    if HAS_CUDA:
         torch.cuda.set_rng_state(state["cuda"])
     get_cuda_rng_tracker().set_states(state["megatron"])
     return True
@@ -155,7 +180,8 @@ def _random_state() -> dict[str, Any]:
 
 
 def _empty_state(parameter: nn.Parameter) -> ParamState:
-    return {kind: torch.empty_like(parameter, dtype=torch.float32) for kind in OPTIMIZER_KINDS}
+    """In host memory: 12 bytes per element are more than a device has room for."""
+    return {kind: torch.empty(parameter.shape) for kind in OPTIMIZER_KINDS}
 
 
 def _environment(mesh: Mesh) -> dict[str, Any]:

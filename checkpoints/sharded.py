@@ -16,7 +16,9 @@ import psutil  # noqa: F401  # without it megatron-core's writing process dies, 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
+from triptych.checkpoints.comm import ProcessGroupComm
 from triptych.errors import CheckpointError
 from triptych.models.init import EMBEDDING, HEAD
 from triptych.models.parameters import Cut, cut_of
@@ -50,17 +52,25 @@ def save_tensors(folder: Path, kinds: Mapping[str, Tensors], mesh: Mesh, *, tied
         kinds: kind -> global name -> this rank's piece, whole over dp.
         mesh: this rank's place.
         tied: the head is the embedding.
+
+    Raises:
+        CheckpointError: on every rank alike, where some could not write; names them.
     """
     state = _sharded_state(kinds, mesh, tied=tied)
     strategy = get_default_save_sharded_strategy("torch_dist", 1)
     strategy = FullyParallelSaveStrategyWrapper(strategy, mesh.dp_group)
-    dist_checkpointing.save(state, str(folder), strategy)
+    try:
+        dist_checkpointing.save(state, str(folder), strategy)
+    except CheckpointException as error:  # raised on every rank; rank 0 alone knows what failed
+        failures = [f"rank {rank}: {failure}" for rank, (failure, _) in error.failures.items()]
+        raise CheckpointError("\n".join(ProcessGroupComm().all_gather(failures)[0])) from error
 
 
 def load_tensors(folder: Path, kinds: Mapping[str, Tensors], mesh: Mesh, *, tied: bool) -> None:
     """Fill the given tensors, whatever layout wrote them.
 
-    Every rank must call this, after ``check_tensors``.
+    Every rank must call this. ``tensor_problems`` found none, or the tensors were made from the
+    checkpoint's own ``model.json``.
 
     Args:
         folder: what ``save_tensors`` wrote.

@@ -217,7 +217,7 @@ def _resolve(path: Path) -> tuple[Path, list[Path]]:
     if not path.exists():
         known = step_folders(path.parent)
         beside = f"; beside it: {', '.join(folder.name for folder in known)}" if known else ""
-        raise CheckpointError(f"{path} does not exist{beside}")
+        raise CheckpointError(f"{path} does not exist{beside}  -> name a run or a checkpoint")
     if match := _NAME.fullmatch(path.name):
         if match.group(3):
             raise CheckpointError(f"{path} is no checkpoint: {match.group(3)[1:]}")
@@ -230,6 +230,13 @@ def _resolve(path: Path) -> tuple[Path, list[Path]]:
     for root in (path / "checkpoints", path):
         if folders := step_folders(root):
             return folders[0], folders[1:]
+    if damaged := [
+        name for root in (path / "checkpoints", path) for name in _names(root, ".damaged")
+    ]:
+        raise CheckpointError(
+            f"{path} has no good checkpoint, only {', '.join(damaged)}"
+            "  -> restore one from a backup, or name another run"
+        )
     if (path / "config.json").exists() and list(path.glob("*.safetensors*")):
         raise CheckpointError(
             f"{path} is a Hugging Face model -> convert it with launch/convert.py, name the result"
@@ -237,7 +244,7 @@ def _resolve(path: Path) -> tuple[Path, list[Path]]:
     content = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else ["a file"]
     raise CheckpointError(
         f"{path} is neither a run folder, nor its checkpoints folder, nor a checkpoint; "
-        f"found {', '.join(content[:8]) or 'nothing'} in it"
+        f"found {', '.join(content[:8]) or 'nothing'} in it  -> name one of these"
     )
 
 

@@ -147,7 +147,29 @@ def _typed(composed: Any) -> Config:
     """The dataclasses of a merged configuration."""
     config = OmegaConf.to_object(composed)
     assert isinstance(config, Config)
+    config.data.mixtures = _as_floats(config.data.mixtures)
     return config
+
+
+def _as_floats(mixtures: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """The mixtures, every weight a float.
+
+    Raises:
+        ConfigError: some are no numbers; lists them all.
+    """
+    problems = [
+        Problem(f"{key}={weight} must be a number", f"{key}=1.0")
+        for stage, weights in mixtures.items()
+        for source, weight in weights.items()
+        for key in [f"data.mixtures.{stage}.{source}"]
+        if isinstance(weight, bool) or not isinstance(weight, int | float)
+    ]
+    if problems:
+        raise refusal(problems)
+    return {
+        stage: {source: float(weight) for source, weight in weights.items()}
+        for stage, weights in mixtures.items()
+    }
 
 
 def _to_yaml(config: Config) -> str:

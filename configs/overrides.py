@@ -31,6 +31,10 @@ def checked_overrides(words: Sequence[str], choices: Choices) -> list[str]:
         ConfigError: some name no key, group or choice. Lists them all, with the nearest that exist.
     """
     problems = [problem for word in words for problem in _problems(word, choices)]
+    for group in choices:
+        given = [word for word in words if word.startswith(f"{group}=")]
+        if len(given) > 1:
+            problems.append(Problem(f"{' '.join(given)}: a run has one {group}", either(given)))
     if problems:
         raise refusal(problems)
     return [_for_hydra(word, choices) for word in words]
@@ -65,6 +69,12 @@ def _problems(word: str, choices: Choices) -> Iterator[Problem]:
         )
     elif match["key"].startswith(tuple(WEIGHTS)):
         yield from _weight_problems(word, match)
+    elif is_dataclass(_kinds(match["key"])[-1]) and not match["value"].startswith("{"):
+        names = get_type_hints(_kinds(match["key"])[-1])
+        yield Problem(
+            f"{word}: {match['key']} holds several values",
+            either([f"{match['key']}.{name}=VALUE" for name in names][:3]),
+        )
     elif "," in match["value"] and not re.search(r"[\[\]{}()'\"]", match["value"]):
         yield Problem(
             f"{word}: a run has one value for each key",

@@ -33,6 +33,13 @@ class Zero(Enum):
     deepspeed = "deepspeed"
 
 
+class Kernels(Enum):
+    """Where fused kernels come from."""
+
+    auto = "auto"
+    torch = "torch"
+
+
 class Oversize(Enum):
     """What happens to a sample that is longer than a pack. It is never cut."""
 
@@ -122,6 +129,10 @@ class PartConfig:
     decay: Decay = Decay.cosine
 
 
+PARTS = ("vit", "adapter", "llm")
+"""Each trains or is frozen, and has its own learning rate."""
+
+
 @dataclass(kw_only=True, slots=True)
 class StageConfig:
     """One training stage. Learning rates and decay are our defaults; the paper names none."""
@@ -152,6 +163,9 @@ class TrainConfig:
     seq_len: int = II("stage.seq_len")
     """Tokens in a pack."""
     precision: Precision = Precision.bf16
+    kernels: Kernels = Kernels.auto
+    """auto takes fused ones where they are installed; torch takes only torch's own, to rule the
+    others out. Attention follows the same."""
     validate_every: int = 0
     """Steps between validation losses; 0 never validates."""
     validation_packs: int = 64
@@ -165,7 +179,22 @@ class RecomputeConfig:
     vit: Recompute = Recompute.none
     """none or full."""
     llm: Recompute = Recompute.none
-    """none, selective (core attention) or full."""
+    """none, selective (the modules named below) or full."""
+    modules: list[str] = field(default_factory=lambda: ["core_attn"])
+    """What ``llm: selective`` computes again, of each decoder layer: core_attn, mlp."""
+
+
+@dataclass(kw_only=True, slots=True)
+class OverlapConfig:
+    """Communication that runs while something is computed. Off, each is easier to debug."""
+
+    grad_reduce: bool = False
+    """Reduce-scatter the gradients of a bucket as soon as the backward pass has finished them."""
+    param_gather: bool = False
+    """All-gather updated weights just before the next step's forward pass needs them."""
+    p2p: bool = False
+    """Send and receive ahead also while the pipeline fills and drains; needs ``vpp`` above 1, where
+    this is always done in between."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -175,10 +204,14 @@ class ParallelConfig:
     tp: int = 1
     pp: int = 1
     sequence_parallel: bool = False
-    """Shard norms and residuals of the LLM over the tp ranks, along the sequence."""
+    """Shard norms and residuals of LLM and ViT over the tp ranks, along the sequence."""
+    vpp: int = 1
+    """Model chunks per pipeline stage; above 1, the schedule is interleaved 1F1B."""
     layout: Any = "auto"
-    """Decoder layers of each pipeline stage, as [9,10,10,11]; auto balances cost, ViT included."""
+    """Decoder layers of each pipeline stage, as [9,10,10,11]; auto balances cost, ViT included.
+    With ``vpp`` chunks: of each stage's first chunk, then of each stage's second, and so on."""
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
+    overlap: OverlapConfig = field(default_factory=OverlapConfig)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -195,8 +228,9 @@ class DataConfig:
     tokenizer: str = MISSING
     """Folder of a Hugging Face tokenizer with the Qwen2 special tokens."""
     sources: dict[str, SourceConfig] = field(default_factory=dict)
-    mixtures: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Stage name -> source name -> weight (share of samples)."""
+    mixtures: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Stage name -> source name -> weight (share of samples): a float, which ``compose.py`` sees
+    to, as OmegaConf cannot merge a second file into floats two mappings deep."""
     validation: dict[str, float] = field(default_factory=dict)
     """Source name -> weight, of the packs that validation losses are computed on."""
     generate: bool = False
@@ -209,6 +243,10 @@ class DataConfig:
     """Larger images are reduced to this many pixels."""
     max_patches: int = 32768
     """ViT patches in a pack, at most; bounds the memory of stage 0."""
+    vision_share: float = 0.5
+    """Expected share of the LLM tokens that come from the ViT; only costs are estimated with it."""
+    image_patches: int = 1024
+    """Expected ViT patches of an image (1024: 448 x 448); only costs are estimated with it."""
     window: int = 4096
     """Samples that are packed together; 4096 fill packs to .998 on a broad mixture."""
     oversize: Oversize = Oversize.skip
@@ -248,11 +286,55 @@ class InitConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class EfficiencyConfig:
+    """Share of ``cluster.peak_tflops`` that each kind of work reaches.
+
+    Their ratios decide the automatic split and the balance of packs: at 1, by FLOPs alone.
+    ``benchmarks/calibrate.py`` measures them.
+    """
+
+    vit: float = 1.0
+    """ViT and merger."""
+    linear: float = 1.0
+    """Decoder layers, without core attention."""
+    attention: float = 1.0
+    """Core attention of the decoder layers."""
+    head: float = 1.0
+    """Logits and loss."""
+
+
+@dataclass(kw_only=True, slots=True)
 class ClusterConfig:
-    """What is known of the machines."""
+    """What is known of the machines.
+
+    A run needs the timeout only, and weighs the split of layers and the balance of packs by the
+    rest; a plan needs all of it.
+    """
 
     timeout_s: int = 600
-    """A collective that takes longer fails on every rank, instead of hanging."""
+    """A collective that takes longer fails on every rank, instead of hanging; rounded up to whole
+    minutes for all but the default process group."""
+    peak_tflops: float | None = None
+    """Dense TFLOP/s of one device at ``train.precision``; MFU is a share of it."""
+    efficiency: EfficiencyConfig = field(default_factory=EfficiencyConfig)
+    gpus: int | None = None
+    """Devices of a run that is planned; a run that is started has as many as it has ranks."""
+    gpus_per_node: int | None = None
+    memory_gib: float | None = None
+    """Of one device, as its driver reports it."""
+    reserved_gib: float | None = None
+    """Of ``memory_gib``, what is not ours: context, NCCL's buffers, fragmentation."""
+    intra_node_gb_s: float | None = None
+    """Line rate between devices of a node: 10^9 bytes per second, per device and direction."""
+    inter_node_gb_s: float | None = None
+    """Line rate between nodes: 10^9 bytes per second, per device and direction."""
+    link_efficiency: float | None = None
+    """Share of the line rates that collectives reach."""
+    latency_us: float | None = None
+    """Microseconds that a collective or message takes besides its bytes."""
+    measured: list[str] = field(default_factory=list)
+    """Keys of this group that were measured on these machines, as [efficiency,link_efficiency].
+    What stands on no data sheet and is not named here is reported as assumed."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -10,7 +10,7 @@ left out, as is recomputation (these are model FLOPs, not hardware FLOPs).
 
 from dataclasses import dataclass, fields
 
-from triptych.configs.schema import LanguageConfig, ModelConfig, VisionConfig
+from triptych.configs.schema import LanguageConfig, ModelConfig, StageConfig, VisionConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,8 @@ class Workload:
     """ViT patches; 0 for text."""
     patch_pairs: int
     """Sum over the frames of the squared number of patches."""
+    num_targets: int | None = None
+    """Tokens that logits and loss are computed of; None: all but those that come from the ViT."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,7 @@ class ForwardFlops:
 def vit_flops(vision: VisionConfig, load: Workload) -> PartFlops:
     """Patch embedding and all layers of the ViT; attention within each frame, not causal."""
     hidden = vision.hidden_size
-    weights = _patch_dim(vision) * hidden + vision.depth * _vit_layer_weights(vision)
+    weights = patch_dim(vision) * hidden + vision.depth * _vit_layer_weights(vision)
     return PartFlops(
         linear=2.0 * weights * load.num_patches,
         attention=4.0 * hidden * vision.depth * load.patch_pairs,
@@ -87,9 +89,20 @@ def layer_flops(language: LanguageConfig, load: Workload) -> PartFlops:
     )
 
 
-def head_flops(language: LanguageConfig, load: Workload) -> PartFlops:
-    """Logits of every token; tied or not, the product is the same."""
-    return PartFlops(linear=2.0 * language.hidden_size * language.vocab_size * load.num_tokens)
+def mlp_flops(language: LanguageConfig, load: Workload) -> PartFlops:
+    """The gated MLP of one decoder layer, a share of ``layer_flops``."""
+    return PartFlops(linear=2.0 * _mlp_weights(language) * load.num_tokens)
+
+
+def head_flops(model: ModelConfig, load: Workload) -> PartFlops:
+    """Logits of the supervised tokens; tied or not, the product is the same."""
+    language, num_targets = model.language, load.num_targets
+    if num_targets is None:
+        num_merged = load.num_patches / model.vision.spatial_merge_size**2
+        num_logits = load.num_tokens - num_merged
+    else:
+        num_logits = num_targets
+    return PartFlops(linear=2.0 * language.hidden_size * language.vocab_size * num_logits)
 
 
 def forward_flops(model: ModelConfig, load: Workload) -> ForwardFlops:
@@ -100,7 +113,7 @@ def forward_flops(model: ModelConfig, load: Workload) -> ForwardFlops:
         vit=vit_flops(model.vision, load),
         adapter=adapter_flops(model, load),
         layers=PartFlops(layer.linear * num_layers, layer.attention * num_layers),
-        head=head_flops(model.language, load),
+        head=head_flops(model, load),
     )
 
 
@@ -119,6 +132,13 @@ def training_flops(
         + forward.adapter.training(trains=adapter, gradient=in_adapter)
         + forward.layers.training(trains=llm, gradient=in_llm)
         + forward.head.training(trains=llm, gradient=in_llm)
+    )
+
+
+def stage_flops(model: ModelConfig, stage: StageConfig, load: Workload) -> float:
+    """Forward and backward FLOPs of a workload under what trains in a stage."""
+    return training_flops(
+        model, load, vit=stage.vit.train, adapter=stage.adapter.train, llm=stage.llm.train
     )
 
 
@@ -157,7 +177,7 @@ def parameters(model: ModelConfig) -> Parameters:
     vit_layer_vectors = 4 * hidden + vision.intermediate_size + hidden + 4 * hidden
     embedding = language.vocab_size * language.hidden_size
     return Parameters(
-        vit=_patch_dim(vision) * hidden
+        vit=patch_dim(vision) * hidden
         + vision.depth * (_vit_layer_weights(vision) + vit_layer_vectors),
         adapter=2 * hidden
         + merged * (merged + language.hidden_size)
@@ -170,7 +190,8 @@ def parameters(model: ModelConfig) -> Parameters:
     )
 
 
-def _patch_dim(vision: VisionConfig) -> int:
+def patch_dim(vision: VisionConfig) -> int:
+    """Numbers in one patch, of all its channels and frames."""
     return vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
 
 
@@ -187,4 +208,8 @@ def _decoder_layer_weights(language: LanguageConfig) -> int:
     """Query and output 2 h q, key and value 2 h kv, gated MLP 3 h f."""
     query = language.num_heads * language.head_dim
     key = language.num_kv_heads * language.head_dim
-    return language.hidden_size * (2 * query + 2 * key + 3 * language.intermediate_size)
+    return language.hidden_size * (2 * query + 2 * key) + _mlp_weights(language)
+
+
+def _mlp_weights(language: LanguageConfig) -> int:
+    return 3 * language.hidden_size * language.intermediate_size

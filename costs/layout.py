@@ -1,85 +1,80 @@
-"""How many decoder layers each pipeline stage holds."""
+"""How many decoder layers each pipeline stage holds, and how long stages wait for each other."""
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 
-from triptych.configs.schema import LanguageConfig, ModelConfig, ParallelConfig
-from triptych.costs.flops import (
-    PartFlops,
-    Workload,
-    adapter_flops,
-    head_flops,
-    layer_flops,
-    vit_flops,
-)
+import numpy as np
 
-EXPECTED_VISION_SHARE = 0.5
-"""Share of the tokens that come from the ViT, for the automatic split.
-
-Ours, typical of stages 1 and 2.
-"""
-EXPECTED_PATCHES_PER_FRAME = 1024
-"""A 448x448 image."""
+from triptych.configs.schema import Config
+from triptych.costs.timeline import Timeline, ideal_bubble, simulate
+from triptych.costs.traffic import part_duration
+from triptych.costs.work import PartWork, expected_load
 
 
-def layers_per_stage(
-    model: ModelConfig, parallel: ParallelConfig, *, seq_len: int
-) -> tuple[int, ...]:
-    """Decoder layers of each stage, as given in ``parallel.layout`` or balanced by cost for "auto".
+def layers_per_stage(config: Config) -> tuple[int, ...]:
+    """Decoder layers of each model chunk, as given in ``parallel.layout`` or balanced for "auto".
 
-    The first stage also runs the ViT and the merger, the last one the head; the layers between are
-    split evenly, those that remain go to the stages before the last.
+    The first chunk also holds the ViT and the merger, the last one the head.
+
+    Returns:
+        pp * vpp counts: of each stage's first chunk, then of each stage's second, and so on.
     """
-    if parallel.layout != "auto":
-        return tuple(parallel.layout)
-    if parallel.pp == 1:
-        return (model.language.num_layers,)
-    load = _expected_load(model, seq_len)
-    first = _training(vit_flops(model.vision, load)) + _training(adapter_flops(model, load))
-    last = _training(head_flops(model.language, load))
-    layer = _training(layer_flops(model.language, load))
-    splits = _splits(model.language, parallel.pp)
-    return min(splits, key=lambda counts: _slowest(counts, first, last, layer))
-
-
-def _expected_load(model: ModelConfig, seq_len: int) -> Workload:
-    patches = int(seq_len * EXPECTED_VISION_SHARE) * model.vision.spatial_merge_size**2
-    return Workload(
-        num_tokens=seq_len,
-        token_pairs=seq_len**2 // 4,
-        num_patches=patches,
-        patch_pairs=patches * EXPECTED_PATCHES_PER_FRAME,
+    if config.parallel.layout != "auto":
+        return tuple(config.parallel.layout)
+    return _balanced(
+        part_duration(config, expected_load(config)),
+        num_layers=config.model.language.num_layers,
+        pp=config.parallel.pp,
+        vpp=config.parallel.vpp,
     )
 
 
-def _training(part: PartFlops) -> float:
-    return part.training(trains=True, gradient=True)
+@dataclass(frozen=True, slots=True)
+class PlannedBubble:
+    """Shares of all stages' time in which they wait, messages not counted."""
+
+    planned: float
+    """Of full packs with the expected share of vision."""
+    ideal: float
+    """If every chunk cost the same."""
+
+    def __str__(self) -> str:
+        return f"planned bubble {self.planned:.1%} (ideal {self.ideal:.1%})"
 
 
-def _splits(language: LanguageConfig, pp: int) -> list[tuple[int, ...]]:
-    """Every number of layers for first and last stage, the rest split evenly."""
-    total = language.num_layers
-    if pp == 2:
-        return [(first, total - first) for first in range(1, total)]
-    return [
-        (first, *_even(total - first - last, pp - 2), last)
-        for first in range(1, total)
-        for last in range(1, total)
-        if total - first - last >= pp - 2
-    ]
+def planned_bubble(config: Config, *, num_microbatches: int) -> PlannedBubble:
+    """What the split of the layers costs."""
+    pp, vpp = config.parallel.pp, config.parallel.vpp
+    return PlannedBubble(
+        planned=planned_step(config, num_microbatches=num_microbatches).bubble,
+        ideal=ideal_bubble(pp=pp, num_microbatches=num_microbatches, vpp=vpp),
+    )
 
 
-def _even(layers: int, stages: int) -> list[int]:
-    return [layers // stages + (stage < layers % stages) for stage in range(stages)]
+def planned_step(config: Config, *, num_microbatches: int) -> Timeline:
+    """One step with full packs; its seconds are FLOPs at peak rate (costs/work.py)."""
+    parts = part_duration(config, expected_load(config))
+    chunks = parts.of_chunks(layers_per_stage(config))
+    shape = (config.parallel.vpp, config.parallel.pp)
+    return simulate(
+        np.reshape([chunk.forward for chunk in chunks], shape),
+        np.reshape([chunk.backward for chunk in chunks], shape),
+        num_microbatches=num_microbatches,
+    )
 
 
-def _slowest(
-    counts: Sequence[int], first: float, last: float, layer: float
-) -> tuple[float, list[float]]:
-    """Cost of the slowest stage, then of all from slowest to fastest.
+def _balanced(parts: PartWork, *, num_layers: int, pp: int, vpp: int) -> tuple[int, ...]:
+    """The split whose slowest stage is fastest.
 
-    A tie goes to the evener split.
+    Every chunk gets one layer, then each further layer goes to the stage with least to do, and
+    there to the chunk with least to do; the earlier one where they are equal. Layers all cost the
+    same, so nothing beats this.
     """
-    costs = [layer * count for count in counts]
-    costs[0] += first
-    costs[-1] += last
-    return max(costs), sorted(costs, reverse=True)
+    layers = [1] * (pp * vpp)
+    work = [chunk.total for chunk in parts.of_chunks(layers)]
+    layer = parts.layer.total
+    for _ in range(num_layers - pp * vpp):
+        stage = min(range(pp), key=lambda stage: round(sum(work[stage::pp]) / layer, 6))
+        chunk = min(range(stage, pp * vpp, pp), key=lambda chunk: round(work[chunk] / layer, 6))
+        layers[chunk] += 1
+        work[chunk] += layer
+    return tuple(layers)

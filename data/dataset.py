@@ -120,6 +120,7 @@ class Dataset:
             ]
             raise DataError(
                 f"{self.path} has other special tokens than model.tokens: {', '.join(differing)}"
+                "  -> data=NAME, with datasets prepared for this model, or the model they are for"
             )
 
     def verify(self) -> None:

@@ -114,6 +114,7 @@ def validation_step(
     dp_size: int,
     micro_batch_size: int,
     num_workers: int,
+    round_to: int = 1,
 ) -> Step:
     """This rank's share of the first packs of a plan, all at once.
 
@@ -129,9 +130,10 @@ def validation_step(
         dp_size: number of shares.
         micro_batch_size: packs per microbatch.
         num_workers: threads that decode media.
+        round_to: the number of microbatches of each rank is a multiple of this.
     """
     packs = plan.first_packs(num_packs)
-    fillers = [packs[0]] * (-num_packs % (dp_size * micro_batch_size))
+    fillers = [packs[0]] * (-num_packs % (dp_size * micro_batch_size * round_to))
     share = (packs + fillers)[dp_rank::dp_size]
     num_real = len(packs[dp_rank::dp_size])
     starts = range(0, len(share), micro_batch_size)

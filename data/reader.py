@@ -23,6 +23,7 @@ class BatchFormat:
     """How samples become batches on this rank."""
 
     tokens: TokensConfig
+    vocab_size: int
     limits: Limits
     pad_to: int
     """Tokens in a batch are a multiple of this: tp."""
@@ -58,7 +59,8 @@ class Reader:
         """The batches of some packs; media that cannot be read are zeros and an entry in ``bad``.
 
         Raises:
-            DataError: a sample's text and media do not fit each other.
+            DataError: a sample's text and media do not fit each other, or it has a token that the
+                model does not know.
         """
         reads = deque([self._submit(packs) for packs in microbatches])
         form, batches, bad = self._form, [], []
@@ -91,6 +93,7 @@ class Reader:
         grids = [image_grid(media.height, media.width, limits) for media in sample.media]
         grid_thw = np.array(grids, dtype=np.int64).reshape(-1, 3)
         input_ids, targets = expand(sample, grid_thw, self._form.tokens)
+        self._check_ids(input_ids, f"{source.name}, sample {sample_id.index}")
         pixels: list[NDArray[np.uint8]] = []
         problems: list[str] = []
         if self._form.read_pixels:
@@ -103,6 +106,17 @@ class Reader:
                     pixels.append(np.zeros((int(np.prod(grid)), PATCH_DIM), dtype=np.uint8))
         segment = Segment(sample_id, input_ids, targets, grid_thw, tuple(pixels))
         return _Read(segment, problems)
+
+    def _check_ids(self, input_ids: NDArray[np.int32], where: str) -> None:
+        """No embedding would notice under tensor parallelism: each rank takes others' ids for 0."""
+        largest = self._form.vocab_size - 1
+        wrong = input_ids[(input_ids < 0) | (input_ids > largest)]
+        if len(wrong):
+            raise DataError(
+                f"{where}: token {wrong[0]} is not from 0 to {largest}, "
+                "model.language.vocab_size - 1  -> use the tokenizer of the model; if it is, the "
+                "dataset's text.bin is damaged: prepare it again"
+            )
 
     def _patches(self, source: Source, media: Media, grid: Grid, where: str) -> NDArray[np.uint8]:
         """(num_patches, 1176) of one image."""

@@ -33,7 +33,8 @@ class TextFile:
         Raises:
             DataError: the files are missing, of another format, or not as long as they say.
         """
-        index, ids = stem.with_suffix(".idx"), stem.with_suffix(".bin")
+        self._index = index = stem.with_suffix(".idx")
+        ids = stem.with_suffix(".bin")
         num_samples, num_documents = _read_header(index)
         arrays_bytes = num_samples * (4 + 8) + num_documents * 8
         check_size(index, _HEADER.size + arrays_bytes)
@@ -55,9 +56,21 @@ class TextFile:
         return len(self._ids)
 
     def span(self, index: int) -> slice:
-        """Where the tokens of a sample lie among those of all."""
+        """Where the tokens of a sample lie among those of all.
+
+        Raises:
+            DataError: they do not end where those of the next sample begin.
+        """
         start = int(self._offsets[index]) // 4
-        return slice(start, start + int(self.lengths[index]))
+        end = start + int(self.lengths[index])
+        last = index + 1 == len(self)
+        next_start = self.num_tokens if last else int(self._offsets[index + 1]) // 4
+        if not 0 <= start <= end == next_start:
+            raise DataError(
+                f"{self._index} is damaged: sample {index} is said to be tokens {start} to {end}"
+                "  -> copy it again, or prepare the dataset again"
+            )
+        return slice(start, end)
 
     def __getitem__(self, index: int) -> NDArray[np.int32]:
         """(num_tokens,) int32 ids of a sample, a read-only view of the file."""

@@ -12,7 +12,7 @@ import tokenizers
 import xxhash
 
 from triptych.configs.schema import TokensConfig
-from triptych.errors import ConfigError
+from triptych.errors import ConfigError, DataError
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -70,8 +70,15 @@ class Tokenizer:
         self._backend = backend
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text; ``<|im_end|>`` and the like in it are read as ordinary characters."""
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        """Ids of a text; ``<|im_end|>`` and the like in it are read as ordinary characters.
+
+        Raises:
+            DataError: it has lone surrogates, as JSON may spell them and UTF-8 cannot.
+        """
+        try:
+            ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        except TypeError as error:
+            raise DataError("text is no Unicode: half of a surrogate pair stands alone") from error
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -110,11 +117,13 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
 
 def _load_backend(folder: Path) -> tokenizers.Tokenizer:
     if not folder.is_dir():
-        raise ConfigError(
-            f"{folder} is no folder  -> data.tokenizer=FOLDER, one that holds a Hugging Face "
-            "tokenizer"
-        )
+        raise ConfigError(f"{folder} is no folder  -> name one that holds a Hugging Face tokenizer")
     file = folder / "tokenizer.json"
+    if not any((folder / name).is_file() for name in (file.name, "vocab.json")):
+        raise ConfigError(
+            f"{folder} holds no tokenizer: neither tokenizer.json nor vocab.json"
+            "  -> name the folder of a Hugging Face tokenizer"
+        )
     try:
         if file.is_file():
             return tokenizers.Tokenizer.from_file(str(file))

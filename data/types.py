@@ -6,6 +6,7 @@ from enum import IntEnum
 from typing import NamedTuple, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -114,7 +115,7 @@ class Batch:
     labels: Tensor
     """(T,) int64, already shifted: labels[t] = input_ids[t + 1]."""
     loss_mask: Tensor
-    """(T,) bool, True = counts. False at each segment's last position."""
+    """(T,) bool, True = counts. False at each segment's last position. Stays on the CPU."""
     position_ids: Tensor
     """(3, T) int64, M-RoPE; restarts at 0 in every segment."""
     cu_seqlens: Tensor
@@ -139,6 +140,23 @@ class Batch:
         """The segment boundaries as Python ints."""
         bounds: list[int] = self.cu_seqlens.tolist()
         return bounds
+
+    @property
+    def token_pairs(self) -> int:
+        """Sum over the segments, padding excepted, of the squared number of tokens."""
+        lengths = self.cu_seqlens.long().diff()[: len(self.sample_ids)]
+        return int(lengths.square().sum())
+
+    @property
+    def patch_pairs(self) -> int:
+        """Sum over the frames of the squared number of patches."""
+        frames, height, width = self.grid_thw.unbind(dim=1)
+        return int((frames * (height * width).square()).sum())
+
+    @property
+    def target_index(self) -> Tensor:
+        """(num_targets,) int64 on the CPU: the positions that count."""
+        return torch.from_numpy(np.flatnonzero(self.loss_mask.numpy()))
 
 
 @dataclass(slots=True)

@@ -69,11 +69,13 @@ class Answerer:
         loaded = load_tokenizer(tokenizer)
         init_distributed(TIMEOUT_S)
         mesh = build_mesh(1, 1, seed=0, timeout_s=TIMEOUT_S)
-        model = build_model(
-            sizes, ParallelConfig(), config.train.precision, mesh, seq_len=config.train.seq_len
+        [model] = build_model(
+            sizes, ParallelConfig(), config.train.precision, [sizes.language.num_layers], mesh
         )
         tied = sizes.language.tie_word_embeddings
-        load_weights(folder, RunTensors(dict(global_parameters(model)), None, tied=tied, mesh=mesh))
+        load_weights(
+            folder, RunTensors(dict(global_parameters([model])), None, tied=tied, mesh=mesh)
+        )
         limits = Limits(config.data.min_pixels, config.data.max_pixels)
         return cls(model.eval(), loaded, limits)
 

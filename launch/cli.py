@@ -1,5 +1,6 @@
 """What all commands share: errors become a message and an exit code, not a traceback."""
 
+import errno
 import os
 import sys
 import time
@@ -9,6 +10,12 @@ from triptych.errors import CheckpointError, ConfigError, TriptychError
 
 SPEAKER_FIRST_S = 3.0
 """How long the silent ranks wait, so that torchrun does not stop rank 0 before it has spoken."""
+
+NO_ROOM = dict.fromkeys(
+    (errno.ENOSPC, errno.EDQUOT),
+    "  -> make room and type the command again: training resumes from its newest checkpoint",
+)
+"""Errors of a full disk, which often name no file -> what to do."""
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
@@ -25,5 +32,18 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
             sys.exit(1)
         sys.exit(f"{type(error).__name__}: {error}")
     except TriptychError as error:
-        where = f"[rank {rank}] " if "RANK" in os.environ else ""
-        sys.exit(f"{where}{type(error).__name__}: {error}")
+        sys.exit(f"{_where(rank)}{type(error).__name__}: {error}")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at its end
+        sys.exit(f"{_where(rank)}stopped: what read the output, as `head` does, has gone")
+    except OSError as error:
+        if error.filename is None and error.errno not in NO_ROOM:
+            raise
+        sys.exit(
+            f"{_where(rank)}{type(error).__name__}: {error}{NO_ROOM.get(error.errno or 0, '')}"
+        )
+
+
+def _where(rank: int) -> str:
+    """Which rank speaks, where there are several."""
+    return f"[rank {rank}] " if "RANK" in os.environ else ""

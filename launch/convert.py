@@ -28,7 +28,6 @@ def main(argv: Sequence[str]) -> None:
     options = _parser().parse_args(argv)
     from triptych.checkpoints import convert  # late: --help does not pay for torch
     from triptych.checkpoints.model_file import read_model
-    from triptych.data.types import Limits
 
     if options.direction == "import":
         folder = convert.import_hf(options.source, options.output)
@@ -40,8 +39,7 @@ def main(argv: Sequence[str]) -> None:
                 f"model={model.name} init.checkpoint={options.output}"
             )
         return
-    limits = Limits(options.min_pixels, options.max_pixels)
-    folder = convert.export_hf(options.source, options.output, options.tokenizer, limits)
+    folder = convert.export_hf(options.source, options.output, options.tokenizer)
     print(f"{folder} -> {options.output}")
 
 
@@ -57,8 +55,6 @@ def _parser() -> argparse.ArgumentParser:
     out.add_argument("source", type=Path, help="run folder, its checkpoints/, or one checkpoint")
     out.add_argument("output", type=Path, help="new folder")
     out.add_argument("--tokenizer", type=Path, required=True, help="tokenizer folder, copied along")
-    out.add_argument("--min-pixels", type=int, default=56 * 56)
-    out.add_argument("--max-pixels", type=int, default=16384 * 28 * 28)
     return parser
 
 

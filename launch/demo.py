@@ -1,9 +1,9 @@
 """Three stages on handwritten digits, on a CPU, in minutes; then the model reads unseen ones.
 
     make demo                       # or: python launch/demo.py
-    python launch/demo.py --miniature --output runs/miniature    # two minutes, lower bars
+    python launch/demo.py --miniature --output runs/miniature    # two minutes, no bars
 
-Every step is a command that is printed before it runs and can be typed by hand.
+Training, reading and export are commands that are printed before they run: type them by hand.
 """
 
 import argparse
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 SEED = 1234
 NUM_RANKS = 2
-MIN_PIXELS, MAX_PIXELS = 784, 12544
-"""Those of model=demo, which the export states."""
 MARK = "demo.json"
 """Says that a folder is a demo's, and may be replaced by the next one."""
 
@@ -80,9 +78,9 @@ class Run:
 
 
 FULL = Plan(
-    num_images=12_000,
-    num_samples=16_000,
-    budgets=(600_000, 900_000, 1_300_000, 700_000),
+    num_images=30_000,
+    num_samples=30_000,
+    budgets=(400_000, 1_000_000, 1_400_000, 700_000),
     num_read=400,
     num_exported=50,
     bars=Bars(accuracy=0.85, each=0.75, controls=0.15),
@@ -90,7 +88,7 @@ FULL = Plan(
 MINIATURE = Plan(
     num_images=400,
     num_samples=400,
-    budgets=(40_000, 40_000, 40_000, 40_000),
+    budgets=(20_000, 20_000, 20_000, 20_000),
     num_read=40,
     num_exported=10,
     bars=Bars(accuracy=0.0, each=0.0, controls=1.0),
@@ -121,7 +119,8 @@ def runs_of(plan: Plan) -> list[Run]:
             stage="2",
             what="everything learns strings of digits (TP=2, sequence parallel)",
             token_budget=second,
-            overrides="parallel=tp2 train.micro_batch_size=4",
+            overrides="parallel=tp2 train.global_batch_size=8 train.micro_batch_size=8 "
+            "stage.vit.lr=1.4e-3 stage.adapter.lr=1.4e-3 stage.llm.lr=1.4e-3",
         ),
         Run(
             name="stage3",
@@ -199,7 +198,7 @@ def _export(folder: Path, runs: Sequence[Run]) -> None:
     _announce("export for transformers")
     _call(
         f"python launch/convert.py export {folder}/{runs[-1].name} {folder}/export "
-        f"--tokenizer {folder}/data/tokenizer --min-pixels {MIN_PIXELS} --max-pixels {MAX_PIXELS}"
+        f"--tokenizer {folder}/data/tokenizer"
     )
 
 

@@ -22,11 +22,8 @@ from typing import TYPE_CHECKING
 
 try:
     from triptych.launch.cli import run
-except ModuleNotFoundError:
-    sys.exit(
-        f"triptych is not installed for {sys.executable}\n"
-        "  -> make install && source .venv/bin/activate, or: pip install -e . -c constraints.txt"
-    )
+except ModuleNotFoundError as missing:
+    sys.exit(f"{missing.name} is not installed -> make install && source .venv/bin/activate")
 
 if TYPE_CHECKING:
     from triptych.data.prepare.build import Progress
@@ -60,11 +57,18 @@ def parse_args(args: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--shard-mb",
-        type=int,
+        type=_positive,
         default=256,
         help="megabytes of images after which a new shard is begun (default: 256)",
     )
     return parser.parse_args(args)
+
+
+def _positive(text: str) -> int:
+    """A whole number of at least 1."""
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text} must be a whole number of at least 1")
+    return int(text)
 
 
 def main(args: Sequence[str]) -> None:

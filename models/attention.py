@@ -1,24 +1,23 @@
 """Core attention over packed segments, causal or not: one module, plugged in by ModuleSpec.
 
-flash-attn where it is installed, else torch's own varlen attention on CUDA, else
-scaled_dot_product_attention segment by segment. Never a dense block mask over the whole pack.
+Which kernel attends is chosen once (models/kernels.py); never is there a dense block mask over the
+whole pack.
 
 T tokens of the pack, N heads of this tensor-parallel rank, K of them key/value heads, D head_dim.
 """
 
-import importlib.util
 import inspect
 import math
-from collections.abc import Callable
-from functools import cache
-from itertools import pairwise
+from collections.abc import Callable, Sequence
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from triptych.parallel.device import HAS_CUDA
+from triptych.models.kernels import Kernel
+from triptych.parallel.device import upload
 
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
@@ -38,9 +37,7 @@ class Segments(PackedSeqParams):
     """
 
     def __init__(self, bounds: list[int], device: torch.device) -> None:
-        cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
-        if device.type == "cuda":
-            cu_seqlens = cu_seqlens.pin_memory().to(device, non_blocking=True)
+        cu_seqlens = upload(torch.tensor(bounds, dtype=torch.int32), device)
         longest = max(end - start for start, end in pairwise(bounds))
         super().__init__(
             qkv_format="sbhd",
@@ -68,8 +65,10 @@ class PackedCoreAttention(MegatronModule):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: object = None,
+        kernel: Kernel = Kernel.PER_SEGMENT,
     ) -> None:
         super().__init__(config=config)
+        self.attend = VARLEN_ATTENTIONS[kernel]
         self.causal = attn_mask_type == AttnMaskType.causal
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
 
@@ -98,22 +97,9 @@ class PackedCoreAttention(MegatronModule):
             (T, 1, N * D).
         """
         assert packed_seq_params is not None, "packed attention needs the pack's segments"
-        attend, _ = choose_attention(query.dtype)
         q_TND, k_TKD, v_TKD = (x.squeeze(1) for x in (query, key, value))
-        out_TND = attend(q_TND, k_TKD, v_TKD, packed_seq_params, self.causal, self.scale)
+        out_TND = self.attend(q_TND, k_TKD, v_TKD, packed_seq_params, self.causal, self.scale)
         return out_TND.reshape(query.size(0), 1, -1)
-
-
-@cache
-def choose_attention(dtype: torch.dtype) -> tuple[VarlenAttention, str]:
-    """The kernel for this device and dtype, and why it is that one."""
-    half = dtype in (torch.bfloat16, torch.float16)
-    if HAS_CUDA and half and importlib.util.find_spec("flash_attn"):
-        return _flash_attention, "flash-attn (installed)"
-    if HAS_CUDA and half and importlib.util.find_spec("torch.nn.attention.varlen"):
-        return _torch_varlen_attention, "torch varlen_attn (flash-attn is not installed)"
-    reason = "no CUDA" if not HAS_CUDA else f"no varlen kernel takes {dtype}"
-    return attention_per_segment, f"scaled_dot_product_attention per segment ({reason})"
 
 
 def attention_per_segment(
@@ -123,11 +109,13 @@ def attention_per_segment(
 
     Returns (T, N, D).
     """
+    runs = _equal_runs(segments.bounds)
+    tokens = [length * count for length, count in runs]
     outputs = []
-    for start, end, length in _equal_runs(segments.bounds):
-        q, k, v = (
-            x[start:end].unflatten(0, (-1, length)).transpose(1, 2) for x in (q_TND, k_TKD, v_TKD)
-        )
+    for pieces, (length, _) in zip(
+        zip(*(x.split(tokens) for x in (q_TND, k_TKD, v_TKD)), strict=True), runs, strict=True
+    ):
+        q, k, v = (piece.unflatten(0, (-1, length)).transpose(1, 2) for piece in pieces)
         out = F.scaled_dot_product_attention(
             q, k, v, is_causal=causal, scale=scale, enable_gqa=q.size(1) != k.size(1)
         )
@@ -135,18 +123,13 @@ def attention_per_segment(
     return torch.cat(outputs)
 
 
-def _equal_runs(bounds: list[int]) -> list[tuple[int, int, int]]:
-    """(start, end, segment length) of each run of neighbouring segments of one length.
+def _equal_runs(bounds: Sequence[int]) -> list[tuple[int, int]]:
+    """(segment length, number of segments) of each run of neighbours of one length.
 
     These share a call.
     """
-    runs: list[tuple[int, int, int]] = []
-    for start, end in pairwise(bounds):
-        if runs and runs[-1][2] == end - start:
-            runs[-1] = (runs[-1][0], end, end - start)
-        else:
-            runs.append((start, end, end - start))
-    return runs
+    lengths = (end - start for start, end in pairwise(bounds))
+    return [(length, sum(1 for _ in run)) for length, run in groupby(lengths)]
 
 
 def _flash_attention(
@@ -189,3 +172,10 @@ def _torch_varlen_attention(
     out: Any = varlen_attn(q_TND, k_TKD, v_TKD, cu_seqlens, cu_seqlens, longest, longest, **options)
     attended: Tensor = out
     return attended
+
+
+VARLEN_ATTENTIONS: dict[Kernel, VarlenAttention] = {
+    Kernel.FLASH_ATTENTION: _flash_attention,
+    Kernel.TORCH_VARLEN: _torch_varlen_attention,
+    Kernel.PER_SEGMENT: attention_per_segment,
+}

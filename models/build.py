@@ -1,16 +1,28 @@
-"""From a configuration to this rank's piece of the model."""
+"""From a configuration to this rank's chunks of the model."""
 
-from triptych.configs.schema import ModelConfig, ParallelConfig, Precision
-from triptych.costs.layout import layers_per_stage
+from collections.abc import Sequence
+
+from triptych.configs.schema import Kernels, ModelConfig, ParallelConfig, Precision
 from triptych.models.qwen2_vl.model import Qwen2VL
 from triptych.parallel.mesh import Mesh
 
 
 def build_model(
-    model: ModelConfig, parallel: ParallelConfig, precision: Precision, mesh: Mesh, *, seq_len: int
-) -> Qwen2VL:
-    """This rank's piece, on its device, its weights not yet set: draw them or load them."""
-    layers = layers_per_stage(model, parallel, seq_len=seq_len)
-    piece = Qwen2VL(model, parallel, precision, layers, mesh)
-    piece.to(mesh.device)
-    return piece
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    precision: Precision,
+    layers: Sequence[int],
+    mesh: Mesh,
+    kernels: Kernels = Kernels.auto,
+) -> list[Qwen2VL]:
+    """This rank's ``parallel.vpp`` chunks, on its device, their weights not yet set.
+
+    Draw them or load them.
+    """
+    chunks = [
+        Qwen2VL(model, parallel, precision, layers, mesh, chunk, kernels)
+        for chunk in range(parallel.vpp)
+    ]
+    for piece in chunks:
+        piece.to(mesh.device)
+    return chunks

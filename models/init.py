@@ -4,6 +4,7 @@ Each parameter is drawn from its own generator, by its global name.
 """
 
 import hashlib
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ HEAD = "language.output_layer.weight"
 EMBEDDING_STD = 0.02
 
 
-def init_parameters(model: nn.Module, mesh: Mesh, seed: int, *, tied: bool) -> None:
+def init_parameters(chunks: Iterable[nn.Module], mesh: Mesh, seed: int, *, tied: bool) -> None:
     """Draw every parameter of this rank.
 
     Matrices are normal with deviation 1 / sqrt(fan_in), norm weights are 1, biases 0.
@@ -24,13 +25,13 @@ def init_parameters(model: nn.Module, mesh: Mesh, seed: int, *, tied: bool) -> N
     at a time on the CPU.
 
     Args:
-        model: this rank's piece.
+        chunks: this rank's pieces of the model.
         mesh: this rank's place.
         seed: decides every weight.
         tied: the head is the embedding, also where both lie on different pipeline stages.
     """
     with torch.no_grad():
-        for name, parameter in global_parameters(model):
+        for name, parameter in global_parameters(chunks):
             cut = cut_of(name)
             drawn_as = EMBEDDING if tied and name == HEAD else name
             full = _draw(drawn_as, full_shape(parameter, cut, mesh.dims.tp), seed)

@@ -1,6 +1,6 @@
 """Parameters under names that no layout changes: their part, and how tp cuts them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from enum import Enum
 from typing import Any
 
@@ -91,10 +91,11 @@ def mark_cuts(model: nn.Module) -> None:
             parameter.partition_stride = 2 if cut is Cut.GATED_ROWS else 1  # type: ignore[attr-defined]
 
 
-def global_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def global_parameters(chunks: Iterable[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
     """This rank's parameters; decoder layers are counted from the whole model's first."""
-    for name, parameter in model.named_parameters():
-        yield _global_name(model, name), parameter
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            yield _global_name(chunk, name), parameter
 
 
 def _global_name(model: nn.Module, name: str) -> str:

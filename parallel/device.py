@@ -27,6 +27,9 @@ import torch
 from triptych.errors import ConfigError
 
 MEGATRON_VERSION = "0.16.1"
+# One hardware queue keeps kernels in the order of launch: overlapping tp communication asks for it.
+# Before CUDA is first asked for.
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 HAS_CUDA = torch.cuda.is_available()
 BACKEND = "cpu:gloo,cuda:nccl" if HAS_CUDA else "gloo"
 
@@ -35,11 +38,18 @@ def local_device(local_rank: int) -> torch.device:
     """The device of this process; makes it the current one on CUDA."""
     if not HAS_CUDA:
         return torch.device("cpu")
-    # One hardware queue keeps kernels in the order of launch: overlapping tp communication asks for
-    # it.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """On the device, as kernels launched from now on see it.
+
+    From pinned memory: from pageable memory the host would wait for all that was launched before.
+    """
+    if device.type == "cpu" or tensor.device == device:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def synchronize() -> None:

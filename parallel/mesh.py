@@ -3,6 +3,7 @@
 Who this rank is on each axis, and the collectives over an axis that training itself needs.
 """
 
+import math
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -71,7 +72,7 @@ def init_distributed(timeout_s: int) -> int:
     return dist.get_world_size()
 
 
-def build_mesh(tp: int, pp: int, *, seed: int, timeout_s: int) -> Mesh:
+def build_mesh(tp: int, pp: int, *, seed: int, timeout_s: int, vpp: int = 1) -> Mesh:
     """Make the process groups of this layout.
 
     Every rank must call this, after ``init_distributed``.
@@ -83,8 +84,9 @@ def build_mesh(tp: int, pp: int, *, seed: int, timeout_s: int) -> Mesh:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=vpp if vpp > 1 else None,
         create_gloo_process_groups=False,
-        distributed_timeout_minutes=max(1, timeout_s // 60),
+        distributed_timeout_minutes=math.ceil(timeout_s / 60),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return Mesh(

@@ -13,15 +13,20 @@ from torch.distributed import ProcessGroup
 
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.pipeline_parallel.schedules import get_schedule_table
 
 Shape = list[int]
 
 
 class PlannedP2P(P2PCommunicator):
-    """Sends and receives for one step of 1F1B. Microbatches arrive in order, forth and back."""
+    """Sends and receives for one step of 1F1B, interleaved or not."""
 
     def __init__(
-        self, pp_group: ProcessGroup, config: ModelParallelConfig, shapes: Sequence[Shape]
+        self,
+        pp_group: ProcessGroup,
+        config: ModelParallelConfig,
+        shapes: Sequence[Shape],
+        num_chunks: int = 1,
     ) -> None:
         """Begin a step.
 
@@ -30,9 +35,17 @@ class PlannedP2P(P2PCommunicator):
             config: megatron-core's, of this stage.
             shapes: of what passes between stages, by microbatch: [T, 1, H], T / tp with sequence
                 parallelism.
+            num_chunks: of the model on each stage.
         """
         super().__init__(pp_group=pp_group, config=config)
-        self._forward, self._backward = iter(shapes), iter(shapes)
+        first, last = 0, pp_group.size() - 1
+        order = _order(len(shapes), num_chunks, config)
+        # What leaves the last chunk, forth or back, comes round to nobody: the stage after it,
+        # which is the first or last of all, has one chunk less to receive for.
+        inner = [microbatch for microbatch, chunk in order if chunk < num_chunks - 1]
+        every = [microbatch for microbatch, _ in order]
+        self._forward = (shapes[i] for i in (inner if pp_group.rank() == first else every))
+        self._backward = (shapes[i] for i in (inner if pp_group.rank() == last else every))
 
     def _communicate_shapes(
         self,
@@ -47,3 +60,16 @@ class PlannedP2P(P2PCommunicator):
             next(self._forward) if recv_prev else nothing,
             next(self._backward) if recv_next else nothing,
         )
+
+
+def _order(
+    num_microbatches: int, num_chunks: int, config: ModelParallelConfig
+) -> list[tuple[int, int]]:
+    """(microbatch, chunk) as every stage runs them; backward the same, chunks counted from behind.
+
+    Groups of microbatches pass one chunk after the other.
+    """
+    order: list[tuple[int, int]] = get_schedule_table(
+        num_microbatches, num_chunks, config.microbatch_group_size_per_vp_stage
+    )
+    return order

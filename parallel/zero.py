@@ -1,16 +1,19 @@
 """What training asks of an optimizer that is sharded over the data-parallel ranks (ZeRO-1)."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor, nn
 
-PARTS = ("adapter", "llm", "vit")
-"""Each has its own learning rate."""
+from triptych.parallel.device import HAS_CUDA
+
+FUSED = HAS_CUDA
+"""Whether torch's AdamW, where it is the one, updates all weights in one kernel."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Adam's state, as torch and apex name it."""
 ParamState = dict[str, Tensor]
-"""``master``, ``exp_avg``, ``exp_avg_sq``: fp32, each of the shape of this rank's parameter."""
+"""``master``, ``exp_avg``, ``exp_avg_sq``: fp32 in host memory, each of the shape of this rank's
+parameter: 12 bytes per element, which a device has no room for."""
 
 
 class ShardedOptimizer(Protocol):
@@ -20,10 +23,10 @@ class ShardedOptimizer(Protocol):
     pieces, whole over dp.
     """
 
-    model: nn.Module
+    chunks: Sequence[nn.Module]
     """The model, wrapped so that gradients are summed over the data-parallel ranks."""
-    num_updates: int
-    """Updates made so far; Adam's step."""
+    num_updates: dict[str, int]
+    """Updates made so far, by part; Adam's step. Of what is frozen it means nothing."""
 
     def zero_grad(self) -> None:
         """Forget the gradients. Before each step's first microbatch."""
@@ -40,11 +43,25 @@ class ShardedOptimizer(Protocol):
     def local_grads(self) -> dict[str, Tensor]:
         """Reduced gradients by name. A collective of ``dp_group``."""
 
-    def state_by_param(self) -> dict[str, ParamState]:
-        """Optimizer state by name, of what trains. A collective of ``dp_group``."""
+    def state_by_param(self, names: Container[str] | None = None) -> dict[str, ParamState]:
+        """Optimizer state by name, of what trains, or of ``names`` only.
 
-    def load_state_by_param(self, state: Mapping[str, ParamState], num_updates: int) -> None:
-        """Take over the state of the named parameters; the others start fresh from the weights."""
+        A collective of ``dp_group``.
+        """
+
+    def load_state_by_param(
+        self, state: Mapping[str, ParamState], num_updates: Mapping[str, int]
+    ) -> None:
+        """Take over the state of the named parameters; that of the others stays.
+
+        ``num_updates`` is taken over for the parts that they belong to.
+        """
+
+    def gather_weights(self) -> None:
+        """Wait for the updated weights of the other ranks, where their gathering overlaps.
+
+        Before weights are read other than by a forward pass. A collective of ``dp_group``.
+        """
 
     def refresh_master_weights(self) -> None:
         """Copy the model's weights to the master weights, after the weights were loaded."""

@@ -7,7 +7,7 @@ where a rank holds nothing of one, a single zero stands in.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,10 +26,11 @@ from deepspeed.utils import (
 from deepspeed.utils.timer import NoopTimer
 from torch import Tensor, nn
 
-from triptych.configs.schema import OptimizerConfig, Precision
+from triptych.configs.schema import PARTS, OptimizerConfig, OverlapConfig, Precision
 from triptych.parallel.device import BACKEND, HAS_CUDA
+from triptych.parallel.dtypes import DTYPES
 from triptych.parallel.mesh import Mesh
-from triptych.parallel.zero import MOMENTS, PARTS, ParamState
+from triptych.parallel.zero import FUSED, MOMENTS, ParamState
 
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -50,31 +51,40 @@ class DeepSpeedZero:
 
     def __init__(
         self,
-        model: nn.Module,
+        chunks: Sequence[nn.Module],
         names: Mapping[str, nn.Parameter],
         parts: Mapping[str, str],
         config: OptimizerConfig,
+        overlap: OverlapConfig,
         precision: Precision,
         mesh: Mesh,
     ) -> None:
-        """Wrap ``model``; the arguments are those of ``MegatronZero``."""
+        """Wrap ``chunks``; the arguments are those of ``MegatronZero``, but nothing overlaps."""
+        assert not overlap.grad_reduce, "refused by configs.rules"
+        assert not overlap.param_gather, "refused by configs.rules"
         self._mesh = mesh
         self._trained = {name: p for name, p in names.items() if p.requires_grad}
-        transformer: Any = model.config
-        self.model: Any = _accumulate_locally(model, transformer)
+        self._parts = parts
+        self.chunks: Sequence[Any] = [_accumulate_locally(chunk) for chunk in chunks]
+        transformer: Any = self.chunks[0].config
         transformer.finalize_model_grads_func = finalize_model_grads
-        groups = _param_groups(self._trained, parts, config, mesh)
+        dtype = DTYPES[precision]
+        groups = _param_groups(self._trained, parts, config, mesh, dtype)
         parameter: Any
-        for name, parameter in self._trained.items():
-            parameter.ds_pipe_replicated = _is_copy(name, parameter, mesh)
+        for parameter in self._trained.values():
+            parameter.ds_pipe_replicated = _is_copy(parameter, mesh)
         self._stand_ins = [g["params"][0] for g in groups if g["is_stand_in"]]
-        self._zero = _sharded_adam(groups, self._trained, config, precision, mesh)
-        self.num_updates = 0
+        self._zero = _sharded_adam(groups, self._trained, config, mesh)
+        for hook in self._zero._grad_acc_hooks:
+            hook.remove()  # gradients are handed over after the backward pass, not during it
+        self.num_updates = dict.fromkeys(PARTS, 0)
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
-        self.model.zero_grad_buffer()
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
         self._zero.zero_grad()
+        self._zero.averaged_gradients.clear()  # in bf16 DeepSpeed adds to them until it steps
 
     def grad_norm(self) -> float:
         """Reduce the gradients over dp; L2 norm of the whole model's. Every rank must call this."""
@@ -92,39 +102,51 @@ class DeepSpeedZero:
         for group in self._zero.optimizer.param_groups:
             group["lr"] = lr[group["part"]]
         self._zero.step()
-        self.num_updates += 1
+        self.num_updates = {part: count + 1 for part, count in self.num_updates.items()}
 
     def local_grads(self) -> dict[str, Tensor]:
         """Reduced gradients by name, whole over dp. Every rank of ``dp_group`` must call this."""
         return {name: safe_get_full_grad(p).float() for name, p in self._trained.items()}
 
-    def state_by_param(self) -> dict[str, ParamState]:
+    def state_by_param(self, names: Container[str] | None = None) -> dict[str, ParamState]:
         """Master weights and moments by name, whole over dp.
 
         Every rank of ``dp_group`` must call this.
         """
         self._link_moments()
         return {
-            name: {"master": safe_get_full_fp32_param(parameter)}
-            | {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+            name: {"master": safe_get_full_fp32_param(parameter).cpu()}
+            | {key: safe_get_full_optimizer_state(parameter, key).cpu() for key in MOMENTS}
             for name, parameter in self._trained.items()
+            if names is None or name in names
         }
 
-    def load_state_by_param(self, state: Mapping[str, ParamState], num_updates: int) -> None:
-        """Take over the state of the named parameters; the others start from zero moments."""
-        self.num_updates = num_updates
-        adam = self._zero.optimizer
-        adam.state.clear()
+    def load_state_by_param(
+        self, state: Mapping[str, ParamState], num_updates: Mapping[str, int]
+    ) -> None:
+        """Take over the state of the named parameters; that of the others stays."""
         self._link_moments()
+        self.num_updates |= {self._parts[name]: num_updates[self._parts[name]] for name in state}
+        adam = self._zero.optimizer
+        for group in adam.param_groups:
+            for shard in group["params"]:
+                adam.state[shard]["step"] = self._adam_step(group, shard)
         for name, tensors in state.items():
             parameter = self._trained[name]
             safe_set_full_fp32_param(parameter, tensors["master"])
             for key in MOMENTS:
                 safe_set_full_optimizer_state(parameter, tensors[key], key)
 
+    def gather_weights(self) -> None:
+        """Nothing to wait for: weights are gathered within ``step``."""
+
     def refresh_master_weights(self) -> None:
         """Copy the model's weights to the master weights."""
         self._zero.refresh_fp32_params()
+
+    def _adam_step(self, group: Mapping[str, Any], shard: Tensor) -> Tensor:
+        """Where torch's fused AdamW wants it: beside the weights."""
+        return torch.tensor(float(self.num_updates[group["part"]]), device=shard.device)
 
     def _link_moments(self) -> None:
         """Let DeepSpeed find the moments of each parameter, zeros where there are none yet.
@@ -136,7 +158,7 @@ class DeepSpeedZero:
             for shard in group["params"]:
                 if "exp_avg" not in adam.state[shard]:
                     adam.state[shard] = {key: torch.zeros_like(shard) for key in MOMENTS}
-                    adam.state[shard]["step"] = torch.tensor(float(self.num_updates))
+                    adam.state[shard]["step"] = self._adam_step(group, shard)
         self._zero._hp_optimizer_states_linked = False
         self._zero._lazy_init_hp_params_optimizer_state()
 
@@ -147,7 +169,7 @@ class DeepSpeedZero:
             parameter.grad = grad
 
 
-def _accumulate_locally(model: nn.Module, transformer: Any) -> nn.Module:
+def _accumulate_locally(chunk: nn.Module) -> DistributedDataParallel:
     """megatron-core's fp32 gradient buffers, without its reduction over dp."""
     alone = ProcessGroupCollection.use_mpu_process_groups()
     alone.dp = alone.dp_cp = alone.intra_dp_cp = (
@@ -156,8 +178,8 @@ def _accumulate_locally(model: nn.Module, transformer: Any) -> nn.Module:
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=False, overlap_grad_reduce=False
     )
-    wrapped: nn.Module = DistributedDataParallel(transformer, config, model, pg_collection=alone)
-    return wrapped
+    transformer: Any = chunk.config
+    return DistributedDataParallel(transformer, config, chunk, pg_collection=alone)
 
 
 def _param_groups(
@@ -165,11 +187,12 @@ def _param_groups(
     parts: Mapping[str, str],
     config: OptimizerConfig,
     mesh: Mesh,
+    dtype: torch.dtype,
 ) -> list[dict[str, Any]]:
     """One group for each part, with and without weight decay; the same list on every rank."""
     return [
         {
-            "params": members or [nn.Parameter(torch.zeros(1, device=mesh.device))],
+            "params": members or [nn.Parameter(torch.zeros(1, device=mesh.device, dtype=dtype))],
             "part": part,
             "weight_decay": config.weight_decay if decays else 0.0,
             "is_stand_in": not members,
@@ -187,7 +210,7 @@ def _by_decay(parameters: Iterator[nn.Parameter]) -> list[tuple[bool, list[nn.Pa
     return [(decays, [p for p in members if (p.dim() > 1) == decays]) for decays in (True, False)]
 
 
-def _is_copy(name: str, parameter: nn.Parameter, mesh: Mesh) -> bool:
+def _is_copy(parameter: nn.Parameter, mesh: Mesh) -> bool:
     """The last stage's copy of a tied embedding, which the norm must not count again."""
     shared = bool(getattr(parameter, "shared_embedding", False))
     return shared and not mesh.is_first_stage
@@ -197,7 +220,6 @@ def _sharded_adam(
     groups: list[dict[str, Any]],
     trained: Mapping[str, nn.Parameter],
     config: OptimizerConfig,
-    precision: Precision,
     mesh: Mesh,
 ) -> DeepSpeedZeroOptimizer:
     deepspeed_logger.setLevel(logging.WARNING)
@@ -206,7 +228,7 @@ def _sharded_adam(
     backend = BACKEND if not HAS_CUDA else "nccl"
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     adam = torch.optim.AdamW(
-        groups, lr=1.0, betas=(config.beta1, config.beta2), eps=config.eps, fused=HAS_CUDA or None
+        groups, lr=1.0, betas=(config.beta1, config.beta2), eps=config.eps, fused=FUSED or None
     )
     by_parameter = {parameter: name for name, parameter in trained.items()}
     by_parameter |= {

@@ -3,16 +3,17 @@
 Reduce-scatter of gradients, all-gather of parameters.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from triptych.configs.schema import OptimizerConfig, Precision
+from triptych.configs.schema import PARTS, OptimizerConfig, OverlapConfig, Precision
+from triptych.parallel.dtypes import DTYPES
 from triptych.parallel.mesh import Mesh
-from triptych.parallel.zero import MOMENTS, PARTS, ParamState
+from triptych.parallel.zero import FUSED, MOMENTS, ParamState
 
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -39,35 +40,32 @@ class MegatronZero:
 
     def __init__(
         self,
-        model: nn.Module,
+        chunks: Sequence[nn.Module],
         names: Mapping[str, nn.Parameter],
         parts: Mapping[str, str],
         config: OptimizerConfig,
+        overlap: OverlapConfig,
         precision: Precision,
         mesh: Mesh,
     ) -> None:
-        """Wrap ``model``.
+        """Wrap ``chunks``.
 
         Args:
-            model: this rank's piece, with ``requires_grad`` set.
-            names: its parameters by global name.
+            chunks: this rank's pieces of the model, with ``requires_grad`` set.
+            names: their parameters by global name.
             parts: the part of each name; each part has its own learning rate.
             config: betas, eps, decay and clipping.
+            overlap: whether gradients and weights travel while something is computed.
             precision: of weights and activations; gradients and state are fp32.
             mesh: this rank's place.
         """
         self._mesh = mesh
         self._clip = config.clip_grad
+        self._overlaps_gather = overlap.param_gather
         self._trained = {name: p for name, p in names.items() if p.requires_grad}
-        transformer: Any = model.config
-        self.model = DistributedDataParallel(
-            transformer,
-            DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=False
-            ),
-            model,
-        )
-        transformer.finalize_model_grads_func = finalize_model_grads
+        self._parts = parts
+        self.chunks: Sequence[Any] = [_data_parallel(chunk, overlap) for chunk in chunks]
+        _finish_by_megatron(self.chunks, overlap)
         self._chain = get_megatron_optimizer(
             MegatronOptimizerConfig(
                 optimizer="adam",
@@ -78,21 +76,25 @@ class MegatronZero:
                 adam_eps=config.eps,
                 clip_grad=config.clip_grad,
                 bf16=precision is Precision.bf16,
-                params_dtype=torch.bfloat16 if precision is Precision.bf16 else torch.float32,
+                params_dtype=DTYPES[precision],
                 use_distributed_optimizer=True,
+                overlap_param_gather=overlap.param_gather,
             ),
-            [self.model],
+            self.chunks,
             config_overrides=_param_groups(
                 {id(p): parts[name] for name, p in names.items()}, config.weight_decay
             ),
             use_gloo_process_groups=False,
         )
         self._optimizers = [o for o in self._chain.chained_optimizers if not o.is_stub_optimizer]
-        self.num_updates = 0
+        for optimizer in self._optimizers:
+            _fuse(optimizer.optimizer)
+        self.num_updates = dict.fromkeys(PARTS, 0)
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
-        self.model.zero_grad_buffer()
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
         self._chain.zero_grad()
 
     def grad_norm(self) -> float:
@@ -109,7 +111,7 @@ class MegatronZero:
             if self._clip > 0 and parameters:
                 clip_grad_by_total_norm_fp32(parameters, self._clip, grad_norm)
         self._chain.step_with_ready_grads()
-        self.num_updates += 1
+        self.num_updates = {part: count + 1 for part, count in self.num_updates.items()}
 
     def local_grads(self) -> dict[str, Tensor]:
         """Reduced gradients by name, whole over dp. Every rank of ``dp_group`` must call this."""
@@ -118,13 +120,15 @@ class MegatronZero:
             for name, parameter, start, end, _ in self._shards()
         }
 
-    def state_by_param(self) -> dict[str, ParamState]:
+    def state_by_param(self, names: Container[str] | None = None) -> dict[str, ParamState]:
         """Master weights and Adam's moments by name, whole over dp.
 
         Every rank of ``dp_group`` must call this.
         """
         gathered: dict[str, ParamState] = {}
         for name, parameter, start, _, inner in self._shards():
+            if names is not None and name not in names:
+                continue
             shard = {"master": None} | dict.fromkeys(MOMENTS)
             if inner is not None:
                 adam, main = inner
@@ -137,28 +141,32 @@ class MegatronZero:
             }
         return gathered
 
-    def load_state_by_param(self, state: Mapping[str, ParamState], num_updates: int) -> None:
-        """Take over the state of the named parameters; the others start from zero moments."""
-        self.num_updates = num_updates
+    def load_state_by_param(
+        self, state: Mapping[str, ParamState], num_updates: Mapping[str, int]
+    ) -> None:
+        """Take over the state of the named parameters; that of the others stays."""
+        self.num_updates |= {self._parts[name]: num_updates[self._parts[name]] for name in state}
         for name, _, start, end, inner in self._shards():
-            if inner is None:
+            if inner is None or name not in state:
                 continue
             adam, main = inner
-            tensors = {
-                key: value.flatten()[start:end] for key, value in state.get(name, {}).items()
-            }
-            if tensors:
-                main.data.copy_(tensors["master"])
-            moments = {
-                key: tensors[key].to(main).clone() if tensors else torch.zeros_like(main)
-                for key in MOMENTS
-            }
-            adam.state[main] = moments
+            shard = {key: value.flatten()[start:end] for key, value in state[name].items()}
+            main.data.copy_(shard["master"])
+            adam.state[main] = {key: shard[key].to(main).clone() for key in MOMENTS}
             if isinstance(adam, torch.optim.AdamW):
-                adam.state[main]["step"] = torch.tensor(float(num_updates))
-        if num_updates:
-            for optimizer in self._optimizers:
-                _set_fused_step(optimizer.optimizer, num_updates)
+                step = float(self.num_updates[self._parts[name]])
+                adam.state[main]["step"] = torch.tensor(step, device=main.device)
+        for optimizer in self._optimizers:
+            _set_fused_steps(optimizer.optimizer, self.num_updates)
+
+    def gather_weights(self) -> None:
+        """Wait for the updated weights of the other ranks.
+
+        Every rank of ``dp_group`` must call this.
+        """
+        if self._overlaps_gather:
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)
 
     def refresh_master_weights(self) -> None:
         """Copy the model's weights to the master weights."""
@@ -183,16 +191,41 @@ class MegatronZero:
             yield name, parameter, start, end, inner
 
     def _gather(self, parameter: Tensor, shard: Tensor | None, start: int) -> Tensor:
-        """The whole tensor, from the pieces of all dp ranks.
+        """The whole tensor in host memory, from the pieces of all dp ranks.
 
-        A sum in which each element is not zero on one rank only.
+        A sum in which each element is not zero on one rank only. The device has room for one such
+        tensor, not for all.
         """
         whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
         if shard is not None and shard.numel():
             whole[start : start + shard.numel()] = shard.detach().flatten()
         if self._mesh.dims.dp > 1:
             dist.all_reduce(whole, group=self._mesh.dp_group)
-        return whole.view(parameter.shape)
+        return whole.view(parameter.shape).cpu()
+
+
+def _data_parallel(chunk: nn.Module, overlap: OverlapConfig) -> DistributedDataParallel:
+    transformer: Any = chunk.config
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=overlap.grad_reduce,
+        overlap_param_gather=overlap.param_gather,
+    )
+    return DistributedDataParallel(transformer, config, chunk)
+
+
+def _finish_by_megatron(chunks: Sequence[DistributedDataParallel], overlap: OverlapConfig) -> None:
+    """What megatron-core's schedule calls when gradients are to be reduced, or not yet.
+
+    It asks the first chunk's configuration.
+    """
+    transformer: Any = chunks[0].config
+    transformer.finalize_model_grads_func = finalize_model_grads
+    if overlap.grad_reduce:
+        # a list is for several chunks only
+        no_sync = [chunk.no_sync for chunk in chunks]
+        transformer.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
 
 
 def _param_groups(
@@ -217,8 +250,16 @@ def _param_groups(
     }
 
 
-def _set_fused_step(adam: torch.optim.Optimizer, step: int) -> None:
+def _fuse(adam: torch.optim.Optimizer) -> None:
+    """Torch's own AdamW, where megatron-core found no other, in its one kernel for all weights."""
+    if FUSED and isinstance(adam, torch.optim.AdamW):
+        for group in adam.param_groups:
+            group.update(fused=True, foreach=False)
+
+
+def _set_fused_steps(adam: torch.optim.Optimizer, num_updates: Mapping[str, int]) -> None:
     """Apex's and Transformer Engine's FusedAdam count steps by group instead of by parameter."""
     if not isinstance(adam, torch.optim.AdamW):
         for group in adam.param_groups:
-            group["step"] = step
+            if num_updates[group["part"]]:
+                group["step"] = num_updates[group["part"]]

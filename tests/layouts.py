@@ -19,6 +19,7 @@ from torch import Tensor
 from triptych.configs.schema import (
     Config,
     OptimizerConfig,
+    OverlapConfig,
     ParallelConfig,
     PartConfig,
     Precision,
@@ -26,6 +27,7 @@ from triptych.configs.schema import (
     RecomputeConfig,
     StageConfig,
     TrainConfig,
+    Zero,
 )
 from triptych.data.collate import Segment, collate
 from triptych.data.types import Batch, SampleId, Step
@@ -51,8 +53,16 @@ TRAINED = {
     "stage3": ("adapter", "llm"),
     "warmup": ("llm",),
 }
-PACKS_WITH_IMAGES = {"some": (0, 3, 4, 6), "first": (0,), "none": ()}
-"""Kind of global batch -> packs that show images. "first": only dp rank 0, in one microbatch."""
+PACKS_WITH_IMAGES = {
+    "some": (0, 3, 4, 6),
+    "first": (0,),
+    "none": (),
+    "not last": (0, 1, 2, 3, 4, 5, 6),
+}
+"""Kind of global batch -> packs that show images. "first": only dp rank 0, in one microbatch;
+"not last": pack 7, the last microbatch of the last rank, shows none."""
+KINDS = ("some", "first", "none")
+"""What every layout is measured with."""
 
 
 @dataclass(frozen=True, order=True)
@@ -64,6 +74,7 @@ class Layout:
     dp: int = 1
     sequence_parallel: bool = False
     layers: tuple[int, ...] = (4,)
+    vpp: int = 1
 
     @property
     def world_size(self) -> int:
@@ -72,7 +83,8 @@ class Layout:
     def __str__(self) -> str:
         layers = f"[{','.join(map(str, self.layers))}]" if self.pp > 1 else ""
         tp = f"tp{self.tp}{'+sp' if self.sequence_parallel else ''}"
-        return f"{tp} pp{self.pp}{layers} dp{self.dp}"
+        vpp = f"x{self.vpp}" if self.vpp > 1 else ""
+        return f"{tp} pp{self.pp}{vpp}{layers} dp{self.dp}"
 
 
 @dataclass(frozen=True, order=True)
@@ -86,11 +98,16 @@ class Case:
     vit: str = "none"
     """Recomputation."""
     llm: str = "none"
+    """Recomputation: none, full, or the modules."""
+    zero: str = "megatron"
+    """The optimizer, and what it overlaps: megatron, megatron+grads, megatron+all or deepspeed."""
+    precision: str = "fp32"
 
     def __str__(self) -> str:
         head = "tied" if self.tied else "untied"
-        recompute = f"vit {self.vit}, llm {self.llm}"
-        return f"{self.layout} {self.stage} {head} mbs{self.micro_batch_size} {recompute}"
+        how = f"vit {self.vit}, llm {self.llm}, {self.zero}"
+        dtype = "" if self.precision == "fp32" else f" {self.precision}"
+        return f"{self.layout} {self.stage} {head} mbs{self.micro_batch_size} {how}{dtype}"
 
 
 @dataclass(frozen=True)
@@ -159,18 +176,18 @@ def measure(layout: Layout, cases: Sequence[Case], num_steps: int = 0) -> list[P
     Each gives the gradients of every kind of global batch, then makes ``num_steps`` steps. Every
     rank must call this.
     """
-    mesh = build_mesh(layout.tp, layout.pp, seed=0, timeout_s=60)
+    mesh = build_mesh(layout.tp, layout.pp, vpp=layout.vpp, seed=0, timeout_s=60)
     return [_measure(case, mesh, num_steps) for case in cases]
 
 
 def _measure(case: Case, mesh: Mesh, num_steps: int) -> Piece:
     engine = build_engine(config_of(case), mesh)
     draw_weights(engine)
-    steps = {kind: make_step(kind, mesh, case.micro_batch_size) for kind in PACKS_WITH_IMAGES}
+    steps = {kind: make_step(kind, mesh, case.micro_batch_size) for kind in KINDS}
     loss_sums, norms, grads = {}, {}, {}
     for kind, step in steps.items():
         engine.optimizer.zero_grad()
-        loss = sum_losses(engine.model, step.microbatches, mesh, forward_only=False)
+        loss = sum_losses(engine.chunks, step.microbatches, mesh, forward_only=False)
         loss_sums[kind] = float(loss)
         norms[kind] = engine.optimizer.grad_norm()
         grads[kind] = engine.optimizer.local_grads()
@@ -179,6 +196,7 @@ def _measure(case: Case, mesh: Mesh, num_steps: int) -> Piece:
     kinds = itertools.islice(itertools.cycle(steps), num_steps)
     for number, kind in enumerate(kinds):
         train_step(engine.optimizer, steps[kind], lr, mesh, number=number + 1)
+    engine.optimizer.gather_weights()
     return Piece(
         mesh.tp_rank,
         mesh.pp_rank,
@@ -201,20 +219,41 @@ def _measure(case: Case, mesh: Mesh, num_steps: int) -> Piece:
 def config_of(case: Case) -> Config:
     """A run of this case; only what the engine reads is set."""
     layout, trained = case.layout, TRAINED[case.stage]
+    zero, _, overlap = case.zero.partition("+")
     parts = {part: PartConfig(train=part in trained, lr=LR) for part in ("vit", "adapter", "llm")}
     return Config(
-        model=small_model(heads=8, kv_heads=4, head_dim=8, tied=case.tied, vision_head_dim=8),
+        model=small_model(
+            heads=8,
+            kv_heads=4,
+            head_dim=8,
+            tied=case.tied,
+            vision_head_dim=8,
+            num_layers=sum(layout.layers),
+        ),
         stage=StageConfig(name=case.stage, token_budget=10**9, **parts),
-        train=TrainConfig(seq_len=SEQ_LEN, precision=Precision.fp32),
+        train=TrainConfig(seq_len=SEQ_LEN, precision=Precision[case.precision]),
         parallel=ParallelConfig(
             tp=layout.tp,
             pp=layout.pp,
             sequence_parallel=layout.sequence_parallel,
             layout=list(layout.layers),
-            recompute=RecomputeConfig(vit=Recompute[case.vit], llm=Recompute[case.llm]),
+            vpp=layout.vpp,
+            recompute=_recompute(case),
+            overlap=OverlapConfig(
+                grad_reduce=overlap in ("grads", "all"),
+                param_gather=overlap == "all",
+                p2p=overlap == "all" and layout.vpp > 1,
+            ),
         ),
-        optimizer=OptimizerConfig(clip_grad=CLIP_GRAD, eps=EPS),
+        optimizer=OptimizerConfig(zero=Zero[zero], clip_grad=CLIP_GRAD, eps=EPS),
     )
+
+
+def _recompute(case: Case) -> RecomputeConfig:
+    if case.llm in ("none", "full"):
+        return RecomputeConfig(vit=Recompute[case.vit], llm=Recompute[case.llm])
+    modules = case.llm.split("+")
+    return RecomputeConfig(vit=Recompute[case.vit], llm=Recompute.selective, modules=modules)
 
 
 def draw_weights(engine: Engine) -> None:
@@ -275,16 +314,15 @@ def _pack(kind: str, number: int) -> list[Segment]:
 
 def join(pieces: Sequence[Piece], case: Case) -> Outcome:
     """The whole model's outcome, from those of all ranks."""
-    kinds = list(PACKS_WITH_IMAGES)
     assert all(piece.norms == pieces[0].norms for piece in pieces), "ranks differ in the norm"
     for piece in pieces:
         assert piece.with_gradient == piece.with_state == piece.trained
     replicas = [piece for piece in pieces if piece.tp_rank == 0]
-    sums = {kind: sum(piece.loss_sums[kind] for piece in replicas) for kind in kinds}
+    sums = {kind: sum(piece.loss_sums[kind] for piece in replicas) for kind in KINDS}
     return Outcome(
-        losses={kind: sums[kind] / pieces[0].num_targets[kind] for kind in kinds},
+        losses={kind: sums[kind] / pieces[0].num_targets[kind] for kind in KINDS},
         norms=pieces[0].norms,
-        grads={kind: _join(pieces, case, lambda p, k=kind: p.grads[k]) for kind in kinds},
+        grads={kind: _join(pieces, case, lambda p, k=kind: p.grads[k]) for kind in KINDS},
         parameters=_join(pieces, case, lambda piece: piece.parameters),
     )
 
@@ -363,22 +401,58 @@ LAYOUTS = (
     Layout(tp=2, dp=2, sequence_parallel=True),
     Layout(pp=2, dp=2, layers=(1, 3)),
     Layout(pp=2, dp=2, layers=(2, 2)),
+    Layout(pp=2, layers=(1, 1, 1, 1), vpp=2),
+    Layout(pp=2, dp=2, layers=(1, 1, 1, 1), vpp=2),
+    Layout(tp=2, pp=2, layers=(1, 1, 1, 1), vpp=2),
+    Layout(tp=2, pp=2, layers=(1, 1, 1, 1), vpp=2, sequence_parallel=True),
+    Layout(dp=8),
+    Layout(tp=4, dp=2, sequence_parallel=True),
+    Layout(tp=4, pp=2, layers=(1, 3)),
+    Layout(pp=4, dp=2, layers=(1, 1, 1, 1)),
+    Layout(tp=2, pp=2, dp=2, layers=(1, 3), sequence_parallel=True),
+    Layout(tp=2, pp=2, dp=2, layers=(1, 1, 1, 1), vpp=2, sequence_parallel=True),
+    Layout(tp=2, pp=4, layers=(1, 1, 1, 1), sequence_parallel=True),
+)
+"""On up to 8 ranks."""
+LAYOUTS_OF_8_LAYERS = (
+    Layout(pp=2, layers=(2, 2, 3, 1), vpp=2),
+    Layout(pp=2, layers=(1,) * 8, vpp=4),
+    Layout(pp=4, layers=(1,) * 8, vpp=2),
+    Layout(pp=8, layers=(1,) * 8),
 )
 
 
 def grid(layout: Layout) -> list[Case]:
     """Every case of a layout."""
-    choices = (TRAINED, (False, True), (1, 2), ("none", "full"), ("none", "selective", "full"))
-    return [Case(layout, *chosen) for chosen in itertools.product(*choices)]
+    choices = (
+        TRAINED,
+        (False, True),
+        (1, 2),
+        ("none", "full"),
+        ("none", "core_attn", "mlp", "core_attn+mlp", "full"),
+        ("megatron", "megatron+grads", "megatron+all", "deepspeed"),
+    )
+    cases = [Case(layout, *chosen) for chosen in itertools.product(*choices)]
+    return [case for case in cases if _is_whole(case)]
+
+
+def _is_whole(case: Case) -> bool:
+    """Interleaved, groups of as many microbatches as stages pass the chunks together."""
+    num_microbatches = NUM_PACKS // case.layout.dp // case.micro_batch_size
+    groups = case.layout.pp if case.layout.vpp > 1 else 1
+    return num_microbatches > 0 and num_microbatches % groups == 0
 
 
 def pairs(case: Case) -> set[frozenset[tuple[str, Any]]]:
-    """Every two choices that the case makes together."""
+    """Every two choices that the case makes together, and its layout, tied or not."""
     layers = case.layout.layers
+    whole: tuple[tuple[str, Any], ...] = (("layout", str(case.layout)), ("tied", case.tied))
     choices = asdict(case.layout) | asdict(case)
     del choices["layout"]
     choices["layers"] = "even" if len(set(layers)) == 1 else layers.index(max(layers))
-    return {frozenset(pair) for pair in itertools.combinations(choices.items(), 2)}
+    return {frozenset(whole)} | {
+        frozenset(pair) for pair in itertools.combinations(choices.items(), 2)
+    }
 
 
 def cover(cases: Sequence[Case]) -> Iterator[Case]:

@@ -42,8 +42,10 @@ LAYOUTS = {
     "tp2": (2, "tp2"),
     "pp2": (2, "pp2"),
     "tp2 pp2": (4, "tp2_pp2"),
+    "dp2 pp2 interleaved": (4, "pp2 parallel.vpp=2"),
 }
-"""Name -> number of ranks, choice of the group ``parallel``."""
+"""Name -> number of ranks, choice of the group ``parallel`` and what else makes the layout."""
+OVERLAP = [f"parallel.overlap.{what}=true" for what in ("grad_reduce", "param_gather", "p2p")]
 
 
 class Runs:
@@ -54,9 +56,9 @@ class Runs:
 
     def words(self, name: str, layout: str, *more: str) -> list[str]:
         """A command line; the last word wins."""
-        parallel = f"parallel={LAYOUTS[layout][1]}"
+        parallel = f"parallel={LAYOUTS[layout][1]}".split()
         places = (f"data.root={self._data}", f"run.dir={self.dir(name)}")
-        return [*SMALL, parallel, *places, *more]
+        return [*SMALL, *parallel, *places, *more]
 
     def dir(self, name: str) -> Path:
         """The run folder of this name."""

@@ -18,7 +18,6 @@ from triptych.models.build import build_model
 from triptych.models.parameters import global_parameters
 from triptych.parallel.mesh import Mesh, build_mesh, init_distributed, shutdown
 from triptych.tests.reference import TOKENS, Conversation, Outcome
-from triptych.train.step import masked_sum
 
 
 @contextmanager
@@ -38,10 +37,10 @@ def load_ours(
     folder: Path, model: ModelConfig, mesh: Mesh, precision: Precision = Precision.fp32
 ) -> nn.Module:
     """The model with the weights of a Hugging Face folder."""
-    piece = build_model(model, ParallelConfig(), precision, mesh, seq_len=512)
+    [piece] = build_model(model, ParallelConfig(), precision, [model.language.num_layers], mesh)
     reader = HFReader(folder, model)
     with torch.no_grad():
-        for name, parameter in global_parameters(piece):
+        for name, parameter in global_parameters([piece]):
             parameter.copy_(reader.read(name))
     return piece
 
@@ -75,10 +74,9 @@ def logits_by_sample(piece: nn.Module, batch: Batch) -> list[Tensor]:
 
 def backward(piece: nn.Module, batch: Batch, *, divisor: int = 1) -> float:
     """Add the gradient of the summed loss / ``divisor``; returns the summed loss."""
-    losses = piece(_beside(piece, batch)).squeeze(0)
-    loss_sum, _, reported = masked_sum(losses, batch.loss_mask.to(losses.device))
+    loss_sum = piece(_beside(piece, batch))
     (loss_sum / divisor).backward()
-    return reported.item()
+    return loss_sum.item()
 
 
 def run_ours(piece: nn.Module, batch: Batch, model: ModelConfig) -> Outcome:
@@ -93,7 +91,7 @@ def run_ours(piece: nn.Module, batch: Batch, model: ModelConfig) -> Outcome:
 def _beside(piece: nn.Module, batch: Batch) -> Batch:
     """The batch on the device of the model."""
     device = next(piece.parameters()).device
-    names = ("input_ids", "labels", "loss_mask", "position_ids", "vision_index", "pixel_values")
+    names = ("input_ids", "labels", "position_ids", "vision_index", "pixel_values")
     return replace(batch, **{name: getattr(batch, name).to(device) for name in names})
 
 
@@ -101,7 +99,7 @@ def gradients(piece: nn.Module, model: ModelConfig) -> dict[str, Tensor]:
     """By Hugging Face name, in the shapes of Hugging Face tensors."""
     table = name_table(model)
     grads: dict[str, Tensor] = {}
-    for name, parameter in global_parameters(piece):
+    for name, parameter in global_parameters([piece]):
         if parameter.grad is not None:
             parts = table[name].transform.to_theirs(parameter.grad.cpu())
             grads |= dict(zip(table[name].theirs, parts, strict=True))

@@ -27,6 +27,13 @@ def segment(ids, targets, grids=(), index=0, pixel=None):
     )
 
 
+def test_patches_of_a_frame_see_only_each_other():
+    """An image of 4 patches and two frames of 8."""
+    shown = segment([PAD, 1, 4, 4, 4, 4], [0] * 6, [(1, 2, 2), (2, 2, 4)])
+    batch = collate([shown], TOKENS, pad_to=4, with_pixels=False)
+    assert (batch.token_pairs, batch.patch_pairs) == (6**2, 4**2 + 2 * 8**2)
+
+
 def test_batch_by_hand():
     """An image of 4x6 patches in text, then text, padded to a multiple of 4."""
     segments = [
@@ -50,6 +57,7 @@ def test_batch_by_hand():
     assert (batch.pixel_values == 8).all()
     assert batch.sample_ids == ((0, 7), (0, 3))
     assert (batch.num_tokens, batch.num_patches) == (13, 24)
+    assert (batch.token_pairs, batch.patch_pairs) == (10**2 + 3**2, 24**2)
     dtypes = {
         "input_ids": torch.int64,
         "labels": torch.int64,

@@ -279,7 +279,8 @@ def test_a_checkpoint_of_another_model_is_refused_with_all_differences(
     changes, expected = OTHER_MODELS[which]
     words = run_from(imported[True], NAME.format("tied"), data, tokenizer, tmp_path / "run")
     (message,) = pool(1).run(refusal, words=[*words, *(f"model.{change}" for change in changes)])
-    title, *lines = message.splitlines()
+    title, *lines, remedy = message.splitlines()
+    assert remedy.startswith("  -> name the model and sizes that it has")
     assert title == f"{imported[True]}/checkpoints/step_000000000.0 is of another model:"
     assert not [line for line in expected if not any(line in found for found in lines)], message
     if which.startswith("heads"):

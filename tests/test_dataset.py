@@ -14,11 +14,12 @@ from triptych.data.dataset import Dataset
 from triptych.data.image import image_grid
 from triptych.data.media_index import MediaIndex, media_row
 from triptych.data.prepare.build import build_dataset
+from triptych.data.stores import local
 from triptych.data.text_file import TextFile, TextWriter
 from triptych.data.tokenizer import train_tokenizer
 from triptych.data.tokens import encode_record, expand
 from triptych.data.types import Limits, Media, MediaKind
-from triptych.errors import DataError
+from triptych.errors import DataError, StorageError
 from triptych.parallel.device import prepare_megatron
 
 LIMITS = Limits(min_pixels=28 * 28, max_pixels=20 * 28 * 28)
@@ -207,16 +208,35 @@ def test_a_flipped_bit_in_an_image_names_dataset_sample_and_shard(folder):
         dataset.verify()
 
 
-def test_a_shard_that_is_cut_or_lost_under_a_run(folder):
+def test_a_shard_that_is_cut_or_lost_under_a_run(folder, monkeypatch):
     dataset = Dataset.open(folder, "mine")
     media = dataset.sample(3).media[-1]
     shard = folder / "shards/000000.tar"
     shard.write_bytes(shard.read_bytes()[: media.offset + 5])
     with pytest.raises(DataError, match=r"000000\.tar ends at byte .* the shard was cut"):
         dataset.read_media(media)
+    monkeypatch.setattr(local, "PAUSES_S", (0.0, 0.0))
     shard.unlink()
-    with pytest.raises(DataError, match=r"000000\.tar cannot be read: No such file"):
+    with pytest.raises(StorageError, match=r"000000\.tar cannot be read: No such file.* resumes"):
         dataset.read_media(media)
+
+
+def test_a_file_system_that_comes_back_is_waited_for(folder, monkeypatch):
+    dataset = Dataset.open(folder, "mine")
+    media = dataset.sample(3).media[-1]
+    expected = dataset.read_media(media)
+    shards, away = folder / "shards", folder / "away"
+    shards.rename(away)
+    waits = []
+
+    def wait(seconds):
+        waits.append(seconds)
+        if len(waits) == 2:
+            away.rename(shards)
+
+    monkeypatch.setattr(local.time, "sleep", wait)
+    assert dataset.read_media(media) == expected
+    assert waits == list(local.PAUSES_S[:2])
 
 
 def edit_manifest(folder, **changes) -> None:

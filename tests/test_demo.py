@@ -13,7 +13,7 @@ from PIL import Image
 
 from triptych.configs.compose import load_config, read_config
 from triptych.launch import digits, pictures
-from triptych.launch.demo import FULL, MAX_PIXELS, MIN_PIXELS, Bars, below, runs_of
+from triptych.launch.demo import FULL, Bars, below, runs_of
 from triptych.launch.digits import Reading, Scores
 
 ROOT = Path(__file__).parents[1]
@@ -75,6 +75,8 @@ def test_the_loss_falls_in_warmup_and_every_stage(miniature):
 @pytest.mark.torchrun
 def test_readings_and_pictures_are_saved(miniature):
     folder, _ = miniature
+    processor = json.loads((folder / "export" / "preprocessor_config.json").read_text())
+    assert (processor["min_pixels"], processor["max_pixels"]) == (784, 12544), "those of the run"
     assert len(digits.load_readings(folder)) == 40
     for name in (pictures.CURVES, pictures.SHEET):
         with Image.open(folder / name) as image:
@@ -118,10 +120,9 @@ def test_the_bars_are_those_of_the_issue():
 
 
 @pytest.mark.parametrize("run", runs_of(FULL), ids=lambda run: run.name)
-def test_the_stages_are_composed_with_the_limits_of_the_export(run):
+def test_the_budget_ends_every_stage(run):
     words = [f"stage={run.stage}", "model=demo", "data=digits", *run.overrides.split()]
     config = load_config(words)
-    assert (config.data.min_pixels, config.data.max_pixels) == (MIN_PIXELS, MAX_PIXELS)
     assert config.train.num_steps is None
 
 

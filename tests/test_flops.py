@@ -1,11 +1,14 @@
 """FLOPs and parameter counts against the released sizes, and against sums done the long way."""
 
+from dataclasses import replace
+
 import pytest
 
 from triptych.configs.schema import LanguageConfig, ModelConfig
 from triptych.costs.flops import (
     Workload,
     forward_flops,
+    head_flops,
     layer_flops,
     layer_parameters,
     parameters,
@@ -71,7 +74,7 @@ def test_parameters_equal_the_released_sizes(model, vision, total):
 def test_without_attention_a_token_costs_two_flops_per_weight(model):
     """Norms and biases are vectors: under 0.1 % of the parameters."""
     counts = parameters(model)
-    flops = forward_flops(model, Workload(1, 0, 4, 0))
+    flops = forward_flops(model, Workload(1, 0, 4, 0, num_targets=1))
     assert flops.layers.total == pytest.approx(2 * counts.layers, rel=1e-3)
     assert flops.head.total == 2 * counts.embedding
     assert flops.vit.total == pytest.approx(4 * 2 * counts.vit, rel=1e-3)
@@ -98,6 +101,15 @@ def test_flops_add_up_over_packs(model):
     half = Workload(4096, 2 * 2048**2, 4096, 4 * 1024**2)
     whole = Workload(8192, 4 * 2048**2, 8192, 8 * 1024**2)
     assert forward_flops(model, whole).total == pytest.approx(2 * forward_flops(model, half).total)
+
+
+def test_only_supervised_tokens_have_logits():
+    language = QWEN2_VL_7B.language
+    per_token = 2 * language.hidden_size * language.vocab_size
+    text_and_image = Workload(100, 0, 4 * 60, 0)
+    assert head_flops(QWEN2_VL_7B, text_and_image).total == (100 - 60) * per_token
+    answers = replace(text_and_image, num_targets=7)
+    assert head_flops(QWEN2_VL_7B, answers).total == 7 * per_token
 
 
 def test_everything_trained_costs_three_forward_passes():

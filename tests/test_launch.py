@@ -14,8 +14,8 @@ BIN = Path(sys.executable).parent
 CPU_LIMIT_S = 90.0
 """CPU-seconds, so that other work on the machine does not matter."""
 FIELDS = (
-    "step stage loss grad_norm lr num_tokens num_supervised_tokens num_patches consumed_tokens"
-    " consumed_samples step_time_s tokens_per_s fill"
+    "step stage loss grad_norm lr num_tokens num_supervised_tokens num_patches num_unreadable"
+    " consumed_tokens consumed_samples step_time_s tokens_per_s flops flops_per_s mfu fill"
 ).split()
 
 

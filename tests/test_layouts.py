@@ -1,12 +1,13 @@
 """Every layout computes what one process computes: loss, gradient norm, gradients, updates.
 
-    pytest -s tests/test_layouts.py                    # prints the tables of docs/parallelism.md
-    pytest -s tests/test_layouts.py -m "slow or not slow"
+    pytest -s tests/test_layouts.py -k "three_steps or every_pair"   # docs/parallelism.md's table
+    pytest -s tests/test_layouts.py                                  # and more of the whole grid
 
 Each case takes three global batches: images in some packs, in the first pack only, in none.
 """
 
 import dataclasses
+import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -17,7 +18,7 @@ import torch
 
 from triptych.tests.layouts import (
     LAYOUTS,
-    TRAINED,
+    LAYOUTS_OF_8_LAYERS,
     Case,
     Distance,
     Layout,
@@ -36,42 +37,81 @@ pytestmark = pytest.mark.distributed
 BAR = Distance(loss=2e-6, norm=2e-6, grads=2e-5, parameters=1e-2)
 """Gradients as the issue asks; parameters after three clipped steps, in learning rates."""
 STEPS = 3
+BF16_BAND = 3.0
+"""Of a layout's distance to fp32, over that of one process in bf16; measured: 1.8 at most."""
 
 COVER = """
-tp1 pp1 dp1 stage1 untied mbs1 vit none, llm none
-tp1 pp1 dp4 stage1 untied mbs1 vit none, llm full
-tp1 pp1 dp4 stage1-vit untied mbs1 vit none, llm selective
-tp1 pp1 dp4 stage2 untied mbs1 vit none, llm none
-tp1 pp1 dp4 stage3 tied mbs2 vit full, llm none
-tp1 pp1 dp4 warmup untied mbs1 vit none, llm none
-tp1 pp2[1,3] dp2 stage1 untied mbs1 vit none, llm none
-tp1 pp2[1,3] dp2 stage1-vit untied mbs1 vit none, llm none
-tp1 pp2[1,3] dp2 stage2 untied mbs2 vit full, llm full
-tp1 pp2[1,3] dp2 stage3 untied mbs1 vit none, llm selective
-tp1 pp2[1,3] dp2 warmup untied mbs1 vit none, llm none
-tp1 pp2[3,1] dp1 stage2 untied mbs1 vit none, llm none
-tp1 pp3[1,1,2] dp1 stage1 untied mbs2 vit full, llm full
-tp1 pp3[1,1,2] dp1 stage1-vit untied mbs1 vit none, llm none
-tp1 pp3[1,1,2] dp1 stage2 untied mbs1 vit none, llm none
-tp1 pp3[1,1,2] dp1 stage3 untied mbs1 vit none, llm none
-tp1 pp3[1,1,2] dp1 warmup tied mbs1 vit none, llm selective
-tp1 pp3[2,1,1] dp1 stage3 untied mbs1 vit full, llm none
-tp1 pp4[1,1,1,1] dp1 stage1 tied mbs2 vit none, llm full
-tp1 pp4[1,1,1,1] dp1 stage1-vit untied mbs1 vit full, llm none
-tp1 pp4[1,1,1,1] dp1 stage2 untied mbs1 vit none, llm selective
-tp1 pp4[1,1,1,1] dp1 stage3 untied mbs1 vit none, llm none
-tp1 pp4[1,1,1,1] dp1 warmup untied mbs1 vit none, llm none
-tp2 pp2[1,3] dp1 stage2 tied mbs1 vit none, llm none
-tp2+sp pp1 dp2 stage3 tied mbs1 vit none, llm full
-tp2+sp pp2[2,2] dp1 stage2 untied mbs1 vit none, llm none
-tp2+sp pp2[3,1] dp1 stage1 untied mbs1 vit none, llm selective
-tp2+sp pp2[3,1] dp1 stage1-vit tied mbs2 vit full, llm selective
-tp2+sp pp2[3,1] dp1 warmup untied mbs1 vit none, llm full
-tp4 pp1 dp1 stage1 untied mbs1 vit none, llm none
-tp4 pp1 dp1 stage1-vit untied mbs1 vit none, llm full
-tp4 pp1 dp1 stage2 tied mbs1 vit none, llm selective
-tp4 pp1 dp1 stage3 untied mbs1 vit none, llm none
-tp4+sp pp1 dp1 warmup untied mbs2 vit full, llm none
+tp1 pp1 dp1 stage1 tied mbs1 vit none, llm none, megatron
+tp1 pp1 dp1 stage1 untied mbs1 vit none, llm none, megatron
+tp1 pp1 dp2 stage1 tied mbs1 vit none, llm none, megatron
+tp1 pp1 dp2 stage1 untied mbs1 vit none, llm none, megatron
+tp1 pp1 dp4 stage1 untied mbs1 vit none, llm core_attn, megatron+all
+tp1 pp1 dp4 stage1-vit untied mbs1 vit none, llm core_attn+mlp, megatron
+tp1 pp1 dp4 stage2 tied mbs1 vit full, llm full, megatron
+tp1 pp1 dp4 stage3 untied mbs1 vit none, llm mlp, megatron+grads
+tp1 pp1 dp4 warmup untied mbs2 vit none, llm none, deepspeed
+tp1 pp1 dp8 stage1 untied mbs1 vit none, llm none, megatron
+tp1 pp1 dp8 stage1-vit untied mbs1 vit full, llm core_attn, deepspeed
+tp1 pp1 dp8 stage2 untied mbs1 vit none, llm mlp, megatron+grads
+tp1 pp1 dp8 stage3 untied mbs1 vit none, llm full, megatron
+tp1 pp1 dp8 warmup tied mbs1 vit none, llm core_attn+mlp, megatron+all
+tp1 pp2[1,3] dp1 stage1 tied mbs1 vit none, llm none, megatron
+tp1 pp2[1,3] dp1 stage2 untied mbs1 vit none, llm none, megatron
+tp1 pp2[1,3] dp2 stage1 tied mbs1 vit none, llm none, megatron
+tp1 pp2[1,3] dp2 stage1 untied mbs1 vit none, llm mlp, deepspeed
+tp1 pp2[2,2] dp1 stage1 tied mbs1 vit none, llm none, megatron
+tp1 pp2[2,2] dp1 stage1 untied mbs1 vit none, llm none, megatron
+tp1 pp2[2,2] dp2 stage1 tied mbs1 vit none, llm none, megatron
+tp1 pp2[2,2] dp2 stage1 untied mbs1 vit none, llm none, megatron
+tp1 pp2[3,1] dp1 stage1-vit untied mbs1 vit none, llm mlp, deepspeed
+tp1 pp2[3,1] dp1 stage2 tied mbs1 vit none, llm full, megatron
+tp1 pp2x2[1,1,1,1] dp1 stage1 tied mbs1 vit none, llm none, megatron
+tp1 pp2x2[1,1,1,1] dp1 stage1 untied mbs1 vit none, llm core_attn, megatron+grads
+tp1 pp2x2[1,1,1,1] dp2 stage1-vit tied mbs1 vit none, llm full, megatron
+tp1 pp2x2[1,1,1,1] dp2 stage3 untied mbs2 vit full, llm none, megatron+all
+tp1 pp3[1,1,2] dp1 stage1 untied mbs1 vit none, llm core_attn+mlp, deepspeed
+tp1 pp3[1,1,2] dp1 stage1-vit untied mbs1 vit none, llm none, megatron
+tp1 pp3[1,1,2] dp1 stage2 tied mbs2 vit full, llm mlp, megatron+all
+tp1 pp3[1,1,2] dp1 stage3 untied mbs1 vit none, llm core_attn, megatron
+tp1 pp3[1,1,2] dp1 warmup untied mbs1 vit none, llm full, megatron+grads
+tp1 pp3[2,1,1] dp1 stage3 tied mbs1 vit none, llm core_attn+mlp, megatron
+tp1 pp3[2,1,1] dp1 warmup untied mbs1 vit none, llm core_attn, megatron+grads
+tp1 pp4[1,1,1,1] dp1 stage1-vit tied mbs1 vit none, llm none, deepspeed
+tp1 pp4[1,1,1,1] dp1 stage2 untied mbs1 vit none, llm core_attn, megatron+all
+tp1 pp4[1,1,1,1] dp2 stage3 untied mbs1 vit none, llm mlp, megatron
+tp1 pp4[1,1,1,1] dp2 warmup tied mbs2 vit full, llm core_attn+mlp, megatron
+tp2 pp1 dp1 stage1 tied mbs1 vit none, llm none, megatron
+tp2 pp1 dp1 stage1-vit untied mbs1 vit none, llm core_attn+mlp, megatron+grads
+tp2 pp1 dp2 stage1 tied mbs1 vit none, llm none, megatron
+tp2 pp1 dp2 stage1 untied mbs1 vit none, llm none, megatron
+tp2 pp2[1,3] dp1 stage1 tied mbs1 vit none, llm none, megatron
+tp2 pp2[1,3] dp1 stage3 untied mbs1 vit none, llm core_attn, megatron
+tp2 pp2x2[1,1,1,1] dp1 stage1 tied mbs1 vit none, llm none, megatron
+tp2 pp2x2[1,1,1,1] dp1 stage1 untied mbs1 vit none, llm none, megatron
+tp2+sp pp1 dp1 stage1 tied mbs1 vit none, llm none, megatron
+tp2+sp pp1 dp1 stage1 untied mbs1 vit none, llm none, megatron
+tp2+sp pp1 dp2 stage1 tied mbs1 vit none, llm none, megatron
+tp2+sp pp1 dp2 stage1 untied mbs1 vit none, llm none, megatron
+tp2+sp pp2[1,3] dp2 stage1 untied mbs1 vit none, llm none, megatron
+tp2+sp pp2[1,3] dp2 stage1-vit tied mbs2 vit full, llm core_attn, megatron+grads
+tp2+sp pp2[2,2] dp1 stage1 tied mbs1 vit none, llm none, megatron
+tp2+sp pp2[2,2] dp1 stage1 untied mbs1 vit none, llm none, megatron
+tp2+sp pp2[3,1] dp1 stage1 tied mbs2 vit full, llm none, megatron+all
+tp2+sp pp2[3,1] dp1 stage1 untied mbs1 vit none, llm none, megatron
+tp2+sp pp2x2[1,1,1,1] dp1 stage1 untied mbs1 vit none, llm none, megatron
+tp2+sp pp2x2[1,1,1,1] dp1 warmup tied mbs2 vit none, llm mlp, megatron
+tp2+sp pp2x2[1,1,1,1] dp2 stage1 tied mbs1 vit none, llm none, megatron
+tp2+sp pp2x2[1,1,1,1] dp2 stage2 untied mbs1 vit none, llm core_attn+mlp, deepspeed
+tp2+sp pp4[1,1,1,1] dp1 stage1 tied mbs1 vit none, llm none, megatron
+tp2+sp pp4[1,1,1,1] dp1 stage1 untied mbs1 vit none, llm full, megatron+grads
+tp4 pp1 dp1 stage1 tied mbs1 vit none, llm mlp, megatron
+tp4 pp1 dp1 stage1 untied mbs1 vit none, llm core_attn, megatron
+tp4 pp2[1,3] dp1 stage1-vit untied mbs1 vit none, llm full, megatron+all
+tp4 pp2[1,3] dp1 warmup tied mbs1 vit none, llm core_attn+mlp, megatron
+tp4+sp pp1 dp1 stage1 untied mbs1 vit none, llm none, megatron
+tp4+sp pp1 dp1 stage3 tied mbs2 vit full, llm full, deepspeed
+tp4+sp pp1 dp2 stage1 tied mbs1 vit none, llm none, megatron
+tp4+sp pp1 dp2 stage2 untied mbs1 vit none, llm none, megatron+grads
 """
 """Every two choices that any case of the whole grid makes together, are made together here."""
 
@@ -97,13 +137,14 @@ def outcomes(pool) -> Measure:
 @pytest.fixture(scope="module")
 def alone(outcomes) -> Callable[[Case], Outcome]:
     """What one process gives for the same model, without recomputation, pack by pack."""
-    known: dict[tuple[str, bool], Outcome] = {}
+    known: dict[Case, Outcome] = {}
 
     def of(case: Case) -> Outcome:
-        key = case.stage, case.tied
-        if key not in known:
-            known[key] = outcomes(Layout(), [Case(Layout(), *key)], num_steps=STEPS)[0]
-        return known[key]
+        layout = Layout(layers=(sum(case.layout.layers),))
+        plain = Case(layout, case.stage, case.tied, precision=case.precision)
+        if plain not in known:
+            known[plain] = outcomes(plain.layout, [plain], num_steps=STEPS)[0]
+        return known[plain]
 
     return of
 
@@ -126,7 +167,34 @@ def check(outcomes, alone, table, cases: list[Case], **options: int) -> None:
         assert apart.times(BAR) <= 1, f"{case}: {apart}"
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+IN_MAKE_TEST = {
+    Layout(),
+    Layout(tp=2),
+    Layout(tp=2, sequence_parallel=True),
+    Layout(tp=4, sequence_parallel=True),
+    Layout(pp=2, layers=(1, 3)),
+    Layout(pp=3, layers=(1, 1, 2)),
+    Layout(dp=2),
+    Layout(dp=4),
+    Layout(tp=2, pp=2, layers=(2, 2), sequence_parallel=True),
+    Layout(tp=2, dp=2, sequence_parallel=True),
+    Layout(pp=2, dp=2, layers=(1, 1, 1, 1), vpp=2),
+    Layout(pp=4, layers=(1,) * 8, vpp=2),
+}
+"""Steps of the others are left to make test-full; every layout has cases in COVER."""
+
+
+def left_to_make_test_full(layout: Layout) -> list[pytest.MarkDecorator]:
+    return [] if layout in IN_MAKE_TEST else [pytest.mark.slow]
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(layout, marks=left_to_make_test_full(layout), id=str(layout))
+        for layout in LAYOUTS + LAYOUTS_OF_8_LAYERS
+    ],
+)
 def test_three_steps_equal_one_process(layout, outcomes, alone, table):
     """Gradients of all parameters, and the weights after three steps of the three batches."""
     check(outcomes, alone, table, [Case(layout, tied=layout.dp == 1)], num_steps=STEPS)
@@ -143,26 +211,48 @@ def test_the_covering_cases_cover_every_pair():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", TRAINED)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_whole_grid_equals_one_process(layout, stage, outcomes, alone, table):
-    check(outcomes, alone, table, [case for case in grid(layout) if case.stage == stage])
+def test_cases_drawn_from_the_whole_grid_equal_one_process(layout, outcomes, alone, table):
+    check(outcomes, alone, table, random.Random(str(layout)).sample(grid(layout), 12))
+
+
+BF16 = [
+    Case(Layout(tp=2, sequence_parallel=True), zero="megatron+all"),
+    pytest.param(Case(Layout(tp=4), llm="full"), marks=pytest.mark.slow),
+    Case(Layout(pp=2, layers=(1, 3)), tied=True),
+    Case(Layout(dp=2), zero="deepspeed"),
+    Case(Layout(pp=2, dp=2, layers=(1, 3)), "stage1", zero="deepspeed"),
+    Case(Layout(tp=2, pp=2, layers=(1, 1, 1, 1), vpp=2), zero="megatron+all"),
+    Case(Layout(tp=2, pp=2, dp=2, layers=(1, 3), sequence_parallel=True), "stage3"),
+]
+
+
+@pytest.mark.parametrize("case", BF16, ids=str)
+def test_bf16_stays_within_the_error_of_one_bf16_process(case, outcomes, alone):
+    """Its error is that of one process in bf16 against the same in fp32."""
+    case = dataclasses.replace(case, precision="bf16")
+    fp32 = alone(dataclasses.replace(case, precision="fp32"))
+    error = distance(alone(case), fp32)
+    [outcome] = outcomes(case.layout, [case], num_steps=STEPS)
+    ours, apart = distance(outcome, fp32), distance(outcome, alone(case))
+    print(f"{case}\n  one process, to fp32: {error}\n  to fp32: {ours}\n  to one process: {apart}")
+    assert ours.times(error) <= BF16_BAND
+    assert ours.times(BAR) > 100  # bf16 it is
 
 
 def loss_averaged_by_microbatch():
-    def averaged(losses_T, loss_mask):
-        counted = losses_T * loss_mask
-        mean = counted.sum() / loss_mask.sum().clamp(min=1)
-        return mean, torch.ones((), dtype=torch.int32), counted.detach().double().sum()
+    def averaged(loss_sum, loss_mask):
+        mean = loss_sum / loss_mask.sum().clamp(min=1)
+        return mean, torch.ones((), dtype=torch.int32), loss_sum.detach()
 
-    return mock.patch("triptych.train.step.masked_sum", averaged)
+    return mock.patch("triptych.train.step.counted", averaged)
 
 
 def images_dropped_on_dp_rank_1():
-    def drop(batch, mesh):
+    def drop(batch, mesh, *, is_first):
         if mesh.dp_rank == 1:
             batch = dataclasses.replace(batch, pixel_values=None, num_patches=0)
-        return to_device(batch, mesh)
+        return to_device(batch, mesh, is_first=is_first)
 
     return mock.patch("triptych.train.step.to_device", drop)
 
@@ -175,7 +265,7 @@ def pixels_kept_by_the_reading_rank():
 
 
 def norms_not_summed_over_tp():
-    return mock.patch("triptych.models.norm._mark", return_value=None)
+    return mock.patch("triptych.models.norm.mark_shared", return_value=None)
 
 
 def pieces_not_marked():

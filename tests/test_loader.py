@@ -22,6 +22,7 @@ from triptych.data.prepare.build import build_dataset
 from triptych.data.reader import BatchFormat
 from triptych.data.tokenizer import train_tokenizer
 from triptych.data.types import Limits
+from triptych.errors import DataError
 
 LIMITS = Limits(min_pixels=28 * 28, max_pixels=16 * 28 * 28)
 GLOBAL_BATCH_SIZE = 8
@@ -96,10 +97,22 @@ def open_loader(mixed, text, tokenizer):
     """Loaders over both datasets, closed at the end of the test."""
     with contextlib.ExitStack() as stack:
 
-        def opened(cursor=None, *, sources=(mixed, text), pad_to=1, read_pixels=True, **arguments):
+        def opened(
+            cursor=None,
+            *,
+            sources=(mixed, text),
+            vocab_size=None,
+            pad_to=1,
+            read_pixels=True,
+            **arguments,
+        ):
             plan = make_plan(sources)
             form = BatchFormat(
-                tokens=tokenizer.tokens, limits=LIMITS, pad_to=pad_to, read_pixels=read_pixels
+                tokens=tokenizer.tokens,
+                vocab_size=vocab_size or tokenizer.vocab_size,
+                limits=LIMITS,
+                pad_to=pad_to,
+                read_pixels=read_pixels,
             )
             defaults = {
                 "dp_rank": 0,
@@ -318,6 +331,13 @@ def test_close_ends_all_threads(open_loader):
     assert threading.active_count() == before
 
 
+def test_a_token_that_the_model_does_not_know_is_refused(open_loader, tokenizer):
+    """Under tensor parallelism an embedding would take it for a token of another rank, silently."""
+    known = tokenizer.vocab_size // 2
+    with pytest.raises(DataError, match=f"is not from 0 to {known - 1}, model.language.vocab_size"):
+        next(open_loader(vocab_size=known))
+
+
 # -- validation
 
 
@@ -327,7 +347,13 @@ def test_close_ends_all_threads(open_loader):
 def test_validation_supervises_the_same_tokens_in_every_layout(
     mixed, text, tokenizer, dp_size, micro_batch_size
 ):
-    form = BatchFormat(tokens=tokenizer.tokens, limits=LIMITS, pad_to=4, read_pixels=False)
+    form = BatchFormat(
+        tokens=tokenizer.tokens,
+        vocab_size=tokenizer.vocab_size,
+        limits=LIMITS,
+        pad_to=4,
+        read_pixels=False,
+    )
     validate = partial(
         validation_step, sources=(mixed, text), form=form, num_packs=10, num_workers=2
     )

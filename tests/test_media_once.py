@@ -13,7 +13,14 @@ from triptych.tests.runs import LAYOUTS, Runs, train
 
 pytestmark = pytest.mark.distributed
 
-READING_RANKS = {"single": [0], "dp2": [0, 1], "tp2": [0], "pp2": [0], "tp2 pp2": [0]}
+READING_RANKS = {
+    "single": [0],
+    "dp2": [0, 1],
+    "tp2": [0],
+    "pp2": [0],
+    "tp2 pp2": [0],
+    "dp2 pp2 interleaved": [0, 1],
+}
 
 
 @pytest.fixture

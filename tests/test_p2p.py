@@ -4,60 +4,15 @@ Half of what megatron-core's handshake takes, and the same result.
 """
 
 import pytest
-import torch
-import torch.distributed as dist
 
-from triptych.parallel import schedule
-from triptych.parallel.mesh import build_mesh
-from triptych.parallel.p2p import PlannedP2P
-from triptych.tests.layouts import Case, Layout, config_of, draw_weights, make_step
-from triptych.train.engine import build_engine
-from triptych.train.step import sum_losses
-
-from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
-
-
-def handshake(pp_group, config, shapes):
-    """megatron-core's own communicator, which asks for every shape."""
-    return P2PCommunicator(pp_group=pp_group, config=config)
-
-
-def measure(layout: Layout, planned: bool) -> tuple[float, int, set[int], torch.Tensor]:
-    """Loss sum, tensors sent by this rank, their lengths, and the gradient norm."""
-    mesh = build_mesh(layout.tp, layout.pp, seed=0, timeout_s=60)
-    engine = build_engine(config_of(Case(layout)), mesh)
-    draw_weights(engine)
-    step = make_step("some", mesh, 1)
-    assert len({len(batch.input_ids) for batch in step.microbatches}) > 1, "unequal lengths"
-    sent: list[torch.Tensor] = []
-    batched = dist.batch_isend_irecv
-
-    def counting(operations):
-        sent.extend(op.tensor for op in operations if op.op is dist.isend)
-        return batched(operations)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dist, "batch_isend_irecv", counting)
-        patch.setattr(schedule, "PlannedP2P", PlannedP2P if planned else handshake)
-        engine.optimizer.zero_grad()
-        loss = sum_losses(engine.model, step.microbatches, mesh, forward_only=False)
-    lengths = {tensor.size(0) for tensor in sent if tensor.is_floating_point()}
-    return float(loss), len(sent), lengths, engine.optimizer.grad_norm()
+from triptych.tests.messages import LAYOUTS, count_messages
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(
-    "layout",
-    [
-        Layout(pp=2, layers=(1, 3)),
-        Layout(pp=4, layers=(1, 1, 1, 1)),
-        Layout(tp=2, pp=2, layers=(2, 2), sequence_parallel=True),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_no_stage_asks_for_a_shape(pool, layout):
-    ours = pool(layout.world_size).run(measure, layout=layout, planned=True)
-    theirs = pool(layout.world_size).run(measure, layout=layout, planned=False)
+    ours = pool(layout.world_size).run(count_messages, layout=layout, planned=True)
+    theirs = pool(layout.world_size).run(count_messages, layout=layout, planned=False)
     for (loss, count, lengths, norm), (loss_2, count_2, lengths_2, norm_2) in zip(
         ours, theirs, strict=True
     ):

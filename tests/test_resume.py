@@ -13,7 +13,16 @@ import psutil
 import pytest
 import torch
 
-from triptych.tests.runs import LAYOUTS, Runs, checkpoint_names, losses, metrics, packs, train
+from triptych.tests.runs import (
+    LAYOUTS,
+    OVERLAP,
+    Runs,
+    checkpoint_names,
+    losses,
+    metrics,
+    packs,
+    train,
+)
 
 pytestmark = pytest.mark.distributed
 
@@ -21,7 +30,7 @@ PRETRAIN = Path(__file__).parents[1] / "launch" / "pretrain.py"
 PROGRESS = "triptych.train.hooks.progress.Progress.after_step"
 SAVE_STATE = "triptych.train.hooks.checkpoint.save_state"
 COMMIT = "triptych.checkpoints.store.CheckpointStore.commit"
-TIMES = ("step_time_s", "tokens_per_s")
+TIMES = ("step_time_s", "tokens_per_s", "flops_per_s")
 
 
 @pytest.fixture
@@ -33,8 +42,9 @@ def without_times(run_dir: Path) -> list[dict]:
     return [{k: v for k, v in line.items() if k not in TIMES} for line in metrics(run_dir)]
 
 
+WIDEST = ("tp2 pp2", "dp2 pp2 interleaved")
 SLOW_LAYOUTS = [
-    pytest.param(name, marks=() if name == "tp2 pp2" else pytest.mark.slow) for name in LAYOUTS
+    pytest.param(name, marks=() if name in WIDEST else pytest.mark.slow) for name in LAYOUTS
 ]
 
 
@@ -115,8 +125,10 @@ def check_equal(run_dir: Path, whole: Path) -> None:
 
 
 def test_layout_may_change_at_every_resume(runs, whole):
-    for layout, last in {"dp2": 4, "tp2": 11, "pp2": 18, "single": 24}.items():
-        runs.train("changing", layout, f"train.num_steps={last}")
+    interleaved = "dp2 pp2 interleaved"
+    for layout, last in {"dp2": 4, "tp2": 9, interleaved: 14, "pp2": 19, "single": 24}.items():
+        overlap = OVERLAP if layout == interleaved else []
+        runs.train("changing", layout, f"train.num_steps={last}", *overlap)
     check_equal(runs.dir("changing"), whole)
 
 
@@ -232,7 +244,7 @@ def test_a_stage_takes_over_the_weights_of_the_one_before(runs):
     after = tensors(runs, "fresh", "step_000000001.0")
     for name in (name for name in before if name.startswith("model.")):
         assert torch.equal(after[name], before[name]), name
-    assert fresh["num_updates"] == 1
+    assert fresh["num_updates"] == {"adapter": 1, "llm": 1, "vit": 1}
     assert fresh["train"]["step"] == 1
     assert fresh["train"]["consumed_tokens"] == metrics(runs.dir("fresh"))[0]["num_tokens"]
     assert packs(runs.dir("fresh")) == {1: [0, 1, 2, 3]}
@@ -253,7 +265,7 @@ def test_a_stage_may_take_over_the_optimizer_state_of_what_goes_on_training(runs
     before = tensors(runs, "stage1", "step_000000003.0")
     without = tensors(runs, "fresh", "step_000000001.0")
     with_state = tensors(runs, "carried", "step_000000001.0")
-    assert carried["num_updates"] == 4
+    assert carried["num_updates"] == {"adapter": 4, "llm": 1, "vit": 4}
     moments = [name for name in without if name.startswith("exp_avg_sq.")]
     assert {name.split(".")[1] for name in moments} == {"vision", "merger", "language"}
     for name in moments:

@@ -143,9 +143,10 @@ def graph_of(layout: Layout, stage: str) -> tuple[tuple[bool, bool] | None, set[
     if not mesh.is_first_stage:
         return None, buffered
     outputs: list[torch.Tensor] = []
-    for module in (engine.bare_model.vision, engine.bare_model.merger):
+    [model] = engine.bare_chunks
+    for module in (model.vision, model.merger):
         module.register_forward_hook(lambda module, inputs, output: outputs.append(output))
-    batch = to_device(make_step("some", mesh, 1).microbatches[0], mesh)
-    engine.bare_model(batch)
+    batch = to_device(make_step("some", mesh, 1).microbatches[0], mesh, is_first=True)
+    model(batch)
     vit, merged = outputs
     return (vit.requires_grad, merged.requires_grad), buffered

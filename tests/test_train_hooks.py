@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import struct
 from collections import Counter
@@ -12,10 +13,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from triptych.configs.compose import read_config
+from triptych.costs.flops import Workload, forward_flops
 from triptych.data.dataset import Dataset
+from triptych.data.types import Limits
 from triptych.tests.runs import LAYOUTS, Runs, losses, metrics, packs, refusal, train
 from triptych.train.hooks.metrics import JsonLines
-from triptych.train.step import masked_sum
+from triptych.train.step import counted
 
 distributed = pytest.mark.distributed
 PROGRESS = "triptych.train.hooks.progress.Progress.after_step"
@@ -53,6 +57,42 @@ def test_metrics_and_ledger_agree(runs, digits):
     for line in metrics(runs.dir("run")):
         assert line["fill"] == line["num_tokens"] / (4 * 128)
         assert set(line["lr"]) == {"vit", "adapter", "llm"}
+
+
+@distributed
+def test_flops_are_those_of_the_samples_in_any_layout(runs, digits):
+    """From the dataset's own counts; padding to a multiple of tp adds none."""
+    runs.train("dp2", "dp2", "train.num_steps=3")
+    peak = "cluster.peak_tflops=0.01"
+    told = runs.train("tp2 pp2", "tp2 pp2", "train.num_steps=3", peak)
+    config = read_config(runs.dir("dp2") / "config.yaml")
+    limits = Limits(config.data.min_pixels, config.data.max_pixels)
+    names = ["strings", "captions", "text"]  # in the order of data.mixtures.stage2
+    sources = [Dataset.open(digits / name, name) for name in names]
+    tokens, patches, pairs = (
+        [getattr(source, counts)(limits) for source in sources]
+        for counts in ("num_tokens", "num_patches", "num_patch_pairs")
+    )
+    flops: Counter[int] = Counter()
+    for ledger in (runs.dir("dp2") / "ledger").iterdir():
+        for line in map(json.loads, ledger.read_text().splitlines()):
+            for s, i in line["samples"]:
+                length = int(tokens[s][i])
+                load = Workload(
+                    num_tokens=length,
+                    token_pairs=length**2,
+                    num_patches=int(patches[s][i]),
+                    patch_pairs=int(pairs[s][i]),
+                    num_targets=int(sources[s].sample(i).targets[1:].sum()),
+                )
+                flops[line["step"]] += 3 * forward_flops(config.model, load).total
+    for name, ranks in {"dp2": 2, "tp2 pp2": 4}.items():
+        for line in metrics(runs.dir(name)):
+            assert line["flops"] == pytest.approx(flops[line["step"]])
+            assert line["flops_per_s"] == pytest.approx(line["flops"] / line["step_time_s"])
+            share = line["flops_per_s"] / (ranks * 0.01e12) if name == "tp2 pp2" else None
+            assert line["mfu"] == pytest.approx(share)
+    assert re.search(r"\| [0-9.e-]+ TFLOP/s per rank, MFU [0-9.]+% \|", told)
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +133,8 @@ def test_unreadable_samples_are_left_out_on_every_rank(damaged, runs, pool, tmp_
         assert missing == left_out[whole["step"]]
     for layout in LAYOUTS:
         assert quarantined(spoilt.dir(layout)) == wanted
+        told = {line["step"]: line["num_unreadable"] for line in metrics(spoilt.dir(layout))}
+        assert told == {step: sum(row[0] == step for row in wanted) for step in told}
         assert losses(spoilt.dir(layout)) == pytest.approx(losses(spoilt.dir("single")), rel=1e-6)
 
 
@@ -156,12 +198,12 @@ def spoil_loss(argv: list[str], ranks: list[int], microbatch: int) -> tuple[str,
     """Returns the error, and how many updates were made."""
     calls, updates = Counter(), Counter()
 
-    def spoilt(losses_T: torch.Tensor, loss_mask: torch.Tensor):
+    def spoilt(loss_sum: torch.Tensor, loss_mask: torch.Tensor):
         calls["loss"] += 1
         at_fault = calls["loss"] == microbatch and dist.get_rank() in ranks
-        return masked_sum(losses_T * (math.nan if at_fault else 1.0), loss_mask)
+        return counted(loss_sum * (math.nan if at_fault else 1.0), loss_mask)
 
-    def counted(self, lr, grad_norm):
+    def counted_step(self, lr, grad_norm):
         updates["step"] += 1
         return step(self, lr, grad_norm)
 
@@ -169,8 +211,8 @@ def spoil_loss(argv: list[str], ranks: list[int], microbatch: int) -> tuple[str,
 
     step = MegatronZero.step
     with (
-        mock.patch("triptych.train.step.masked_sum", spoilt),
-        mock.patch.object(MegatronZero, "step", counted),
+        mock.patch("triptych.train.step.counted", spoilt),
+        mock.patch.object(MegatronZero, "step", counted_step),
     ):
         return refusal(argv), updates["step"]
 
@@ -183,9 +225,10 @@ def test_a_batch_without_supervised_tokens_is_skipped_by_all_ranks(layout, runs)
     lines = metrics(runs.dir("run"))
     assert [line["loss"] is None for line in lines] == [False, False, True, False]
     assert lines[2]["num_supervised_tokens"] == 0
+    assert [line["flops"] > 0 for line in lines] == [True, True, False, True]
     assert lines[2]["consumed_tokens"] == lines[1]["consumed_tokens"] + lines[2]["num_tokens"]
     numbers = runs.dir("run") / "checkpoints" / "step_000000004.0" / "data.json"
-    assert json.loads(numbers.read_text())["num_updates"] == 3
+    assert json.loads(numbers.read_text())["num_updates"] == {"adapter": 3, "llm": 3, "vit": 3}
     assert list(packs(runs.dir("run"))) == [1, 2, 3, 4]
 
 

@@ -38,8 +38,13 @@ def test_bounds(key: str) -> None:
         ("optimizer.beta1=1.0", "optimizer.beta1=1.0 must be at least 0 and below 1  -> try optimizer.beta1=0.9"),
         ("optimizer.beta2=-0.1", "optimizer.beta2=-0.1 must be at least 0 and below 1  -> try optimizer.beta2=0.95"),
         ("optimizer.eps=0", "optimizer.eps=0.0 must be above 0  -> try optimizer.eps=1e-8"),
+        ("cluster.peak_tflops=0", "cluster.peak_tflops=0.0 must be above 0  -> try cluster.peak_tflops=989"),
+        ("cluster.efficiency.vit=-1", "cluster.efficiency.vit=-1.0 must be above 0  -> try cluster.efficiency.vit=1.0"),
         ("log.wandb_mode=off", "log.wandb_mode=off must be online, offline or disabled  -> try log.wandb_mode=offline"),
         ("parallel.recompute.vit=selective", "parallel.recompute.vit=selective must be none or full  -> try parallel.recompute.vit=full"),
+        ("parallel.recompute.modules=[layernorm]", "parallel.recompute.modules=[layernorm] must name core_attn or mlp, or both  -> try parallel.recompute.modules=[core_attn]"),
+        ("parallel.recompute.modules=[attn,mlp]", "parallel.recompute.modules=[attn,mlp] must name core_attn or mlp, or both  -> try parallel.recompute.modules=[mlp]"),
+        ("parallel.recompute.modules=[]", "must name core_attn or mlp, or both  -> try parallel.recompute.modules=[core_attn]"),
         ("resume=runs/nowhere", "resume=runs/nowhere does not exist  -> try resume=auto, resume=never or a path"),
     ],
 )  # fmt: skip
@@ -96,9 +101,10 @@ def test_optimizer_state_comes_from_somewhere() -> None:
     [
         ("stage.name=mine", "data.mixtures.mine is empty: stage.name=mine has no data  -> try data.mixtures.mine.SOURCE=1.0"),
         ("data.mixtures.stage2.capions=1", "data.mixtures.stage2.capions=1.0 names no source of data.sources  -> try data.mixtures.stage2.captions=1.0"),
-        ("data.mixtures.stage2.text=0", "data.mixtures.stage2.text=0.0 must be above 0  -> try data.mixtures.stage2.text=1.0"),
+        ("data.mixtures.stage2.text=0", "data.mixtures.stage2.text=0.0 must be above 0, and finite  -> try data.mixtures.stage2.text=1.0"),
         ("data.validation.held=1", "data.validation.held=1.0 names no source of data.sources  -> try data.validation.heldout=1.0"),
         ("data.validation.heldout=-1", "data.validation.heldout=-1.0 must be above 0"),
+        ("data.mixtures.stage2.text=1e999", "data.mixtures.stage2.text=inf must be above 0, and finite"),
         ("data.root=''", "data.generate=true needs data.root to write to  -> try data.root=runs/sample_data"),
     ],
 )  # fmt: skip
@@ -130,9 +136,11 @@ def test_folders_exist_unless_they_are_generated(tmp_path: Path) -> None:
     assert "-> try data.tokenizer=FOLDER, one that holds a Hugging Face tokenizer" in text
     assert "-> try data.sources.strings.path=FOLDER, one that launch/prepare.py wrote" in text
     assert "data.sources.chat" not in text  # stage 2 does not read it
-    for name in ("tokenizer", "strings", "captions", "text", "heldout"):
+    assert "data.sources.heldout" not in text  # nothing is validated
+    for name in ("tokenizer", "strings", "captions", "text"):
         (tmp_path / name).mkdir()
     validate(load_config(argv), world_size=1)
+    refused([*argv, "train.validate_every=5"], f"data.sources.heldout.path={tmp_path}/heldout is")
 
 
 @pytest.mark.parametrize(
@@ -148,9 +156,16 @@ def test_folders_exist_unless_they_are_generated(tmp_path: Path) -> None:
         (["parallel.pp=2", "parallel.layout=[4]"], 2, "parallel.layout=[4] must have parallel.pp=2 entries  -> try parallel.layout=[2,2] or parallel.layout=auto"),
         (["parallel.pp=2", "parallel.layout=[0,4]"], 2, "parallel.layout=[0,4] must leave every pipeline stage a decoder layer  -> try parallel.layout=[2,2]"),
         (["parallel.pp=3", "parallel.layout=[2,2,2]"], 3, "parallel.layout=[2,2,2] adds up to 6, not to model.language.num_layers=4  -> try parallel.layout=[1,1,2]"),
+        (["parallel.pp=2", "parallel.vpp=2", "parallel.layout=[2,2]"], 2, "parallel.layout=[2,2] must have parallel.pp*vpp=4 entries  -> try parallel.layout=[1,1,1,1] or parallel.layout=auto"),
+        (["parallel.pp=2", "parallel.vpp=3"], 2, "parallel.pp*vpp=6 must be at most model.language.num_layers=4  -> try smaller parallel.pp or parallel.vpp"),
         (["parallel.pp=2", "parallel.layout=even"], 2, "parallel.layout=even must be auto or a list of layer counts  -> try parallel.layout=[2,2]"),
         (["parallel.pp=2", "parallel.layout=[1.5,2.5]"], 2, "must be auto or a list of layer counts"),
         (["train.global_batch_size=100", "train.micro_batch_size=4"], 8, "train.global_batch_size=100 must be a multiple of micro_batch_size*dp = 4*8=32  -> try train.global_batch_size=96 or train.global_batch_size=128"),
+        (["parallel.vpp=2"], 1, "parallel.vpp=2 has no pipeline to interleave at parallel.pp=1  -> try parallel.vpp=1"),
+        (["parallel=pp2", "parallel.vpp=2", "train.global_batch_size=3"], 2, "train.global_batch_size=3 gives 3 microbatches per step, but with parallel.vpp=2 they go through the chunks in groups of parallel.pp=2  -> try train.global_batch_size=2 or train.global_batch_size=4"),
+        (["parallel=pp2", "parallel.overlap.p2p=true"], 2, "parallel.overlap.p2p=true needs chunks to compute while messages travel, but parallel.vpp=1  -> try parallel.overlap.p2p=false or parallel.vpp=2"),
+        (["parallel.overlap.param_gather=true"], 1, "parallel.overlap.param_gather=true needs parallel.overlap.grad_reduce=true  -> try parallel.overlap.grad_reduce=true"),
+        (["parallel.overlap.grad_reduce=true", "optimizer.zero=deepspeed"], 1, "parallel.overlap.grad_reduce needs optimizer.zero=megatron; DeepSpeed's optimizer is used after the backward pass  -> try optimizer.zero=megatron or parallel.overlap.grad_reduce=false"),
         (["train.global_batch_size=4"], 8, "micro_batch_size*dp = 1*8=8  -> try train.global_batch_size=8"),
     ],
 )  # fmt: skip
@@ -162,6 +177,7 @@ def test_parallel(argv: list[str], world_size: int, message: str) -> None:
     ("override", "message"),
     [
         ("model.vision.hidden_size=120", "model.vision.hidden_size=120 must be a multiple of 4*num_heads = 16, as 2D-RoPE turns pairs along two axes  -> try model.vision.hidden_size=128"),
+        ("model.vision.patch_size=16", "model.vision.patch_size=16 must be 14: pictures are cut into Qwen2-VL's patches of 14 x 14 pixels, 2 frames and 3 colours, 2 x 2 to a token  -> try model.vision.patch_size=14"),
         ("model.language.hidden_size=200", "model.language.hidden_size=200 must be num_heads*head_dim = 4*48=192  -> try model.language.hidden_size=192"),
         ("model.language.num_kv_heads=3", "model.language.num_kv_heads=3 must divide num_heads=4  -> try model.language.num_kv_heads=1"),
         ("model.language.mrope_section=[8,8]", "model.language.mrope_section=[8,8] must be three counts that add up to head_dim/2 = 48/2  -> try model.language.mrope_section=[6,9,9]"),

@@ -1,12 +1,13 @@
 """Model and sharded optimizer of this rank, built from the configuration of a run."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from triptych.checkpoints.run_state import RunTensors
 from triptych.configs.schema import Config, Zero
+from triptych.costs.layout import layers_per_stage
 from triptych.models.build import build_model
 from triptych.models.parameters import global_parameters, part_of
 from triptych.parallel.mesh import Mesh
@@ -21,17 +22,17 @@ class Engine:
 
     mesh: Mesh
     stage: Stage
-    bare_model: nn.Module
-    """This rank's piece, without the wrapping."""
+    bare_chunks: Sequence[nn.Module]
+    """This rank's chunks of the model, without the wrapping."""
     parameters: Mapping[str, nn.Parameter]
     optimizer: ShardedOptimizer
     census: Census
     tied: bool
 
     @property
-    def model(self) -> nn.Module:
-        """This rank's piece, wrapped for data parallelism."""
-        return self.optimizer.model
+    def chunks(self) -> Sequence[nn.Module]:
+        """This rank's chunks of the model, wrapped for data parallelism."""
+        return self.optimizer.chunks
 
     @property
     def tensors(self) -> RunTensors:
@@ -45,19 +46,25 @@ def build_engine(config: Config, mesh: Mesh) -> Engine:
     Pipeline split, tensor and sequence parallelism, recomputation and dtype are the model's; then
     the stage freezes; then data parallelism and ZeRO-1 wrap what trains.
     """
-    model = build_model(
-        config.model, config.parallel, config.train.precision, mesh, seq_len=config.train.seq_len
+    chunks = build_model(
+        config.model,
+        config.parallel,
+        config.train.precision,
+        layers_per_stage(config),
+        mesh,
+        config.train.kernels,
     )
-    parameters = dict(global_parameters(model))
+    parameters = dict(global_parameters(chunks))
     stage = Stage(config.stage)
     stage.freeze(parameters)
     census = count(parameters, mesh)
     check(stage, census)
     parts = {name: part_of(name).value for name in parameters}
     zero = _zero_of(config.optimizer.zero)
-    optimizer = zero(model, parameters, parts, config.optimizer, config.train.precision, mesh)
+    overlap, precision = config.parallel.overlap, config.train.precision
+    optimizer = zero(chunks, parameters, parts, config.optimizer, overlap, precision, mesh)
     tied = config.model.language.tie_word_embeddings
-    return Engine(mesh, stage, model, parameters, optimizer, census, tied)
+    return Engine(mesh, stage, chunks, parameters, optimizer, census, tied)
 
 
 def _zero_of(choice: Zero) -> Callable[..., ShardedOptimizer]:

@@ -4,11 +4,13 @@ Who reads pixels tells the others, nobody decodes twice.
 """
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from triptych.data.image import PATCH_DIM
 from triptych.data.types import Batch, Step
+from triptych.parallel.device import upload
 from triptych.parallel.mesh import Mesh, broadcast_from_source
 
 
@@ -32,17 +34,23 @@ def drop_unreadable(step: Step, mesh: Mesh) -> None:
         batch.loss_mask[batch.segments[segment] : batch.segments[segment + 1]] = False
 
 
-def to_device(batch: Batch, mesh: Mesh) -> Batch:
-    """The batch on this rank's device; on the first stage with pixels, read here or received.
+def to_device(batch: Batch, mesh: Mesh, *, is_first: bool) -> Batch:
+    """What this rank needs of a batch, on its device.
 
+    Tokens and pixels, read here or received, go to the chunk that ``is_first`` of the whole model,
+    labels to the last stage, positions everywhere.
     Every rank of ``tp_group`` must call this, in the same order of microbatches.
     """
     pixels = None
-    if mesh.is_first_stage and batch.num_patches:
+    if is_first and batch.num_patches:
         pixels = batch.pixel_values
         if pixels is None:
-            pixels = torch.empty(batch.num_patches, PATCH_DIM, dtype=torch.uint8)
-        pixels = broadcast_from_source(pixels.to(mesh.device, non_blocking=True), mesh.tp_group)
-    fields = ("input_ids", "labels", "loss_mask", "position_ids", "vision_index")
-    moved = {name: getattr(batch, name).to(mesh.device, non_blocking=True) for name in fields}
+            pixels = torch.empty(
+                batch.num_patches, PATCH_DIM, dtype=torch.uint8, device=mesh.device
+            )
+        pixels = broadcast_from_source(upload(pixels, mesh.device), mesh.tp_group)
+    fields = ["position_ids"]
+    fields += ["input_ids", "vision_index"] if is_first else []
+    fields += ["labels"] if mesh.is_last_stage else []
+    moved: dict[str, Any] = {name: upload(getattr(batch, name), mesh.device) for name in fields}
     return replace(batch, pixel_values=pixels, **moved)

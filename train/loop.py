@@ -28,7 +28,8 @@ def train(
         state = state.after(
             num_tokens=totals.num_tokens, num_samples=totals.num_samples, cursor=loader.cursor
         )
-        metrics = step_metrics(config, state, result, time.perf_counter() - start)
+        elapsed_s = time.perf_counter() - start
+        metrics = step_metrics(config, state, result, elapsed_s, engine.mesh.dims.world_size)
         event = StepEvent(state, result, step, is_finished(config, engine, state), metrics)
         for hook in hooks:
             hook.after_step(event)

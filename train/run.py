@@ -1,21 +1,21 @@
 """A whole run, from a validated configuration to its last checkpoint."""
 
 import contextlib
+import gc
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from triptych.checkpoints.comm import ProcessGroupComm
+from triptych.checkpoints.comm import Comm, ProcessGroupComm
 from triptych.checkpoints.store import CheckpointStore
 from triptych.configs.compose import save_config
 from triptych.configs.schema import Config
-from triptych.costs.layout import layers_per_stage
+from triptych.costs.layout import layers_per_stage, planned_bubble
 from triptych.data.plan.plan import Plan
 from triptych.errors import ConfigError
-from triptych.models.attention import choose_attention
-from triptych.models.qwen2_vl.transformer_configs import DTYPES
+from triptych.models.kernels import Installed, choose, choose_adam
 from triptych.parallel.mesh import Mesh, build_mesh, init_distributed, shutdown
 from triptych.train.engine import Engine, build_engine
 from triptych.train.hooks.checkpoint import Checkpointing
@@ -24,6 +24,7 @@ from triptych.train.hooks.metrics import Ledger, MetricsFile, Quarantine, keep_u
 from triptych.train.hooks.progress import Progress
 from triptych.train.hooks.trackers import TensorBoardTracker, WandbTracker
 from triptych.train.hooks.validation import Validation
+from triptych.train.lock import lock_run_dir
 from triptych.train.loop import is_finished, train
 from triptych.train.report import say
 from triptych.train.sources import Mixture, generate_samples
@@ -41,15 +42,21 @@ def pretrain(config: Config) -> TrainState:
     mesh = build_mesh(
         config.parallel.tp,
         config.parallel.pp,
+        vpp=config.parallel.vpp,
         seed=config.seed,
         timeout_s=config.cluster.timeout_s,
     )
+    comm = ProcessGroupComm()
+    with lock_run_dir(Path(config.run.dir), comm):
+        return _run_stage(config, mesh, comm)
+
+
+def _run_stage(config: Config, mesh: Mesh, comm: Comm) -> TrainState:
     generate_samples(config, mesh)
     data = Mixture.open(config, config.data.mixtures[config.stage.name])
     _refuse_different_plans(data.plan)
     engine = build_engine(config, mesh)
     _introduce(config, engine, data)
-    comm = ProcessGroupComm()
     store = CheckpointStore(Path(config.run.dir) / "checkpoints", comm)
     state = start(config, engine, data.plan, store, comm)
     if is_finished(config, engine, state):
@@ -61,6 +68,9 @@ def pretrain(config: Config) -> TrainState:
         hooks = _hooks(config, engine, store, state)
         for hook in hooks:
             stack.callback(hook.close)
+        gc.collect()
+        gc.freeze()  # what is there stays: no rank shall keep the others waiting to look it through
+        stack.callback(gc.unfreeze)
         state = train(config, engine, loader, state, hooks)
     say(mesh, _finished(config, state))
     return state
@@ -101,20 +111,38 @@ def _refuse_different_plans(plan: Plan) -> None:
 
 
 def _introduce(config: Config, engine: Engine, data: Mixture) -> None:
-    mesh, step = engine.mesh, config.train.global_batch_size * config.train.seq_len
-    layers = layers_per_stage(config.model, config.parallel, seq_len=config.train.seq_len)
-    _, attention = choose_attention(DTYPES[config.train.precision])
-    dims, packs = mesh.dims, config.train.global_batch_size
+    mesh, dims, layers = engine.mesh, engine.mesh.dims, layers_per_stage(config)
+    packs, seq_len = config.train.global_batch_size, config.train.seq_len
     say(
         mesh,
         f"{config.stage.name} of {config.model.name} -> {config.run.dir}\n"
         f"ranks: {dims.world_size} = tp {dims.tp} x pp {dims.pp} x dp {dims.dp}; "
-        f"decoder layers by stage: {', '.join(map(str, layers))} (ViT on the first)\n"
-        f"step: {packs} packs x {config.train.seq_len} tokens = {step:,} at most, "
+        f"decoder layers by {'stage' if config.parallel.vpp == 1 else 'chunk'}: "
+        f"{', '.join(map(str, layers))} (ViT on the first)"
+        f"{_bubble(config, mesh)}\n"
+        f"step: {packs} packs x {seq_len} tokens = {packs * seq_len:,} at most, "
         f"of a budget of {config.stage.token_budget:,}\n"
-        f"attention: {attention}; {config.train.precision.name}; "
-        f"{torch.get_num_threads()} threads per rank\n"
+        f"{config.train.precision.name}; threads per rank: {torch.get_num_threads()}; kernels:\n"
+        f"{_kernels(config)}\n"
         f"data: {data}\n{engine.census}",
+    )
+
+
+def _bubble(config: Config, mesh: Mesh) -> str:
+    """What the pipeline's stages are expected to wait for each other, where there are several."""
+    if config.parallel.pp == 1:
+        return ""
+    packs_per_microbatch = mesh.dims.dp * config.train.micro_batch_size
+    num_microbatches = config.train.global_batch_size // packs_per_microbatch
+    return f"; {planned_bubble(config, num_microbatches=num_microbatches)}"
+
+
+def _kernels(config: Config) -> str:
+    installed = Installed.here()
+    table = choose(config.train.kernels, config.train.precision, installed)
+    rows = [*table.rows(), ("adam", choose_adam(config.optimizer.zero, installed))]
+    return "\n".join(
+        f"  {name:<10} {choice.kernel.value} ({choice.reason})" for name, choice in rows
     )
 
 
@@ -141,7 +169,7 @@ def _hooks(
     dist.barrier()
     if mesh.reads_media:
         hooks.append(Ledger(run_dir / "ledger" / f"dp_{mesh.dp_rank:05d}.jsonl", state.step))
-        hooks.append(Quarantine(run_dir / "quarantine.jsonl"))
+        hooks.append(Quarantine(run_dir / "quarantine.jsonl", mesh))
     return [*hooks, Progress(config, mesh), Checkpointing(config, engine, store)]
 
 

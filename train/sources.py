@@ -7,7 +7,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from triptych.configs.schema import Config
-from triptych.costs.flops import Workload, training_flops
+from triptych.costs.work import work_of_pack
 from triptych.data.dataset import Dataset
 from triptych.data.loader import Loader, validation_step
 from triptych.data.plan.plan import Cursor, Plan
@@ -64,12 +64,6 @@ class Mixture:
 
     def loader(self, config: Config, mesh: Mesh, cursor: Cursor) -> Loader:
         """This rank's steps from ``cursor`` on; whoever asks must close it."""
-        parts = config.stage
-        trains = {name: getattr(parts, name).train for name in ("vit", "adapter", "llm")}
-
-        def cost(load: Workload) -> float:
-            return training_flops(config.model, load, **trains)
-
         return Loader(
             self.plan,
             self.sources,
@@ -79,7 +73,7 @@ class Mixture:
             dp_size=mesh.dims.dp,
             global_batch_size=config.train.global_batch_size,
             micro_batch_size=config.train.micro_batch_size,
-            cost=cost,
+            cost=work_of_pack(config),
             num_workers=config.data.num_workers,
             prefetch_steps=config.data.prefetch_steps,
         )
@@ -95,6 +89,7 @@ class Mixture:
             dp_size=mesh.dims.dp,
             micro_batch_size=config.train.micro_batch_size,
             num_workers=config.data.num_workers,
+            round_to=mesh.dims.pp if config.parallel.vpp > 1 else 1,
         )
 
     def __str__(self) -> str:
@@ -129,6 +124,7 @@ def _limits(config: Config) -> Limits:
 def _form(config: Config, mesh: Mesh) -> BatchFormat:
     return BatchFormat(
         tokens=config.model.tokens,
+        vocab_size=config.model.language.vocab_size,
         limits=_limits(config),
         pad_to=config.parallel.tp,
         read_pixels=mesh.reads_media,

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from triptych.costs.flops import Workload
 from triptych.data.types import Batch, Step
 from triptych.errors import TrainingError
 from triptych.parallel.mesh import Mesh
@@ -27,6 +28,21 @@ class Totals:
     num_tokens: int
     num_patches: int
     num_samples: int
+    token_pairs: int
+    patch_pairs: int
+    num_unreadable: int
+    """Samples whose media could not be read; known to the ranks that read, 0 on the others."""
+
+    @property
+    def load(self) -> Workload:
+        """What the FLOPs of the step follow from."""
+        return Workload(
+            self.num_tokens,
+            self.token_pairs,
+            self.num_patches,
+            self.patch_pairs,
+            num_targets=self.num_supervised_tokens,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +66,7 @@ def train_step(
     """Forward, backward, update. Every rank must call this.
 
     Args:
-        optimizer: with the wrapped model.
+        optimizer: with the wrapped model chunks.
         step: this data-parallel rank's microbatches.
         lr: by part.
         mesh: this rank's place.
@@ -64,7 +80,7 @@ def train_step(
     if totals.num_supervised_tokens == 0:
         return StepResult(None, 0.0, lr, totals)
     optimizer.zero_grad()
-    loss_sum = sum_losses(optimizer.model, step.microbatches, mesh, forward_only=False)
+    loss_sum = sum_losses(optimizer.chunks, step.microbatches, mesh, forward_only=False)
     grad_norm = optimizer.grad_norm()
     loss = _mean_loss(loss_sum, totals, mesh)
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -73,47 +89,48 @@ def train_step(
     return StepResult(loss, grad_norm, lr, totals)
 
 
-def validation_loss(model: nn.Module, step: Step, mesh: Mesh) -> float:
+def validation_loss(chunks: Sequence[nn.Module], step: Step, mesh: Mesh) -> float:
     """Mean loss over the supervised tokens of all ranks' batches. Every rank must call this."""
     drop_unreadable(step, mesh)
     totals = count(step, mesh)
     with torch.no_grad():
-        loss_sum = sum_losses(model, step.microbatches, mesh, forward_only=True)
+        loss_sum = sum_losses(chunks, step.microbatches, mesh, forward_only=True)
     return _mean_loss(loss_sum, totals, mesh)
 
 
 def sum_losses(
-    model: nn.Module, batches: Sequence[Batch], mesh: Mesh, *, forward_only: bool
+    chunks: Sequence[nn.Module], batches: Sequence[Batch], mesh: Mesh, *, forward_only: bool
 ) -> Tensor:
     """Loss of this rank's supervised tokens, summed in fp64.
 
     0 but on the last stage. Every rank must call this.
     """
 
-    def forward(stage: nn.Module, batch: Batch) -> tuple[Tensor, LossFunction[Tensor]]:
-        batch = to_device(batch, mesh)
-        return stage(batch), lambda losses: masked_sum(losses.squeeze(0), batch.loss_mask)
+    def forward(
+        chunk: nn.Module, batch: Batch, is_first: bool
+    ) -> tuple[Tensor, LossFunction[Tensor]]:
+        batch = to_device(batch, mesh, is_first=is_first)
+        return chunk(batch), lambda loss_sum: counted(loss_sum, batch.loss_mask)
 
     lengths = [len(batch.input_ids) for batch in batches]
-    sums = run_microbatches(model, batches, lengths, forward, mesh, forward_only=forward_only)
+    sums = run_microbatches(chunks, batches, lengths, forward, mesh, forward_only=forward_only)
     zero = torch.zeros((), dtype=torch.float64, device=mesh.device)
     return torch.stack(sums).sum() if sums else zero
 
 
-def masked_sum(losses_T: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def counted(loss_sum: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What megatron-core's schedule wants of the last stage.
 
     Args:
-        losses_T: (T,) float32 loss of each token.
-        loss_mask: (T,) bool.
+        loss_sum: 0-d float64, over the tokens that count.
+        loss_mask: (T,) bool on the CPU.
 
     Returns:
-        The sum to differentiate, the number of tokens that count, and the sum in fp64 to report.
-        The schedule turns the gradients of all sums into the gradient of the mean over the global
+        The sum to differentiate, the number of tokens that count, and the sum to report. The
+        schedule turns the gradients of all sums into the gradient of the mean over the global
         batch (parallel/schedule.py).
     """
-    counted = losses_T * loss_mask
-    return counted.sum(), loss_mask.sum().int(), counted.detach().double().sum()
+    return loss_sum, loss_mask.sum().int(), loss_sum.detach()
 
 
 def count(step: Step, mesh: Mesh) -> Totals:
@@ -125,6 +142,9 @@ def count(step: Step, mesh: Mesh) -> Totals:
             sum(batch.num_tokens for batch in batches),
             sum(batch.num_patches for batch in batches),
             sum(len(batch.sample_ids) for batch in batches),
+            sum(batch.token_pairs for batch in batches),
+            sum(batch.patch_pairs for batch in batches),
+            len(step.bad),
         ],
         dtype=torch.int64,
         device=mesh.device,

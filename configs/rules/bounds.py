@@ -1,8 +1,10 @@
 """Values that make no sense whatever the others are."""
 
 from collections.abc import Iterator
+from math import isfinite
 from operator import attrgetter
 
+from triptych.configs.overrides import schema_keys
 from triptych.configs.problems import Problem
 from triptych.configs.schema import Config
 
@@ -31,28 +33,60 @@ AT_LEAST = {
         "train.validation_packs",
         "parallel.tp",
         "parallel.pp",
+        "parallel.vpp",
         "data.min_pixels",
         "data.max_pixels",
         "data.max_patches",
+        "data.image_patches",
         "data.window",
         "data.num_workers",
         "cluster.timeout_s",
+        "cluster.gpus",
+        "cluster.gpus_per_node",
         "run.checkpoint_every",
         "run.keep",
         "log.every",
     ),
     0: (
         "train.validate_every",
+        "seed",
         "data.prefetch_steps",
+        "cluster.reserved_gib",
+        "cluster.latency_us",
         "optimizer.weight_decay",
         "optimizer.clip_grad",
     ),
 }
 """Least value -> the keys it holds for; null is accepted where the schema accepts it."""
 
+ABOVE_0 = {
+    "optimizer.eps": "1e-8",
+    "cluster.peak_tflops": "989",
+    "cluster.efficiency.vit": "1.0",
+    "cluster.efficiency.linear": "1.0",
+    "cluster.efficiency.attention": "1.0",
+    "cluster.efficiency.head": "1.0",
+    "cluster.memory_gib": "80",
+    "cluster.intra_node_gb_s": "450",
+    "cluster.inter_node_gb_s": "50",
+    "cluster.link_efficiency": "0.8",
+}
+"""Keys whose value must be above 0 -> a value that makes sense."""
+
+SEEDS = 2**32
+"""Seeds are below this: numpy's and torch's generators all take them."""
+
 
 def check_bounds(config: Config) -> Iterator[Problem]:
     """Yield a problem for every value that is out of its range."""
+    for key in schema_keys():
+        value = attrgetter(key)(config)
+        if isinstance(value, float) and not isfinite(value):
+            yield Problem(f"{key}={value} must be a finite number", f"{key}=NUMBER")
+    if config.seed >= SEEDS:
+        yield Problem(
+            f"seed={config.seed} must be below 2**32 = {SEEDS}", f"seed={config.seed % SEEDS}"
+        )
     for least, keys in AT_LEAST.items():
         for key in keys:
             value = attrgetter(key)(config)
@@ -62,5 +96,12 @@ def check_bounds(config: Config) -> Iterator[Problem]:
         value = attrgetter(key)(config)
         if not 0 <= value < 1:
             yield Problem(f"{key}={value} must be at least 0 and below 1", f"{key}={default}")
-    if config.optimizer.eps <= 0:
-        yield Problem(f"optimizer.eps={config.optimizer.eps} must be above 0", "optimizer.eps=1e-8")
+    if not 0 <= config.data.vision_share <= 1:
+        yield Problem(
+            f"data.vision_share={config.data.vision_share} must be from 0 to 1",
+            "data.vision_share=0.5",
+        )
+    for key, example in ABOVE_0.items():
+        value = attrgetter(key)(config)
+        if value is not None and value <= 0:
+            yield Problem(f"{key}={value} must be above 0", f"{key}={example}")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from difflib import get_close_matches
+from math import inf
 from pathlib import Path
 
 from triptych.configs.problems import Problem, either
@@ -13,6 +14,7 @@ def check_data(config: Config) -> Iterator[Problem]:
     data, name = config.data, config.stage.name
     mixture = f"data.mixtures.{name}"
     weights = {f"{mixture}.{source}": w for source, w in data.mixtures.get(name, {}).items()}
+    read = {*data.mixtures.get(name, {}), *(data.validation if config.train.validate_every else {})}
     weights |= {f"data.validation.{source}": w for source, w in data.validation.items()}
     if not data.mixtures.get(name):
         yield Problem(f"{mixture} is empty: stage.name={name} has no data", f"{mixture}.SOURCE=1.0")
@@ -29,8 +31,8 @@ def check_data(config: Config) -> Iterator[Problem]:
                 f"{key}={weight} names no source of data.sources",
                 either([f"{parent}.{other}={weight}" for other in near]),
             )
-        if weight <= 0:
-            yield Problem(f"{key}={weight} must be above 0", f"{key}=1.0")
+        if not 0 < weight < inf:
+            yield Problem(f"{key}={weight} must be above 0, and finite", f"{key}=1.0")
     if data.generate:
         if not data.root:
             yield Problem(
@@ -42,8 +44,8 @@ def check_data(config: Config) -> Iterator[Problem]:
             f"data.tokenizer={data.tokenizer} is no folder",
             "data.tokenizer=FOLDER, one that holds a Hugging Face tokenizer",
         )
-    for source in dict.fromkeys(key.rpartition(".")[2] for key in weights):
-        if source in data.sources and not Path(data.sources[source].path).is_dir():
+    for source in data.sources:
+        if source in read and not Path(data.sources[source].path).is_dir():
             yield Problem(
                 f"data.sources.{source}.path={data.sources[source].path} is no folder",
                 f"data.sources.{source}.path=FOLDER, one that launch/prepare.py wrote",

@@ -7,10 +7,25 @@ from math import gcd
 from triptych.configs.problems import Problem, typed_list
 from triptych.configs.schema import Config
 
+PATCH_SIZES = {
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "spatial_merge_size": 2,
+    "in_channels": 3,
+}
+"""What ``data.image`` cuts pictures into."""
+
 
 def check_model(config: Config) -> Iterator[Problem]:
     """The sizes of the two towers fit together, and the special tokens fit the vocabulary."""
     vision, language, tokens = config.model.vision, config.model.language, config.model.tokens
+    for key, only in PATCH_SIZES.items():
+        if getattr(vision, key) != only:
+            yield Problem(
+                f"model.vision.{key}={getattr(vision, key)} must be {only}: pictures are cut into "
+                "Qwen2-VL's patches of 14 x 14 pixels, 2 frames and 3 colours, 2 x 2 to a token",
+                f"model.vision.{key}={only}",
+            )
     if vision.hidden_size % (4 * vision.num_heads):
         yield Problem(
             f"model.vision.hidden_size={vision.hidden_size} must be a multiple of 4*num_heads ="
@@ -23,6 +38,12 @@ def check_model(config: Config) -> Iterator[Problem]:
             f" {language.num_heads}*{language.head_dim}={language.num_heads * language.head_dim}",
             f"model.language.hidden_size={language.num_heads * language.head_dim}",
         )
+    for key, default in {"rms_norm_eps": "1e-6", "rope_theta": "1e6"}.items():
+        if getattr(language, key) <= 0:
+            yield Problem(
+                f"model.language.{key}={getattr(language, key)} must be above 0",
+                f"model.language.{key}={default}",
+            )
     if language.num_heads % language.num_kv_heads:
         yield Problem(
             f"model.language.num_kv_heads={language.num_kv_heads} must divide"

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from math import gcd
 
 from triptych.configs.problems import Problem, either, typed_list
-from triptych.configs.schema import Config
+from triptych.configs.schema import Config, Zero
 
 SPLIT = {
     "vision": ("num_heads", "intermediate_size"),
@@ -43,26 +43,62 @@ def check_parallel(config: Config, world_size: int) -> Iterator[Problem]:
         )
 
 
-def check_layout(config: Config) -> Iterator[Problem]:
-    """Every pipeline stage has a decoder layer."""
-    layout, pp = config.parallel.layout, config.parallel.pp
-    num_layers = config.model.language.num_layers
-    if pp > num_layers:
+def check_interleaving(config: Config) -> Iterator[Problem]:
+    """Only combinations of megatron-core's interleaved schedule that compute the right thing."""
+    parallel = config.parallel
+    if parallel.vpp > 1 and parallel.pp == 1:
         yield Problem(
-            f"parallel.pp={pp} must be at most model.language.num_layers={num_layers}",
-            f"parallel.pp={num_layers}",
+            f"parallel.vpp={parallel.vpp} has no pipeline to interleave at parallel.pp=1",
+            "parallel.vpp=1",
+        )
+    if parallel.overlap.p2p and parallel.vpp == 1:
+        yield Problem(
+            "parallel.overlap.p2p=true needs chunks to compute while messages travel, "
+            "but parallel.vpp=1",
+            "parallel.overlap.p2p=false or parallel.vpp=2",
+        )
+
+
+def check_overlap(config: Config) -> Iterator[Problem]:
+    """What overlaps is megatron-core's doing, and weights may only follow gradients."""
+    overlap = config.parallel.overlap
+    asked = [name for name in ("grad_reduce", "param_gather") if getattr(overlap, name)]
+    if asked and config.optimizer.zero is Zero.deepspeed:
+        yield Problem(
+            f"parallel.overlap.{' and '.join(asked)} needs optimizer.zero=megatron; "
+            "DeepSpeed's optimizer is used after the backward pass",
+            "optimizer.zero=megatron or "
+            + " ".join(f"parallel.overlap.{name}=false" for name in asked),
+        )
+    elif overlap.param_gather and not overlap.grad_reduce:
+        yield Problem(
+            "parallel.overlap.param_gather=true needs parallel.overlap.grad_reduce=true",
+            "parallel.overlap.grad_reduce=true",
+        )
+
+
+def check_layout(config: Config) -> Iterator[Problem]:
+    """Every model chunk of every pipeline stage has a decoder layer."""
+    layout, pp, vpp = config.parallel.layout, config.parallel.pp, config.parallel.vpp
+    num_layers, num_chunks = config.model.language.num_layers, pp * vpp
+    chunks = "parallel.pp" if vpp == 1 else "parallel.pp*vpp"
+    if num_chunks > num_layers:
+        fewer = f"parallel.pp={num_layers}" if vpp == 1 else "smaller parallel.pp or parallel.vpp"
+        yield Problem(
+            f"{chunks}={num_chunks} must be at most model.language.num_layers={num_layers}", fewer
         )
         return
     if layout == "auto":
         return
-    even = [num_layers // pp + (stage >= pp - num_layers % pp) for stage in range(pp)]
+    spare = num_chunks - num_layers % num_chunks
+    even = [num_layers // num_chunks + (chunk >= spare) for chunk in range(num_chunks)]
     remedy = f"parallel.layout={typed_list(even)} or parallel.layout=auto"
     if not isinstance(layout, list) or not all(type(count) is int for count in layout):
         yield Problem(f"parallel.layout={layout} must be auto or a list of layer counts", remedy)
         return
     given = f"parallel.layout={typed_list(layout)}"
-    if len(layout) != pp:
-        yield Problem(f"{given} must have parallel.pp={pp} entries", remedy)
+    if len(layout) != num_chunks:
+        yield Problem(f"{given} must have {chunks}={num_chunks} entries", remedy)
     elif min(layout) < 1:
         yield Problem(f"{given} must leave every pipeline stage a decoder layer", remedy)
     elif sum(layout) != num_layers:
@@ -85,5 +121,15 @@ def check_batch(config: Config, world_size: int) -> Iterator[Problem]:
         yield Problem(
             f"train.global_batch_size={train.global_batch_size} must be a multiple of"
             f" micro_batch_size*dp = {train.micro_batch_size}*{dp}={unit}",
+            either([f"train.global_batch_size={count}" for count in good]),
+        )
+        return
+    pp = config.parallel.pp
+    if config.parallel.vpp > 1 and below % pp:
+        good = [count * pp * unit for count in (below // pp, below // pp + 1) if count]
+        yield Problem(
+            f"train.global_batch_size={train.global_batch_size} gives {below} microbatches per "
+            f"step, but with parallel.vpp={config.parallel.vpp} they go through the chunks in "
+            f"groups of parallel.pp={pp}",
             either([f"train.global_batch_size={count}" for count in good]),
         )

@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from triptych.configs.problems import Problem, either
-from triptych.configs.schema import Config, Recompute
+from triptych.configs.problems import Problem, either, typed_list
+from triptych.configs.schema import PARTS, Config, Recompute
 
-PARTS = ("vit", "adapter", "llm")
 WANDB_MODES = ("online", "offline", "disabled")
+RECOMPUTABLE = ("core_attn", "mlp")
 
 
 def check_stage(config: Config) -> Iterator[Problem]:
@@ -61,13 +61,27 @@ def check_start(config: Config) -> Iterator[Problem]:
 
 
 def check_hooks(config: Config) -> Iterator[Problem]:
-    """Choices that the schema holds as text."""
+    """Where the run writes, and what it logs to."""
+    if not config.run.dir:
+        yield Problem("run.dir is empty", "run.dir=FOLDER")
     if config.log.wandb_mode not in WANDB_MODES:
         yield Problem(
             f"log.wandb_mode={config.log.wandb_mode} must be {either(WANDB_MODES)}",
             "log.wandb_mode=offline",
         )
+
+
+def check_recompute(config: Config) -> Iterator[Problem]:
+    """What is recomputed exists."""
     if config.parallel.recompute.vit is Recompute.selective:
         yield Problem(
             "parallel.recompute.vit=selective must be none or full", "parallel.recompute.vit=full"
+        )
+    modules = config.parallel.recompute.modules
+    known = [module for module in modules if module in RECOMPUTABLE]
+    if not modules or known != modules:
+        yield Problem(
+            f"parallel.recompute.modules={typed_list(modules)} must name {either(RECOMPUTABLE)},"
+            " or both",
+            f"parallel.recompute.modules={typed_list(known or RECOMPUTABLE[:1])}",
         )

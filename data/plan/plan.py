@@ -25,7 +25,7 @@ from triptych.data.plan.sources import PlanSource, check_weights, fitting_share
 from triptych.data.types import Pack, SampleId
 from triptych.errors import DataError
 
-_VERSION = "plan-1"
+_VERSION = "plan-3"
 """Part of the hash; changes whenever the same metadata would give another order."""
 
 
@@ -137,13 +137,12 @@ class Plan:
 
     def workload(self, pack: Pack) -> Workload:
         """What the FLOPs of a pack follow from."""
-        lengths = [int(self.sources[source].num_tokens[i]) for source, i in pack.samples]
-        return Workload(
-            num_tokens=pack.num_tokens,
-            token_pairs=sum(length**2 for length in lengths),
-            num_patches=pack.num_patches,
-            patch_pairs=sum(int(self.sources[s].num_patch_pairs[i]) for s, i in pack.samples),
-        )
+        token_pairs = patch_pairs = 0
+        for number, i in pack.samples:
+            source = self.sources[number]
+            token_pairs += source.num_tokens.item(i) ** 2
+            patch_pairs += source.num_patch_pairs.item(i)
+        return Workload(pack.num_tokens, token_pairs, pack.num_patches, patch_pairs)
 
     def _window_at(self, cursor: Cursor) -> _Window:
         if len(cursor.drawn) != len(self.sources) or len(cursor.skipped) != len(self.sources):
@@ -181,16 +180,20 @@ class Plan:
         )
         key = derive_key(self.seed, "packs", start.window)
         order = shuffled(np.arange(len(groups)), len(groups), key).tolist()
-        ids = list(map(SampleId, source_of.tolist(), index_of.tolist()))
-        tokens, patches = num_tokens.tolist(), num_patches.tolist()
+        groups = [groups[group] for group in order]
+        placed = np.concatenate(groups)
+        bounds = np.cumsum([0, *map(len, groups)])
+        ids = list(map(SampleId, source_of[placed].tolist(), index_of[placed].tolist()))
         packs = [
-            Pack(
-                number=start.num_packs + offset,
-                samples=tuple(ids[i] for i in groups[group]),
-                num_tokens=sum(tokens[i] for i in groups[group]),
-                num_patches=sum(patches[i] for i in groups[group]),
+            Pack(number, tuple(ids[begin:end]), tokens, patches)
+            for number, begin, end, tokens, patches in zip(
+                range(start.num_packs, start.num_packs + len(groups)),
+                bounds[:-1].tolist(),
+                bounds[1:].tolist(),
+                np.add.reduceat(num_tokens[placed], bounds[:-1]).tolist(),
+                np.add.reduceat(num_patches[placed], bounds[:-1]).tolist(),
+                strict=True,
             )
-            for offset, group in enumerate(order)
         ]
         end = Cursor(
             drawn=tuple(drawn),

@@ -20,8 +20,10 @@ CLOSE_UP_SIDE = 64
 """Pixels: the largest side of a close-up, which one digit fills."""
 MIN_DIGIT, MAX_DIGIT = 20, 72
 """Pixels along the sides of a digit's 8x8 scan."""
-MAX_TILT, MAX_SLANT = 12.0, 0.2
+MAX_TILT, MAX_SLANT = 6.0, 0.1
 """Degrees, and pixels per row, that training bends scans by: 1,400 are soon known by heart."""
+BLENDED = 0.5
+"""Share of training's digits that lie between two scans of the same digit."""
 UNSEEN_GRIDS = ((2, 4), (4, 2), (3, 5), (5, 3))
 """(rows, columns) of 28 pixels, after rounding."""
 
@@ -65,11 +67,12 @@ def compose(
     *,
     unseen_size: bool,
     max_side: int = MAX_SIDE,
-    bend: bool = False,
+    vary: bool = False,
 ) -> DigitImage:
     """Draws a picture: size, background, and digits at random scale, shape and place.
 
-    Digits stand in disjoint columns, so their order from left to right is never in doubt.
+    Digits stand in disjoint columns, so their order from left to right is never in doubt. With
+    ``vary`` scans are also blended and bent.
     """
     height, width = _draw_size(rng, num_digits, max_side, unseen_size=unseen_size)
     grey, noise = rng.integers(0, 60), rng.integers(1, 12)
@@ -81,8 +84,9 @@ def compose(
         left = int(gaps[i] + widths[:i].sum())
         top = int(rng.integers(0, height - heights[i] + 1))
         box = canvas[top : top + heights[i], left : left + widths[i]]
-        glyph = _scale(scans.images[scan], heights[i], widths[i], rng)
-        np.maximum(box, _bend(glyph, rng) if bend else glyph, out=box)
+        pixels = _blend(scans, scan, rng) if vary else scans.images[scan]
+        glyph = _scale(pixels, heights[i], widths[i], rng)
+        np.maximum(box, _bend(glyph, rng) if vary else glyph, out=box)
     answer = "".join(str(digit) for digit in scans.digits[chosen])
     return DigitImage(Image.fromarray(canvas), answer, unseen_size)
 
@@ -100,7 +104,7 @@ def training_images(num_images: int, seed: int) -> Iterator[DigitImage]:
     rng = np.random.default_rng([seed, 0])
     scans, _ = load_scans()
     for i in range(num_images):
-        yield compose(rng, scans, 1 + i % 2, unseen_size=False, bend=True)
+        yield compose(rng, scans, 1 + i % 2, unseen_size=False, vary=True)
 
 
 def close_up_images(num_images: int, seed: int) -> Iterator[DigitImage]:
@@ -108,7 +112,7 @@ def close_up_images(num_images: int, seed: int) -> Iterator[DigitImage]:
     rng = np.random.default_rng([seed, 2])
     scans, _ = load_scans()
     for _ in range(num_images):
-        yield compose(rng, scans, 1, unseen_size=False, max_side=CLOSE_UP_SIDE, bend=True)
+        yield compose(rng, scans, 1, unseen_size=False, max_side=CLOSE_UP_SIDE, vary=True)
 
 
 def _draw_size(
@@ -140,6 +144,19 @@ def _scale(
     glyph = Image.fromarray(scan).resize((int(width), int(height)), Image.Resampling.BICUBIC)
     brightness = rng.uniform(0.75, 1)
     return (np.asarray(glyph) * brightness).astype(np.uint8)
+
+
+def _blend(scans: Scans, scan: int, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """The scan, or as often a mean of it and another of the same digit, mostly of itself."""
+    image: NDArray[np.uint8] = scans.images[scan]
+    if rng.random() >= BLENDED:
+        return image
+    other = rng.choice(np.flatnonzero(scans.digits == scans.digits[scan]))
+    share = rng.uniform(0.5, 1)
+    blended: NDArray[np.uint8] = (share * image + (1 - share) * scans.images[other]).astype(
+        np.uint8
+    )
+    return blended
 
 
 def _bend(glyph: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:

@@ -67,10 +67,14 @@ def make_digits(
     try:
         _make(partial, num_images, num_samples, seed)
         (partial / _RECORD).write_text(yaml.safe_dump(arguments))
-        partial.rename(root)
-    except BaseException:
+        try:
+            partial.rename(root)
+        except OSError:
+            if not root.exists():
+                raise
+            _check_same(root, arguments)  # another run was quicker
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _check_same(root: Path, arguments: dict[str, int]) -> None:

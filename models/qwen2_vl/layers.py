@@ -3,8 +3,10 @@
 Megatron-core's transformer layers with our norm and our packed core attention plugged in.
 """
 
+from triptych.models.activations import SwiGLU
 from triptych.models.attention import PackedCoreAttention
-from triptych.models.norm import LayerNorm, RMSNorm
+from triptych.models.kernels import Kernel, KernelTable
+from triptych.models.norm import LayerNorm, LigerRMSNorm, RMSNorm
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -19,31 +21,42 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 
-def language_block(num_layers: int) -> TransformerBlockSubmodules:
+def language_block(num_layers: int, table: KernelTable) -> TransformerBlockSubmodules:
     """``num_layers`` causal decoder layers and a final RMSNorm."""
-    layer = _layer(RMSNorm, AttnMaskType.causal)
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
+    norm = LigerRMSNorm if table.rms_norm.kernel is Kernel.LIGER else RMSNorm
+    compiled = table.activation.kernel is Kernel.COMPILED
+    swiglu = ModuleSpec(module=SwiGLU, params={"compiled": compiled})
+    layer = _layer(norm, swiglu, AttnMaskType.causal, table)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
 
 
-def vision_block(num_layers: int) -> TransformerBlockSubmodules:
+def vision_block(num_layers: int, table: KernelTable) -> TransformerBlockSubmodules:
     """``num_layers`` layers that look both ways within a frame; no final norm."""
-    layer = _layer(LayerNorm, AttnMaskType.no_mask)
+    layer = _layer(LayerNorm, None, AttnMaskType.no_mask, table)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers)
 
 
-def _layer(norm: type, mask: AttnMaskType) -> ModuleSpec:
+def _layer(
+    norm: type, activation: ModuleSpec | None, mask: AttnMaskType, table: KernelTable
+) -> ModuleSpec:
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": mask},
         submodules=SelfAttentionSubmodules(
             linear_qkv=ColumnParallelLinear,
-            core_attention=PackedCoreAttention,
+            core_attention=ModuleSpec(
+                module=PackedCoreAttention, params={"kernel": table.attention.kernel}
+            ),
             linear_proj=RowParallelLinear,
         ),
     )
     mlp = ModuleSpec(
         module=MLP,
-        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+        submodules=MLPSubmodules(
+            linear_fc1=ColumnParallelLinear,
+            activation_func=activation,
+            linear_fc2=RowParallelLinear,
+        ),
     )
     return ModuleSpec(
         module=TransformerLayer,

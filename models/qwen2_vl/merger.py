@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from triptych.configs.schema import LanguageConfig, Precision, VisionConfig
-from triptych.models.qwen2_vl.transformer_configs import DTYPES
+from triptych.parallel.dtypes import DTYPES
 
 
 class Merger(nn.Module):

@@ -1,6 +1,6 @@
-"""Qwen2-VL as one pipeline stage sees it.
+"""Qwen2-VL as one pipeline stage sees it, or one of the stage's chunks.
 
-The first stage holds ViT, merger, embedding and the first decoder layers; the last one holds the
+The first one holds ViT, merger, embedding and the first decoder layers; the last one holds the
 head. In between there are decoder layers only. megatron-core's GPTModel is the language model; what
 this module adds is the way of the pixels into its input.
 
@@ -12,24 +12,30 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from triptych.configs.schema import ModelConfig, ParallelConfig, Precision
+from triptych.configs.schema import Kernels, ModelConfig, ParallelConfig, Precision
+from triptych.data.image import PATCH_DIM
 from triptych.data.types import Batch
 from triptych.models.attention import Segments
+from triptych.models.kernels import Installed, choose
 from triptych.models.parameters import mark_cuts
+from triptych.models.qwen2_vl.language import LanguageModel
 from triptych.models.qwen2_vl.layers import language_block
 from triptych.models.qwen2_vl.merger import Merger
 from triptych.models.qwen2_vl.transformer_configs import language_transformer
 from triptych.models.qwen2_vl.vision import VisionTower
+from triptych.parallel.device import upload
 from triptych.parallel.mesh import Mesh
 
 from megatron.core.enums import ModelType
-from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 
+BLANK_GRID = torch.tensor([[1, 2, 2]])
+"""The smallest image: 2 x 2 patches, one token."""
+
 
 class Qwen2VL(MegatronModule):
-    """This rank's piece of the model."""
+    """One of this rank's chunks of the model."""
 
     def __init__(
         self,
@@ -38,19 +44,27 @@ class Qwen2VL(MegatronModule):
         precision: Precision,
         layers_per_stage: Sequence[int],
         mesh: Mesh,
+        chunk: int = 0,
+        kernels: Kernels = Kernels.auto,
     ) -> None:
-        transformer = language_transformer(config.language, parallel, precision, layers_per_stage)
+        """Build chunk number ``chunk`` of ``parallel.vpp``; ``layers_per_stage`` counts chunks."""
+        table = choose(kernels, precision, Installed.here())
+        transformer = language_transformer(
+            config.language, parallel, precision, layers_per_stage, table
+        )
         super().__init__(config=transformer)
         self.model_type = ModelType.encoder_or_decoder  # megatron-core's schedule asks for it
-        self.pre_process = mesh.is_first_stage
-        self.post_process = mesh.is_last_stage
+        self.pre_process = mesh.is_first_stage and chunk == 0
+        self.post_process = mesh.is_last_stage and chunk == parallel.vpp - 1
+        overlap = parallel.overlap
+        self.looks_at_blanks = overlap.grad_reduce or overlap.param_gather
         self.share_embeddings_and_output_weights = config.language.tie_word_embeddings
         if self.pre_process:
-            self.vision = VisionTower(config.vision, parallel, precision)
+            self.vision = VisionTower(config.vision, parallel, precision, table)
             self.merger = Merger(config.vision, config.language, precision)
-        self.language = GPTModel(
+        self.language = LanguageModel(
             transformer,
-            language_block(layers_per_stage[mesh.pp_rank]),
+            language_block(layers_per_stage[chunk * mesh.dims.pp + mesh.pp_rank], table),
             vocab_size=config.language.vocab_size,
             max_sequence_length=config.language.max_position_embeddings,
             pre_process=self.pre_process,
@@ -59,6 +73,7 @@ class Qwen2VL(MegatronModule):
             rotary_base=config.language.rope_theta,
             share_embeddings_and_output_weights=config.language.tie_word_embeddings,
             scatter_embedding_sequence_parallel=False,
+            vp_stage=chunk if parallel.vpp > 1 else None,
         )
         mark_cuts(self)
 
@@ -83,18 +98,25 @@ class Qwen2VL(MegatronModule):
             with_loss: False gives logits.
 
         Returns:
-            Last stage: (1, T) float32 loss of each token, or (1, T, vocab / tp) logits.
+            Last stage: 0-d float64, the summed loss of the tokens that count, or
+            (1, T, vocab / tp) logits.
             Other stages: (T, 1, H) hidden states (T / tp with sequence parallelism).
         """
-        output: Tensor = self.language(
+        device = batch.position_ids.device
+        hidden_T1H: Tensor = self.language(
             input_ids=None,
             position_ids=batch.position_ids.unsqueeze(1),
             attention_mask=None,
             decoder_input=self._embed(batch) if self.pre_process else None,
-            labels=batch.labels.unsqueeze(0) if with_loss and self.post_process else None,
-            packed_seq_params=Segments(batch.segments, batch.position_ids.device),
+            packed_seq_params=Segments(batch.segments, device),
         )
-        return output
+        if not self.post_process:
+            return hidden_T1H
+        if not with_loss:
+            return self.language.logits(hidden_T1H)
+        target_index = upload(batch.target_index, device)
+        loss: Tensor = self.language.loss(hidden_T1H, batch.labels, target_index)
+        return loss
 
     def _embed(self, batch: Batch) -> Tensor:
         """Text embeddings with the ViT's tokens in their places.
@@ -105,10 +127,23 @@ class Qwen2VL(MegatronModule):
         if batch.pixel_values is not None and batch.num_patches:
             vision_VH = self._encode_vision(batch.pixel_values, batch.grid_thw)
             h_T1H = h_T1H.index_copy(0, batch.vision_index, vision_VH.unsqueeze(1))
+        elif self.looks_at_blanks and (_trains(self.vision) or _trains(self.merger)):
+            h_T1H = h_T1H + 0.0 * self._encode_blank(h_T1H.device)
         if self.config.sequence_parallel:
-            h_T1H = scatter_to_sequence_parallel_region(h_T1H)
+            # a copy of the shard: it comes as a view, which would keep the whole
+            h_T1H = scatter_to_sequence_parallel_region(h_T1H).clone()
         embedded: Tensor = h_T1H
         return embedded
+
+    def _encode_blank(self, device: torch.device) -> Tensor:
+        """(1, H) of a black image, for a pack without media.
+
+        Where gradients or weights travel during the computation, every rank must run every layer
+        and have a gradient of every weight, be it 0: megatron-core counts them, and waits for the
+        other ranks in the order in which layers run.
+        """
+        blank = torch.zeros(int(BLANK_GRID.prod()), PATCH_DIM, dtype=torch.uint8, device=device)
+        return self._encode_vision(blank, BLANK_GRID)
 
     def _encode_vision(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
         """ViT and merger. A frozen ViT runs without a graph: it keeps no activations."""

@@ -1,19 +1,30 @@
 """The vision tower: all images of a pack in one sequence, one attention segment per frame.
 
-P patches of all images and frames, E ViT width, D head_dim.
+With sequence parallelism each rank embeds, normalises and adds its own patches only.
+
+P patches of all images and frames, Q of them with padding to a multiple of tp, E ViT width,
+D head_dim.
 """
 
 from itertools import accumulate
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from triptych.configs.schema import ParallelConfig, Precision, VisionConfig
+from triptych.costs.flops import patch_dim
 from triptych.data.image import normalize_patches
 from triptych.models.attention import Segments
+from triptych.models.kernels import KernelTable
+from triptych.models.norm import mark_shared
 from triptych.models.qwen2_vl.layers import vision_block
-from triptych.models.qwen2_vl.transformer_configs import DTYPES, vision_transformer
+from triptych.models.qwen2_vl.transformer_configs import vision_transformer
+from triptych.parallel.device import upload
+from triptych.parallel.dtypes import DTYPES
 
+from megatron.core.parallel_state import get_tensor_model_parallel_rank
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 
@@ -28,17 +39,28 @@ class VisionTower(MegatronModule):
     """
 
     def __init__(
-        self, config: VisionConfig, parallel: ParallelConfig, precision: Precision
+        self,
+        config: VisionConfig,
+        parallel: ParallelConfig,
+        precision: Precision,
+        table: KernelTable,
     ) -> None:
-        transformer = vision_transformer(config, parallel, precision)
+        transformer = vision_transformer(config, parallel, precision, table)
         super().__init__(config=transformer)
-        patch_dim = config.in_channels * config.temporal_patch_size * config.patch_size**2
         self.merge = config.spatial_merge_size
         self.head_dim = config.hidden_size // config.num_heads
         self.dtype = DTYPES[precision]
-        self.patch_embed = nn.Linear(patch_dim, config.hidden_size, bias=False, dtype=self.dtype)
+        self.num_shards = parallel.tp if transformer.sequence_parallel else 1
+        self.shard = get_tensor_model_parallel_rank() if transformer.sequence_parallel else 0
+        self.patch_embed = nn.Linear(
+            patch_dim(config), config.hidden_size, bias=False, dtype=self.dtype
+        )
+        mark_shared(self.patch_embed, transformer)
         self.decoder = TransformerBlock(
-            transformer, vision_block(config.depth), post_layer_norm=False, post_process=False
+            transformer,
+            vision_block(config.depth, table),
+            post_layer_norm=False,
+            post_process=False,
         )
 
     def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
@@ -51,16 +73,24 @@ class VisionTower(MegatronModule):
         Returns:
             (P, E), in merge order: four neighbours of one token follow each other.
         """
-        device = pixel_values.device
-        h_PE = self.patch_embed(normalize_patches(pixel_values).to(self.dtype))
-        angles_PD = vision_angles(grid_thw, self.merge, self.head_dim).to(device, non_blocking=True)
-        encoded: Tensor = self.decoder(
-            hidden_states=h_PE.unsqueeze(1),
+        num_patches, device = len(pixel_values), pixel_values.device
+        bounds = frame_bounds(grid_thw)
+        angles_PD = vision_angles(grid_thw, self.merge, self.head_dim)
+        if padding := -num_patches % self.num_shards:
+            bounds.append(num_patches + padding)
+            angles_PD = F.pad(angles_PD, (0, 0, 0, padding))
+            pixel_values = F.pad(pixel_values, (0, 0, 0, padding))
+        shard = pixel_values.chunk(self.num_shards)[self.shard]
+        h_QE = self.decoder(
+            hidden_states=self.patch_embed(normalize_patches(shard).to(self.dtype)).unsqueeze(1),
             attention_mask=None,
-            rotary_pos_emb=angles_PD[:, None, None, :],
-            packed_seq_params=Segments(frame_bounds(grid_thw), device),
-        )
-        return encoded.squeeze(1)
+            rotary_pos_emb=upload(angles_PD, device)[:, None, None, :],
+            packed_seq_params=Segments(bounds, device),
+        ).squeeze(1)
+        if self.num_shards > 1:  # each rank's merger gives the whole gradient, not a part of it
+            h_QE = gather_from_sequence_parallel_region(h_QE, tensor_parallel_output_grad=False)
+        encoded: Tensor = h_QE[:num_patches]
+        return encoded
 
 
 def frame_bounds(grid_thw: Tensor) -> list[int]:

@@ -1,13 +1,20 @@
 """Saves the run every ``run.checkpoint_every`` steps, and at its end."""
 
+from pathlib import Path
+
+from triptych.checkpoints.comm import ProcessGroupComm, on_rank_0
 from triptych.checkpoints.model_file import write_model
 from triptych.checkpoints.run_state import save_state
 from triptych.checkpoints.store import CheckpointStore
 from triptych.configs.compose import save_config
 from triptych.configs.schema import Config
+from triptych.errors import CheckpointError
+from triptych.models.parameters import Cut, cut_of
+from triptych.parallel.replicas import reduce_replicas
 from triptych.train.engine import Engine
 from triptych.train.hooks.hook import StepEvent
 from triptych.train.report import say
+from triptych.train.state import TrainState
 
 
 class Checkpointing:
@@ -15,26 +22,47 @@ class Checkpointing:
 
     def __init__(self, config: Config, engine: Engine, store: CheckpointStore) -> None:
         self._config, self._engine, self._store = config, engine, store
+        self._replicas = {
+            name: parameter
+            for name, parameter in engine.parameters.items()
+            if cut_of(name) is Cut.REPLICATED
+        }
 
     def after_step(self, event: StepEvent) -> None:
         """Save where it is time to."""
         step = event.state.step
         if step % self._config.run.checkpoint_every and not event.is_last:
             return
-        numbers = {"stage": self._config.stage.name, "train": event.state.to_json()}
+        drift = reduce_replicas(self._replicas, self._engine.optimizer, self._engine.mesh)
+        try:
+            final = self._save(event.state)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"step {step} could not be saved in {self._store.root}:\n{error}\n"
+                "  -> what was saved before is as it was; mend the cause (run.keep=1 needs less "
+                "room) and type the command again: the run resumes"
+            ) from error
+        self._store.retain(self._config.run.keep)
+        averaged = f" (tp copies of weights had drifted: {drift}; averaged)" if drift.name else ""
+        say(self._engine.mesh, f"checkpoint: {final}{averaged}")
+
+    def _save(self, state: TrainState) -> Path:
+        """Write a checkpoint and commit it; returns its folder."""
+        numbers = {"stage": self._config.stage.name, "train": state.to_json()}
         info = {
             "stage": self._config.stage.name,
-            "plan": event.state.segments[-1].plan,
+            "plan": state.segments[-1].plan,
             "layout": str(self._engine.mesh.dims),
         }
-        folder = self._store.begin(step)
+        folder = self._store.begin(state.step)
         save_state(folder, self._engine.tensors, numbers)
-        if self._engine.mesh.is_main:
+
+        def describe() -> None:
             save_config(self._config, folder / "config.yaml")
             write_model(folder, self._config.model)
-        final = self._store.commit(folder, info)
-        self._store.retain(self._config.run.keep)
-        say(self._engine.mesh, f"checkpoint: {final}")
+
+        on_rank_0(ProcessGroupComm(), describe)
+        return self._store.commit(folder, info)
 
     def close(self) -> None:
         """Nothing is pending: saves are synchronous."""

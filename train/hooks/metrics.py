@@ -7,17 +7,29 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from triptych.configs.schema import Config
+from triptych.costs.flops import stage_flops
 from triptych.data.types import Step
+from triptych.parallel.mesh import Mesh
 from triptych.train.hooks.hook import StepEvent
+from triptych.train.report import say
 from triptych.train.state import TrainState
 from triptych.train.step import StepResult
 
 
 def step_metrics(
-    config: Config, state: TrainState, result: StepResult, step_time_s: float
+    config: Config, state: TrainState, result: StepResult, step_time_s: float, num_ranks: int
 ) -> dict[str, Any]:
-    """The numbers of one step. ``fill`` is the share of the packs' positions that hold tokens."""
-    totals = result.totals
+    """The numbers of one step, over all ranks.
+
+    ``fill`` is the share of the packs' positions that hold tokens. ``flops`` are those of the model
+    (costs/flops.py): of the patches, segments and supervised tokens that were there, padding and
+    recomputation not counted. ``mfu`` is their rate over what the ranks could do at
+    ``cluster.peak_tflops``.
+    """
+    totals, peak = result.totals, config.cluster.peak_tflops
+    skipped = result.loss is None
+    flops = 0.0 if skipped else stage_flops(config.model, config.stage, totals.load)
+    flops_per_s = flops / step_time_s
     return {
         "step": state.step,
         "stage": config.stage.name,
@@ -27,10 +39,14 @@ def step_metrics(
         "num_tokens": totals.num_tokens,
         "num_supervised_tokens": totals.num_supervised_tokens,
         "num_patches": totals.num_patches,
+        "num_unreadable": totals.num_unreadable,
         "consumed_tokens": state.consumed_tokens,
         "consumed_samples": state.consumed_samples,
         "step_time_s": step_time_s,
         "tokens_per_s": totals.num_tokens / step_time_s,
+        "flops": flops,
+        "flops_per_s": flops_per_s,
+        "mfu": None if peak is None else flops_per_s / (num_ranks * peak * 1e12),
         "fill": totals.num_tokens / (config.train.global_batch_size * config.train.seq_len),
     }
 
@@ -105,11 +121,20 @@ class Ledger:
 class Quarantine:
     """Writes the samples whose media could not be read, with the reason; on the reading ranks."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, mesh: Mesh) -> None:
+        self._path, self._mesh = path, mesh
+        self._told = False
 
     def after_step(self, event: StepEvent) -> None:
         """Append the step's unreadable samples."""
+        number = event.result.totals.num_unreadable
+        if number and not self._told:
+            say(
+                self._mesh,
+                f"samples that cannot be read are left out of the loss, {number} in this step; "
+                f"{self._path} names them and says why, and metrics.jsonl counts them",
+            )
+            self._told = True
         if not event.step.bad:
             return
         with self._path.open("a") as file:

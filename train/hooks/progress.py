@@ -19,11 +19,13 @@ class Progress:
         self._config, self._mesh = config, mesh
         self._times: deque[float] = deque([time.perf_counter()], maxlen=RECENT_STEPS + 1)
         self._tokens: deque[int] = deque(maxlen=RECENT_STEPS)
+        self._flops: deque[float] = deque(maxlen=RECENT_STEPS)
 
     def after_step(self, event: StepEvent) -> None:
         """Print every ``log.every`` steps, and at the last."""
         self._times.append(time.perf_counter())
         self._tokens.append(event.result.totals.num_tokens)
+        self._flops.append(event.metrics["flops"])
         if event.state.step % self._config.log.every == 0 or event.is_last:
             say(self._mesh, self._line(event))
 
@@ -41,9 +43,15 @@ class Progress:
             f"{self._config.stage.name} step {event.state.step}{of} | loss {loss}"
             + (f" | validation {validation:.4f}" if validation is not None else "")
             + f" | norm {event.result.grad_norm:.3f} | lr {' '.join(rates) or 0}"
-            + f" | {rate:,.0f} tokens/s | {step_s:.2f} s/step"
+            + f" | {rate:,.0f} tokens/s | {self._speed(elapsed)} | {step_s:.2f} s/step"
             + f" | fill {event.metrics['fill']:.3f} | left {duration(steps_left * step_s)}"
         )
+
+    def _speed(self, elapsed_s: float) -> str:
+        """Of one rank, by the model's FLOPs; as a share of its peak, where that is known."""
+        tflops = sum(self._flops) / elapsed_s / self._mesh.dims.world_size / 1e12
+        peak = self._config.cluster.peak_tflops
+        return f"{tflops:.3g} TFLOP/s per rank" + (f", MFU {tflops / peak:.1%}" if peak else "")
 
     def _remaining(self, event: StepEvent, tokens_per_step: float) -> tuple[float, str]:
         """Steps until the budget or the cap ends the stage, and the cap as text."""

@@ -21,7 +21,7 @@ class Validation:
         """Validate where it is time to, and at the last step."""
         if event.state.step % self._every == 0 or event.is_last:
             engine = self._engine
-            loss = validation_loss(engine.model, self._step, engine.mesh)
+            loss = validation_loss(engine.chunks, self._step, engine.mesh)
             event.metrics["validation_loss"] = loss
 
     def close(self) -> None:

@@ -1,0 +1,30 @@
+"""What a benchmark hands to the table at the end: a claim, the figure measured, and its bar."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One claim."""
+
+    claim: str
+    figure: str
+    bar: str
+    met: bool
+    command: str
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Median, least and largest."""
+    of = (statistics.median(values), min(values), max(values))
+    return "{} ({} to {})".format(*(f"{value:.{digits}f}" for value in of))
+
+
+def print_rows(rows: Sequence[Row]) -> None:
+    """As Markdown."""
+    print("\n| claim | measured | bar | | command |\n|---|---|---|---|---|")
+    for row in rows:
+        verdict = "met" if row.met else "NOT MET"
+        print(f"| {row.claim} | {row.figure} | {row.bar} | {verdict} | `{row.command}` |")

@@ -1,0 +1,247 @@
+"""What a run will be like: memory, time of a step, utilisation, days. Arithmetic, no torch.
+
+Not in it: the optimizer's update, reading data, checkpoints, and ranks that wait for slower ones.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from triptych.configs.schema import Config
+from triptych.costs.flops import Workload, stage_flops
+from triptych.costs.kept import GPU, Activations, Kept
+from triptych.costs.layout import layers_per_stage
+from triptych.costs.memory import StageMemory, stage_memory
+from triptych.costs.pieces import Pieces, stage_pieces, trained
+from triptych.costs.timeline import Timeline, ideal_bubble, simulate
+from triptych.costs.traffic import (
+    Links,
+    Traffic,
+    gradient_traffic,
+    part_duration,
+    stage_message,
+    tensor_traffic,
+    weight_traffic,
+)
+from triptych.costs.work import expected_load
+
+DAY_S = 86400
+TERA = 1e12
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How a step divides."""
+
+    dp: int
+    num_microbatches: int
+    load: Workload
+    """Of a microbatch."""
+
+    @classmethod
+    def of(cls, config: Config) -> "Shape":
+        """For ``cluster.gpus`` devices; validated before."""
+        assert config.cluster.gpus is not None
+        dp = config.cluster.gpus // (config.parallel.tp * config.parallel.pp)
+        packs = config.train.micro_batch_size * dp
+        return cls(dp, config.train.global_batch_size // packs, expected_load(config))
+
+
+@dataclass(frozen=True, slots=True)
+class Seconds:
+    """Of each pass, by chunk, as pipeline stages take them; waiting for tp included."""
+
+    forward: Sequence[float]
+    backward: Sequence[float]
+    p2p: float
+    """A message between stages."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """What one rank sends in a step, at most over the stages, and for how long it waits."""
+
+    sent_bytes: float
+    awaited_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """One run on one cluster."""
+
+    config: Config
+    shape: Shape
+    layers: tuple[int, ...]
+    """Decoder layers of each chunk."""
+    pieces: Sequence[Pieces]
+    """Parameters on one rank of each stage."""
+    kept: Sequence[Kept]
+    """Of one microbatch in each chunk."""
+    memory: Sequence[StageMemory]
+    timeline: Timeline
+    tp: Exchange
+    pp: Exchange
+    dp: Exchange
+
+    @property
+    def gpus(self) -> int:
+        """All devices."""
+        return self.shape.dp * self.config.parallel.tp * self.config.parallel.pp
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of a step: the pipeline, then what is left to exchange between replicas."""
+        return self.timeline.makespan_s + self.dp.awaited_s
+
+    @property
+    def ideal_bubble(self) -> float:
+        """If every chunk cost the same and messages took no time."""
+        parallel = self.config.parallel
+        return ideal_bubble(
+            pp=parallel.pp, num_microbatches=self.shape.num_microbatches, vpp=parallel.vpp
+        )
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Of full packs."""
+        return self.config.train.global_batch_size * self.config.train.seq_len
+
+    @property
+    def tokens_per_day(self) -> float:
+        """LLM tokens, text and vision."""
+        return self.tokens_per_step / self.step_s * DAY_S
+
+    @property
+    def days(self) -> float:
+        """For the stage's token budget."""
+        return self.config.stage.token_budget / self.tokens_per_day
+
+    @property
+    def flops_per_token(self) -> tuple[float, float]:
+        """Model FLOPs per LLM token: ViT with merger, language model."""
+        load = self.shape.load
+        model, stage = self.config.model, self.config.stage
+        images = Workload(0, 0, load.num_patches, load.patch_pairs, num_targets=0)
+        vision, everything = stage_flops(model, stage, images), stage_flops(model, stage, load)
+        return vision / load.num_tokens, (everything - vision) / load.num_tokens
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs utilisation: recomputation does not count."""
+        peak = self.config.cluster.peak_tflops
+        assert peak is not None
+        available = self.step_s * self.gpus * peak * TERA
+        return sum(self.flops_per_token) * self.tokens_per_step / available
+
+    @property
+    def fits(self) -> bool:
+        """Whether every stage fits its devices."""
+        return max(stage.total for stage in self.memory) <= usable_bytes(self.config)
+
+
+def estimate(config: Config) -> Estimate:
+    """The whole of it. The cluster must be described (``check_cluster``)."""
+    shape, layers = Shape.of(config), layers_per_stage(config)
+    pieces = stage_pieces(config, layers)
+    activations = Activations(config, shape.load, GPU)
+    pp, vpp, microbatches = config.parallel.pp, config.parallel.vpp, shape.num_microbatches
+    links = _links(config, shape)
+    seconds = pass_seconds(config, shape, layers)
+    timeline = simulate(
+        np.reshape(seconds.forward, (vpp, pp)),
+        np.reshape(seconds.backward, (vpp, pp)),
+        num_microbatches=microbatches,
+        p2p_s=seconds.p2p,
+    )
+    message = stage_message(config, shape.load)
+    hops = 2 * vpp * microbatches if pp > 1 else 0
+    return Estimate(
+        config=config,
+        shape=shape,
+        layers=layers,
+        pieces=pieces,
+        kept=activations.of_chunks(layers),
+        memory=stage_memory(
+            activations, layers, pieces, dp=shape.dp, num_microbatches=microbatches
+        ),
+        timeline=timeline,
+        tp=_tensor_exchange(config, shape, layers, links),
+        pp=Exchange(message.sent * hops, links.pp.seconds(message) * hops),
+        dp=replica_exchange(config, shape, pieces, seconds),
+    )
+
+
+def usable_bytes(config: Config) -> float:
+    """Of one device's memory, what a run can have."""
+    cluster = config.cluster
+    assert cluster.memory_gib is not None
+    assert cluster.reserved_gib is not None
+    return (cluster.memory_gib - cluster.reserved_gib) * 2**30
+
+
+def pass_seconds(config: Config, shape: Shape, layers: tuple[int, ...]) -> Seconds:
+    """How long each chunk takes for a microbatch: computing, and waiting for its tp ranks."""
+    assert config.cluster.peak_tflops is not None
+    rate = config.cluster.peak_tflops * TERA
+    links = _links(config, shape)
+    chunks = part_duration(config, shape.load).of_chunks(layers)
+    return Seconds(
+        forward=[chunk.forward / rate for chunk in chunks],
+        backward=[chunk.backward / rate for chunk in chunks],
+        p2p=links.pp.seconds(stage_message(config, shape.load)) if config.parallel.pp > 1 else 0.0,
+    )
+
+
+def replica_exchange(
+    config: Config, shape: Shape, pieces: Sequence[Pieces], seconds: Seconds
+) -> Exchange:
+    """Gradients and weights over dp, and a tied embedding's gradient between first and last stage.
+
+    With overlap, gradients travel beside the last backward pass and weights beside the first
+    forward pass of a stage.
+    """
+    links, overlap = _links(config, shape), config.parallel.overlap
+    pp, vpp = config.parallel.pp, config.parallel.vpp
+    exchanges = []
+    for stage, held in enumerate(pieces):
+        training = trained(config, held)
+        gradients = gradient_traffic(config, training, dp=shape.dp)
+        weights = weight_traffic(config, training, dp=shape.dp)
+        beside_backward = sum(seconds.backward[stage::pp]) / vpp if overlap.grad_reduce else 0.0
+        beside_forward = sum(seconds.forward[stage::pp]) / vpp if overlap.param_gather else 0.0
+        awaited = max(0.0, links.dp.seconds(gradients) - beside_backward)
+        awaited += max(0.0, links.dp.seconds(weights) - beside_forward)
+        exchanges.append(Exchange(gradients.sent + weights.sent, awaited))
+    tied = _tied_traffic(config)
+    return Exchange(
+        max(exchange.sent_bytes for exchange in exchanges) + tied.sent,
+        max(exchange.awaited_s for exchange in exchanges) + links.pp.seconds(tied),
+    )
+
+
+def _tensor_exchange(
+    config: Config, shape: Shape, layers: tuple[int, ...], links: Links
+) -> Exchange:
+    """Of the stage that waits longest."""
+    chunks = tensor_traffic(config, shape.load).of_chunks(layers)
+    stages = []
+    for stage in range(config.parallel.pp):
+        own = chunks[stage :: config.parallel.pp]
+        total = sum((c.forward + c.backward for c in own), Traffic()) * shape.num_microbatches
+        stages.append(Exchange(total.sent, links.tp.seconds(total)))
+    return max(stages, key=lambda stage: stage.awaited_s)
+
+
+def _tied_traffic(config: Config) -> Traffic:
+    """The gradient of a tied embedding, in fp32, summed over two stages."""
+    language = config.model.language
+    if not language.tie_word_embeddings or config.parallel.pp == 1 or not config.stage.llm.train:
+        return Traffic()
+    size = language.vocab_size * language.hidden_size // config.parallel.tp * 4
+    return Traffic(size, size, 1)
+
+
+def _links(config: Config, shape: Shape) -> Links:
+    parallel = config.parallel
+    return Links.of(config.cluster, tp=parallel.tp, pp=parallel.pp, dp=shape.dp)

@@ -1,0 +1,176 @@
+"""One rank of a large run in this process, without the others, weights or memory.
+
+torch's fake process group answers every collective at once, and fake tensors have shapes but no
+values. So what a rank of a thousand builds and keeps can be counted on a laptop, in seconds.
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from triptych.configs.schema import Config
+from triptych.costs.flops import Workload
+from triptych.data.image import PATCH_DIM
+from triptych.data.types import Batch
+from triptych.models.parameters import Part, global_parameters, part_of
+from triptych.models.qwen2_vl.model import Qwen2VL
+from triptych.parallel.dtypes import DTYPES
+from triptych.parallel.mesh import Mesh, build_mesh, shutdown
+
+from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+
+FAKE_SEED, FAKE_TIMEOUT_S = 0, 60
+"""Nothing is drawn, and nobody waits."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkCount:
+    """What one model chunk of a rank was seen to hold."""
+
+    parameters: dict[Part, int]
+    kept_bytes: int
+    """Of one microbatch between its forward and its backward pass: the storages of all tensors that
+    autograd saved, each once, parameters excepted."""
+
+
+def count_rank(
+    config: Config, layers: Sequence[int], load: Workload, *, rank: int, world_size: int
+) -> list[ChunkCount]:
+    """Build the chunks of one rank, run one microbatch forward through each, and count.
+
+    There must be no process group in this process.
+
+    Args:
+        config: of the run.
+        layers: decoder layers of each chunk, as ``layers_per_stage`` gives them.
+        load: of the microbatch; its tokens lie in segments of equal length.
+        rank: which one.
+        world_size: of the run.
+    """
+    batch = _microbatch(config, load)
+    with _alone_as(rank, world_size, config) as mesh, _without_values():
+        return [
+            _count(_chunk(config, layers, mesh, chunk), config, batch, mesh)
+            for chunk in range(config.parallel.vpp)
+        ]
+
+
+@contextmanager
+def _alone_as(rank: int, world_size: int, config: Config) -> Iterator[Mesh]:
+    """This process as one of ``world_size`` ranks; the others do not exist."""
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    parallel = config.parallel
+    try:
+        yield build_mesh(
+            parallel.tp,
+            parallel.pp,
+            vpp=parallel.vpp,
+            seed=FAKE_SEED,
+            timeout_s=FAKE_TIMEOUT_S,
+        )
+    finally:
+        shutdown()
+
+
+@contextmanager
+def _without_values() -> Iterator[None]:
+    """Tensors are fake; megatron-core's random states, which have none, are left alone."""
+    no_fork = mock.patch.object(CudaRNGStatesTracker, "fork", return_value=nullcontext())
+    with FakeTensorMode(allow_non_fake_inputs=True), no_fork:
+        yield
+
+
+def _chunk(config: Config, layers: Sequence[int], mesh: Mesh, chunk: int) -> Qwen2VL:
+    """As ``build_model`` and ``Stage.freeze`` make it."""
+    model = Qwen2VL(config.model, config.parallel, config.train.precision, layers, mesh, chunk)
+    for name, parameter in global_parameters([model]):
+        parameter.requires_grad_(getattr(config.stage, part_of(name).value).train)
+    return model
+
+
+def _count(model: Qwen2VL, config: Config, batch: Batch, mesh: Mesh) -> ChunkCount:
+    parameters = dict.fromkeys(Part, 0)
+    for name, parameter in global_parameters([model]):
+        parameters[part_of(name)] += parameter.numel()
+    if not model.pre_process:
+        model.set_input_tensor(_received(config, batch, mesh))
+    with saved_storages(model) as kept:
+        output = model(batch)
+    assert output.requires_grad, "nothing before this stage trains"
+    return ChunkCount(parameters, sum(storage.nbytes() for storage in kept))
+
+
+@contextmanager
+def saved_storages(model: nn.Module) -> Iterator[Collection[torch.UntypedStorage]]:
+    """What autograd saves meanwhile: every storage once, the model's parameters excepted."""
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield kept.values()
+
+
+def _received(config: Config, batch: Batch, mesh: Mesh) -> Tensor:
+    """What the previous stage sends."""
+    tokens = batch.num_tokens // (mesh.dims.tp if config.parallel.sequence_parallel else 1)
+    return torch.zeros(
+        tokens,
+        1,
+        config.model.language.hidden_size,
+        dtype=DTYPES[config.train.precision],
+        requires_grad=True,
+    )
+
+
+@dataclass(slots=True)
+class _Microbatch(Batch):
+    """A batch that was told its targets: they cannot be looked up among fake tensors."""
+
+    targets: Tensor
+    """(num_targets,) int64."""
+
+    @property
+    def target_index(self) -> Tensor:
+        """The positions that count."""
+        return self.targets
+
+
+def _microbatch(config: Config, load: Workload) -> Batch:
+    """A batch of the expected size: segments of equal length, images of equal size, text targets.
+
+    Its tensors have values, as code on the CPU reads lengths from them.
+    """
+    num_tokens, num_patches = load.num_tokens, load.num_patches
+    merge = config.model.vision.spatial_merge_size
+    num_vision = num_patches // merge**2
+    segment = load.token_pairs // num_tokens
+    image = max(merge**2, load.patch_pairs // max(1, num_patches) // merge**2 * merge**2)
+    images = [min(image, num_patches - start) for start in range(0, num_patches, image)]
+    return _Microbatch(
+        input_ids=torch.zeros(num_tokens, dtype=torch.int64),
+        labels=torch.zeros(num_tokens, dtype=torch.int64),
+        loss_mask=torch.arange(num_tokens) >= num_vision,
+        position_ids=torch.zeros(3, num_tokens, dtype=torch.int64),
+        cu_seqlens=torch.tensor([*range(0, num_tokens, segment), num_tokens], dtype=torch.int32),
+        grid_thw=torch.tensor([[1, merge, patches // merge] for patches in images]).view(-1, 3),
+        vision_index=torch.arange(num_vision),
+        pixel_values=torch.zeros(num_patches, PATCH_DIM, dtype=torch.uint8),
+        sample_ids=(),
+        num_tokens=num_tokens,
+        num_patches=num_patches,
+        targets=torch.arange(num_vision, num_tokens),
+    )
