@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from triptych.tests.pool_rank import Case, Raised, Returned, serve
+from triptych.tests.pool_rank import FORGET, Case, Raised, Returned, serve
 
 PRELOAD = ["pytest", "triptych.tests.pool_preload"]
 START_TIMEOUT_S = 120.0
@@ -132,10 +132,14 @@ class RankPool:
                     BrokenPipeError
                 ):  # it died after its last answer: _collect says so
                     rank.connection.send_bytes(message)
-            return self._collect(f"{Path(case.file).name}::{case.qualname}", timeout_s)
+            results = self._collect(f"{Path(case.file).name}::{case.qualname}", timeout_s)
         except BaseException:  # a failed case, or pytest-timeout or Ctrl-C in the middle of one
             self.stop()
             raise
+        for rank in self._ranks:
+            with contextlib.suppress(BrokenPipeError):
+                rank.connection.send_bytes(FORGET)
+        return results
 
     def stop(self) -> None:
         """Kill the ranks, if there are any: they hold nothing worth saving."""

@@ -19,6 +19,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+FORGET = b""
+"""Sent to each rank once all have answered a case."""
+
 
 @dataclass(frozen=True, slots=True)
 class Case:
@@ -96,8 +99,10 @@ def serve(
             message = connection.recv_bytes()
         except EOFError:
             return
-        _forget_last_case()
-        connection.send_bytes(pickle.dumps(_answer(message)))
+        if message == FORGET:
+            _forget_last_case()
+        else:
+            connection.send_bytes(pickle.dumps(_answer(message)))
 
 
 def _answer(message: bytes) -> Returned | Raised:
@@ -115,11 +120,15 @@ def _forget_last_case() -> None:
     """Make cases independent of their order: groups, memory and random numbers start anew.
 
     Runs when every rank has answered, so nobody is still using the groups. A gloo group left behind
-    costs two threads and a socket per peer, and megatron-core makes some twenty for each layout.
+    costs three threads, one of which wakes a hundred times a second, and megatron-core makes some
+    twenty for each layout: the ranks that wait for their next case would use half of two cores.
     """
     import torch
     import torch.distributed as dist
 
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()  # it holds on to them
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
