@@ -52,6 +52,17 @@ def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+def let_peers_work() -> None:
+    """Threads that this one starts from now on take turns instead of interrupting each other.
+
+    On a CPU, before the first process group. A gloo thread that is woken spins until the thread
+    that it interrupted gives up a lock: with more ranks than cores, an all-reduce takes two to
+    three times as long.
+    """
+    if not HAS_CUDA and hasattr(os, "SCHED_BATCH"):  # Linux
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
+
 def synchronize() -> None:
     """Wait for the device, where there is something to wait for."""
     if HAS_CUDA:

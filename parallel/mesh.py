@@ -11,7 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from triptych.parallel.device import BACKEND, local_device
+from triptych.parallel.device import BACKEND, let_peers_work, local_device
 from triptych.parallel.dims import Dims
 
 
@@ -61,6 +61,7 @@ def init_distributed(timeout_s: int) -> int:
     Returns the world size.
     """
     if not dist.is_initialized():
+        let_peers_work()
         timeout = timedelta(seconds=timeout_s)
         if "RANK" in os.environ:
             local_device(int(os.environ.get("LOCAL_RANK", "0")))
