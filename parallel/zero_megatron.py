@@ -7,11 +7,11 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from triptych.configs.schema import PARTS, OptimizerConfig, OverlapConfig, Precision
 from triptych.parallel.dtypes import DTYPES
+from triptych.parallel.gather import gather_whole
 from triptych.parallel.mesh import Mesh
 from triptych.parallel.zero import FUSED, MOMENTS, ParamState
 
@@ -115,31 +115,27 @@ class MegatronZero:
 
     def local_grads(self) -> dict[str, Tensor]:
         """Reduced gradients by name, whole over dp. Every rank of ``dp_group`` must call this."""
-        return {
-            name: self._gather(parameter, parameter.main_grad.flatten()[start:end], start)
-            for name, parameter, start, end, _ in self._shards()
-        }
+        shards = list(self._shards())
+        pieces = (
+            (parameter, parameter.main_grad.flatten()[start:end], start)
+            for _, parameter, start, end, _ in shards
+        )
+        whole = gather_whole(pieces, self._mesh)
+        return {name: next(whole) for name, *_ in shards}
 
     def state_by_param(self, names: Container[str] | None = None) -> dict[str, ParamState]:
         """Master weights and Adam's moments by name, whole over dp.
 
         Every rank of ``dp_group`` must call this.
         """
-        gathered: dict[str, ParamState] = {}
-        for name, parameter, start, _, inner in self._shards():
-            if names is not None and name not in names:
-                continue
-            shard = {"master": None} | dict.fromkeys(MOMENTS)
-            if inner is not None:
-                adam, main = inner
-                state = adam.state[main]
-                shard = {"master": main.data} | {
-                    key: state.get(key, torch.zeros_like(main)) for key in MOMENTS
-                }
-            gathered[name] = {
-                key: self._gather(parameter, value, start) for key, value in shard.items()
-            }
-        return gathered
+        wanted = [shard for shard in self._shards() if names is None or shard[0] in names]
+        pieces = (
+            (parameter, piece, start)
+            for _, parameter, start, _, inner in wanted
+            for piece in _master_and_moments(inner)
+        )
+        whole = gather_whole(pieces, self._mesh)
+        return {name: {key: next(whole) for key in ("master", *MOMENTS)} for name, *_ in wanted}
 
     def load_state_by_param(
         self, state: Mapping[str, ParamState], num_updates: Mapping[str, int]
@@ -190,18 +186,18 @@ class MegatronZero:
             start, end, inner = owned.get(id(parameter), (0, 0, None))
             yield name, parameter, start, end, inner
 
-    def _gather(self, parameter: Tensor, shard: Tensor | None, start: int) -> Tensor:
-        """The whole tensor in host memory, from the pieces of all dp ranks.
 
-        A sum in which each element is not zero on one rank only. The device has room for one such
-        tensor, not for all.
-        """
-        whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
-        if shard is not None and shard.numel():
-            whole[start : start + shard.numel()] = shard.detach().flatten()
-        if self._mesh.dims.dp > 1:
-            dist.all_reduce(whole, group=self._mesh.dp_group)
-        return whole.view(parameter.shape).cpu()
+def _master_and_moments(
+    inner: tuple[torch.optim.Optimizer, Tensor] | None,
+) -> Iterator[Tensor | None]:
+    """Of a shard; three times None where there is none."""
+    if inner is None:
+        yield from (None, *(None for _ in MOMENTS))
+        return
+    adam, main = inner
+    yield main.data
+    for key in MOMENTS:
+        yield adam.state[main].get(key, torch.zeros_like(main))
 
 
 def _data_parallel(chunk: nn.Module, overlap: OverlapConfig) -> DistributedDataParallel:

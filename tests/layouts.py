@@ -9,7 +9,7 @@ among them; the packs of a global batch are fixed, and cut over the data-paralle
 import itertools
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -447,7 +447,7 @@ def pairs(case: Case) -> set[frozenset[tuple[str, Any]]]:
     """Every two choices that the case makes together, and its layout, tied or not."""
     layers = case.layout.layers
     whole: tuple[tuple[str, Any], ...] = (("layout", str(case.layout)), ("tied", case.tied))
-    choices = asdict(case.layout) | asdict(case)
+    choices = vars(case.layout) | vars(case)
     del choices["layout"]
     choices["layers"] = "even" if len(set(layers)) == 1 else layers.index(max(layers))
     return {frozenset(whole)} | {
