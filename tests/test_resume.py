@@ -42,9 +42,9 @@ def without_times(run_dir: Path) -> list[dict]:
     return [{k: v for k, v in line.items() if k not in TIMES} for line in metrics(run_dir)]
 
 
-WIDEST = ("tp2 pp2", "dp2 pp2 interleaved")
+WIDEST = "tp2 pp2"
 SLOW_LAYOUTS = [
-    pytest.param(name, marks=() if name in WIDEST else pytest.mark.slow) for name in LAYOUTS
+    pytest.param(name, marks=() if name == WIDEST else pytest.mark.slow) for name in LAYOUTS
 ]
 
 
