@@ -32,10 +32,9 @@ from triptych.configs.schema import ModelConfig
 from triptych.errors import CheckpointError
 from triptych.parallel.device import HAS_CUDA
 from triptych.parallel.mesh import Mesh
-from triptych.parallel.zero import MOMENTS, ParamState, ShardedOptimizer
+from triptych.parallel.zero import STATE_KINDS, ParamState, ShardedOptimizer
 
 WEIGHTS = "model"
-OPTIMIZER_KINDS = ("master", *MOMENTS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +65,7 @@ def save_state(folder: Path, run: RunTensors, numbers: Mapping[str, Any]) -> Non
         run.optimizer.gather_weights()
         state = run.optimizer.state_by_param()
         num_updates = run.optimizer.num_updates
-        for kind in OPTIMIZER_KINDS:
+        for kind in STATE_KINDS:
             kinds[kind] = {name: tensors[kind] for name, tensors in state.items()}
     save_tensors(folder / "shards", kinds, run.mesh, tied=run.tied)
 
@@ -143,10 +142,10 @@ def load_optimizer(folder: Path, run: RunTensors, *, partly: bool) -> None:
         state = {
             name: tensors
             for name, tensors in state.items()
-            if stored_keys(OPTIMIZER_KINDS[0], name, tied=run.tied)[0] in stored
+            if stored_keys(STATE_KINDS[0], name, tied=run.tied)[0] in stored
         }
-    kinds = {kind: {name: t[kind] for name, t in state.items()} for kind in OPTIMIZER_KINDS}
-    strict = None if partly else OPTIMIZER_KINDS[0]
+    kinds = {kind: {name: t[kind] for name, t in state.items()} for kind in STATE_KINDS}
+    strict = None if partly else STATE_KINDS[0]
     check_tensors(shards, kinds, run.mesh, tied=run.tied, strict=strict)
     load_tensors(shards, kinds, run.mesh, tied=run.tied)
     run.optimizer.load_state_by_param(state, load_numbers(folder)["num_updates"])
@@ -181,7 +180,7 @@ def _random_state() -> dict[str, Any]:
 
 def _empty_state(parameter: nn.Parameter) -> ParamState:
     """In host memory: 12 bytes per element are more than a device has room for."""
-    return {kind: torch.empty(parameter.shape) for kind in OPTIMIZER_KINDS}
+    return {kind: torch.empty(parameter.shape) for kind in STATE_KINDS}
 
 
 def _environment(mesh: Mesh) -> dict[str, Any]:

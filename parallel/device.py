@@ -53,7 +53,7 @@ def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def let_peers_work() -> None:
-    """Threads that this one starts from now on take turns instead of interrupting each other.
+    """This thread, and those it starts from now on, take turns instead of interrupting each other.
 
     On a CPU, before the first process group. A gloo thread that is woken spins until the thread
     that it interrupted gives up a lock: with more ranks than cores, an all-reduce takes two to

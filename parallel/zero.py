@@ -11,9 +11,11 @@ FUSED = HAS_CUDA
 """Whether torch's AdamW, where it is the one, updates all weights in one kernel."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Adam's state, as torch and apex name it."""
+STATE_KINDS = ("master", *MOMENTS)
+"""fp32 weight and moments; checkpoints name them so."""
 ParamState = dict[str, Tensor]
-"""``master``, ``exp_avg``, ``exp_avg_sq``: fp32 in host memory, each of the shape of this rank's
-parameter: 12 bytes per element, which a device has no room for."""
+"""By kind: fp32 in host memory, each of the shape of this rank's parameter. 12 bytes per element,
+which a device has no room for."""
 
 
 class ShardedOptimizer(Protocol):

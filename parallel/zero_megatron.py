@@ -13,7 +13,7 @@ from triptych.configs.schema import PARTS, OptimizerConfig, OverlapConfig, Preci
 from triptych.parallel.dtypes import DTYPES
 from triptych.parallel.gather import gather_whole
 from triptych.parallel.mesh import Mesh
-from triptych.parallel.zero import FUSED, MOMENTS, ParamState
+from triptych.parallel.zero import FUSED, MOMENTS, STATE_KINDS, ParamState
 
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -132,10 +132,10 @@ class MegatronZero:
         pieces = (
             (parameter, piece, start)
             for _, parameter, start, _, inner in wanted
-            for piece in _master_and_moments(inner)
+            for piece in _state_of(inner)
         )
         whole = gather_whole(pieces, self._mesh)
-        return {name: {key: next(whole) for key in ("master", *MOMENTS)} for name, *_ in wanted}
+        return {name: {kind: next(whole) for kind in STATE_KINDS} for name, *_ in wanted}
 
     def load_state_by_param(
         self, state: Mapping[str, ParamState], num_updates: Mapping[str, int]
@@ -187,17 +187,12 @@ class MegatronZero:
             yield name, parameter, start, end, inner
 
 
-def _master_and_moments(
-    inner: tuple[torch.optim.Optimizer, Tensor] | None,
-) -> Iterator[Tensor | None]:
-    """Of a shard; three times None where there is none."""
+def _state_of(inner: tuple[torch.optim.Optimizer, Tensor] | None) -> list[Tensor | None]:
+    """This rank's pieces, in the order of ``STATE_KINDS``; None stands for zeros or for nothing."""
     if inner is None:
-        yield from (None, *(None for _ in MOMENTS))
-        return
+        return [None for _ in STATE_KINDS]
     adam, main = inner
-    yield main.data
-    for key in MOMENTS:
-        yield adam.state[main].get(key, torch.zeros_like(main))
+    return [main.data, *(adam.state[main].get(key) for key in MOMENTS)]
 
 
 def _data_parallel(chunk: nn.Module, overlap: OverlapConfig) -> DistributedDataParallel:
