@@ -80,7 +80,7 @@ class Run:
 FULL = Plan(
     num_images=30_000,
     num_samples=30_000,
-    budgets=(400_000, 1_000_000, 1_400_000, 700_000),
+    budgets=(400_000, 1_000_000, 1_200_000, 600_000),
     num_read=400,
     num_exported=50,
     bars=Bars(accuracy=0.85, each=0.75, controls=0.15),
@@ -119,8 +119,7 @@ def runs_of(plan: Plan) -> list[Run]:
             stage="2",
             what="everything learns strings of digits (TP=2, sequence parallel)",
             token_budget=second,
-            overrides="parallel=tp2 train.global_batch_size=8 train.micro_batch_size=8 "
-            "stage.vit.lr=1.4e-3 stage.adapter.lr=1.4e-3 stage.llm.lr=1.4e-3",
+            overrides="parallel=tp2 train.micro_batch_size=4",
         ),
         Run(
             name="stage3",
@@ -165,7 +164,7 @@ def _begin(folder: Path, plan: Plan) -> None:
     from triptych.data.prepare.digits import make_digits  # late: --help does not pay for torch
 
     sizes = {"num_images": plan.num_images, "num_samples": plan.num_samples}
-    make_digits(folder / "data", **sizes, seed=SEED)
+    make_digits(folder / "data", **sizes, seed=SEED, num_processes=NUM_RANKS)
 
 
 def _train(folder: Path, runs: Sequence[Run]) -> None:

@@ -118,6 +118,16 @@ def test_the_tokenizer_does_not_depend_on_sizes_or_seed(root, tmp_path):
     assert ours.fingerprint == other.fingerprint
 
 
+def test_processes_share_the_work_and_change_no_byte(root, tmp_path):
+    shared = tmp_path / "shared"
+    make_digits(shared, **SIZES, num_processes=2)
+    alone, together = (
+        {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*.*")}
+        for folder in (root, shared)
+    )
+    assert alone == together
+
+
 def test_made_again_it_is_left_alone_or_refused(root, tmp_path):
     assert have_digits(root)
     before = (root / "digits.yaml").stat().st_mtime_ns

@@ -14,14 +14,18 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from triptych.data.prepare.build import build_dataset
 from triptych.data.prepare.digit_images import (
-    DigitImage,
     close_up_images,
     heldout_images,
     training_images,
@@ -33,11 +37,14 @@ from triptych.data.prepare.digit_texts import (
     text_part,
     texts_of,
 )
-from triptych.data.tokenizer import SYSTEM_PROMPT, train_tokenizer
+from triptych.data.tokenizer import SYSTEM_PROMPT, Tokenizer, train_tokenizer
 from triptych.errors import DataError
 
 VOCAB_SIZE = 512
+_IMAGES = {"train": training_images, "close_up": close_up_images, "heldout": heldout_images}
 _RECORD = "digits.yaml"
+
+Map = Callable[..., Iterable[Any]]
 
 
 def have_digits(root: Path) -> bool:
@@ -46,7 +53,12 @@ def have_digits(root: Path) -> bool:
 
 
 def make_digits(
-    root: Path, *, num_images: int = 400, num_samples: int = 400, seed: int = 1234
+    root: Path,
+    *,
+    num_images: int = 400,
+    num_samples: int = 400,
+    seed: int = 1234,
+    num_processes: int = 1,
 ) -> None:
     """Makes the datasets; does nothing where they are there already.
 
@@ -56,6 +68,7 @@ def make_digits(
             many are held out.
         num_samples: of each dataset; of ``heldout`` a tenth as many.
         seed: decides pictures and texts.
+        num_processes: that share the work; the bytes are the same.
     Raises:
         DataError: the folder exists, but was made with other arguments or by something else.
     """
@@ -63,18 +76,19 @@ def make_digits(
     if root.exists():
         _check_same(root, arguments)
         return
-    partial = root.with_name(f".{root.name}.partial-{os.getpid()}")
+    unfinished = root.with_name(f".{root.name}.partial-{os.getpid()}")
     try:
-        _make(partial, num_images, num_samples, seed)
-        (partial / _RECORD).write_text(yaml.safe_dump(arguments))
+        with _worker_map(num_processes) as worker_map:
+            _make(unfinished, num_images, num_samples, seed, worker_map)
+        (unfinished / _RECORD).write_text(yaml.safe_dump(arguments))
         try:
-            partial.rename(root)
+            unfinished.rename(root)
         except OSError:
             if not root.exists():
                 raise
             _check_same(root, arguments)  # another run was quicker
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _check_same(root: Path, arguments: dict[str, int]) -> None:
@@ -89,34 +103,50 @@ def _check_same(root: Path, arguments: dict[str, int]) -> None:
         )
 
 
-def _make(root: Path, num_images: int, num_samples: int, seed: int) -> None:
+@contextmanager
+def _worker_map(num_processes: int) -> Iterator[Map]:
+    """``map``, or the same over processes."""
+    if num_processes == 1:
+        yield map
+        return
+    # Spawned: a forked child may find a lock that a thread of its parent holds.
+    with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as pool:
+        yield pool.map
+
+
+def _make(root: Path, num_images: int, num_samples: int, seed: int, worker_map: Map) -> None:
     raw = root / "raw"
     (raw / "images").mkdir(parents=True)
-    train = _pictures(
-        _save(training_images(num_images, seed), raw, "train"),
-        _save(close_up_images(num_images, seed), raw, "close_up"),
-    )
-    heldout = _pictures(_save(heldout_images(max(8, num_images // 10), seed), raw, "heldout"), [])
+    counts = [num_images, num_images, max(8, num_images // 10)]
+    train, close_ups, heldout = worker_map(partial(_save, raw, seed), _IMAGES, counts)
     tokenizer = train_tokenizer(_corpus(), root / "tokenizer", VOCAB_SIZE)
-    for name, make_record in SOURCES.items():
-        rng = random.Random(f"{seed} {name}")
-        pictures, count = (
-            (heldout, max(8, num_samples // 10)) if name == "heldout" else (train, num_samples)
-        )
-        records = raw / f"{name}.jsonl"
-        with records.open("w") as lines:
-            for _ in range(count):
-                lines.write(json.dumps(make_record(rng, pictures)) + "\n")
-        build_dataset([records], root / name, tokenizer, images=raw)
+    pictures = {name: _pictures(train, close_ups) for name in SOURCES}
+    pictures["heldout"] = _pictures(heldout, [])
+    counts = [max(8, num_samples // 10) if name == "heldout" else num_samples for name in SOURCES]
+    build = partial(_build, root, tokenizer, seed)
+    list(worker_map(build, SOURCES, pictures.values(), counts))
 
 
-def _save(images: Iterable[DigitImage], raw: Path, prefix: str) -> list[Picture]:
+def _save(raw: Path, seed: int, name: str, num_images: int) -> list[Picture]:
+    """Draws pictures into ``raw``."""
     pictures = []
-    for i, digit_image in enumerate(images):
-        path = f"images/{prefix}_{i:06d}.png"
+    for i, digit_image in enumerate(_IMAGES[name](num_images, seed)):
+        path = f"images/{name}_{i:06d}.png"
         digit_image.image.save(raw / path, compress_level=1)
         pictures.append(Picture(digit_image.answer, {"type": "image", "image": path}))
     return pictures
+
+
+def _build(
+    root: Path, tokenizer: Tokenizer, seed: int, name: str, pictures: Pictures, num_samples: int
+) -> None:
+    """Writes the records of one dataset, then the dataset."""
+    raw = root / "raw"
+    rng = random.Random(f"{seed} {name}")
+    with (raw / f"{name}.jsonl").open("w") as lines:
+        for _ in range(num_samples):
+            lines.write(json.dumps(SOURCES[name](rng, pictures)) + "\n")
+    build_dataset([raw / f"{name}.jsonl"], root / name, tokenizer, images=raw)
 
 
 def _pictures(pictures: Sequence[Picture], close_ups: Sequence[Picture]) -> Pictures:
