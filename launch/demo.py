@@ -80,7 +80,7 @@ class Run:
 FULL = Plan(
     num_images=30_000,
     num_samples=30_000,
-    budgets=(400_000, 850_000, 1_100_000, 500_000),
+    budgets=(400_000, 750_000, 1_000_000, 800_000),
     num_read=400,
     num_exported=50,
     bars=Bars(accuracy=0.85, each=0.75, controls=0.15),
