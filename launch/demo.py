@@ -160,7 +160,10 @@ def _begin(folder: Path, plan: Plan) -> None:
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
     (folder / MARK).write_text(json.dumps(asdict(plan), indent=1) + "\n")
-    _announce(f"data: {plan.num_images} pictures of scanned digits, and what is said about them")
+    _announce(
+        f"data: {plan.num_images} pictures of scanned digits, and what is said about them; "
+        "a thousand take two seconds"
+    )
     from triptych.data.prepare.digits import make_digits  # late: --help does not pay for torch
 
     sizes = {"num_images": plan.num_images, "num_samples": plan.num_samples}

@@ -45,6 +45,7 @@ _IMAGES = {"train": training_images, "close_up": close_up_images, "heldout": hel
 _RECORD = "digits.yaml"
 
 Map = Callable[..., Iterable[Any]]
+"""Called as the built-in ``map``."""
 
 
 def have_digits(root: Path) -> bool:
@@ -117,14 +118,14 @@ def _worker_map(num_processes: int) -> Iterator[Map]:
 def _make(root: Path, num_images: int, num_samples: int, seed: int, worker_map: Map) -> None:
     raw = root / "raw"
     (raw / "images").mkdir(parents=True)
-    counts = [num_images, num_images, max(8, num_images // 10)]
-    train, close_ups, heldout = worker_map(partial(_save, raw, seed), _IMAGES, counts)
+    num_drawn = [num_images, num_images, max(8, num_images // 10)]
+    train, close_ups, heldout = worker_map(partial(_save, raw, seed), _IMAGES, num_drawn)
     tokenizer = train_tokenizer(_corpus(), root / "tokenizer", VOCAB_SIZE)
     pictures = {name: _pictures(train, close_ups) for name in SOURCES}
     pictures["heldout"] = _pictures(heldout, [])
-    counts = [max(8, num_samples // 10) if name == "heldout" else num_samples for name in SOURCES]
+    sizes = {name: num_samples for name in SOURCES} | {"heldout": max(8, num_samples // 10)}
     build = partial(_build, root, tokenizer, seed)
-    list(worker_map(build, SOURCES, pictures.values(), counts))
+    list(worker_map(build, SOURCES, pictures.values(), sizes.values()))
 
 
 def _save(raw: Path, seed: int, name: str, num_images: int) -> list[Picture]:
