@@ -121,9 +121,9 @@ def _make(root: Path, num_images: int, num_samples: int, seed: int, worker_map: 
     num_drawn = [num_images, num_images, max(8, num_images // 10)]
     train, close_ups, heldout = worker_map(partial(_save, raw, seed), _IMAGES, num_drawn)
     tokenizer = train_tokenizer(_corpus(), root / "tokenizer", VOCAB_SIZE)
-    pictures = {name: _pictures(train, close_ups) for name in SOURCES}
-    pictures["heldout"] = _pictures(heldout, [])
-    sizes = {name: num_samples for name in SOURCES} | {"heldout": max(8, num_samples // 10)}
+    pictures = dict.fromkeys(SOURCES, _pictures(train, close_ups))
+    pictures |= {"heldout": _pictures(heldout, [])}
+    sizes = dict.fromkeys(SOURCES, num_samples) | {"heldout": max(8, num_samples // 10)}
     build = partial(_build, root, tokenizer, seed)
     list(worker_map(build, SOURCES, pictures.values(), sizes.values()))
 
