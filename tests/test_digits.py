@@ -5,9 +5,11 @@ import json
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from triptych.data.dataset import Dataset
@@ -126,6 +128,24 @@ def test_processes_share_the_work_and_change_no_byte(root, tmp_path):
         for folder in (root, shared)
     )
     assert alone == together
+
+
+def test_killed_it_leaves_no_process_behind(tmp_path):
+    code = (
+        "from pathlib import Path; from triptych.data.prepare.digits import make_digits; "
+        f"make_digits(Path({str(tmp_path / 'sample')!r}), num_images=5000, num_processes=2)"
+    )
+    main = subprocess.Popen([sys.executable, "-c", code])
+    images = tmp_path / f".sample.partial-{main.pid}" / "raw/images"
+    while len(list(images.glob("*.png"))) < 10:  # both are at work
+        assert main.poll() is None
+        time.sleep(0.1)
+    children = psutil.Process(main.pid).children()
+    assert len(children) >= 2
+    main.kill()
+    main.wait()
+    _, left = psutil.wait_procs(children, timeout=20)
+    assert not left
 
 
 def test_made_again_it_is_left_alone_or_refused(root, tmp_path):

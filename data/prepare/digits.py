@@ -14,11 +14,12 @@ import json
 import os
 import random
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +112,21 @@ def _worker_map(num_processes: int) -> Iterator[Map]:
         yield map
         return
     # Spawned: a forked child may find a lock that a thread of its parent holds.
-    with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as pool:
+    context = get_context("spawn")
+    with ProcessPoolExecutor(num_processes, context, initializer=_watch_parent) as pool:
         yield pool.map
+
+
+def _watch_parent() -> None:
+    """A pool's process waits for work for ever, also when its parent was killed: end it then."""
+    parent = parent_process()
+    assert parent is not None, "not the child of a pool"
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def _make(root: Path, num_images: int, num_samples: int, seed: int, worker_map: Map) -> None:
