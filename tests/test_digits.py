@@ -145,7 +145,8 @@ def test_killed_it_leaves_no_process_behind(tmp_path):
     main.kill()
     main.wait()
     _, left = psutil.wait_procs(children, timeout=20)
-    assert not left
+    # a container may have nobody who reaps them
+    assert not [one for one in left if one.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_made_again_it_is_left_alone_or_refused(root, tmp_path):

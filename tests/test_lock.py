@@ -24,9 +24,8 @@ from pathlib import Path
 from triptych.checkpoints.comm import Alone
 from triptych.train.lock import lock_run_dir
 with lock_run_dir(Path(sys.argv[1]), Alone()):
-    child = os.fork()  # as megatron-core's writers of checkpoints are
-    if child:
-        print("held", child, flush=True)
+    if os.fork() == 0:  # as megatron-core's writers of checkpoints are
+        print("held", os.getpid(), flush=True)  # the child: it has let go of the lock by now
     time.sleep(100)
 """
 
