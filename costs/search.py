@@ -48,6 +48,7 @@ def best_layouts(config: Config, *, count: int) -> list[Estimate]:
 
 def _fitting(config: Config) -> Iterator[tuple[float, Config]]:
     """Seconds per step by the closed form; of each layout, with as little recomputation as fits."""
+    overlap = config.parallel.overlap
     for tp, pp, vpp, packs in product(DEGREES, DEGREES, CHUNKS, MICRO_BATCH_SIZES):
         shaped = replace(
             config,
@@ -58,7 +59,7 @@ def _fitting(config: Config) -> Iterator[tuple[float, Config]]:
                 vpp=vpp,
                 sequence_parallel=tp > 1,
                 layout="auto",
-                overlap=replace(config.parallel.overlap, p2p=False),
+                overlap=replace(overlap, p2p=False, tp=overlap.tp and tp > 1),
             ),
             train=replace(config.train, micro_batch_size=packs),
         )

@@ -3,10 +3,11 @@
 Collectives are counted as rings: of n ranks, an all-gather or reduce-scatter of B bytes sends
 (n - 1) / n * B from each rank, an all-reduce twice that. Which of them wait and which run beside a
 matrix product is how megatron-core 0.16.1 does it (tensor_parallel/layers.py): the backward pass of
-a column-parallel layer that trains hides its communication, everything else waits.
+a column-parallel layer that trains hides its communication, everything else waits. With
+``parallel.overlap.tp`` all of the layers hide theirs (models/linear.py), and only latency is left.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from triptych.configs.schema import ClusterConfig, Config, Recompute, Zero
 from triptych.costs.dtypes import activation_bytes
@@ -196,7 +197,7 @@ def _layer(config: Config, tokens: float) -> PassTraffic:
         Recompute.selective: int("mlp" in recompute.modules),
         Recompute.full: 2,
     }[recompute.llm]
-    return PassTraffic(forward * 2, backward * 2 + forward * again)
+    return _layer_traffic(config, forward * 2, backward * 2 + forward * again)
 
 
 def _vit(config: Config, patches: float) -> PassTraffic:
@@ -204,12 +205,18 @@ def _vit(config: Config, patches: float) -> PassTraffic:
     sharded = config.parallel.sequence_parallel
     forward = _waits(2 * patches, messages=2 if sharded else 1)
     if not config.stage.vit.train:
-        return PassTraffic(forward * 2)
+        return _layer_traffic(config, forward * 2, Traffic())
     again = 2 if config.parallel.recompute.vit is Recompute.full else 0
     backward = _column_backward(patches, sharded=sharded, trains=True)
     if sharded:
         backward += _waits(patches)  # the gradient of the row-parallel layer's output
-    return PassTraffic(forward * 2, backward * 2 + forward * again)
+    return _layer_traffic(config, forward * 2, backward * 2 + forward * again)
+
+
+def _layer_traffic(config: Config, forward: Traffic, backward: Traffic) -> PassTraffic:
+    if config.parallel.overlap.tp:
+        return PassTraffic(replace(forward, awaited=0.0), replace(backward, awaited=0.0))
+    return PassTraffic(forward, backward)
 
 
 def _column_backward(tokens: float, *, sharded: bool, trains: bool) -> Traffic:

@@ -142,6 +142,8 @@ def _sources(plan: Estimate) -> str:
         f"full packs of {EXPECTED_SEGMENTS} equal samples",
         "the norm and attention kernels of CUDA",
     ]
+    if plan.config.parallel.overlap.tp:
+        kinds["assumed"].append("a layer's products outlast what its tp ranks exchange meanwhile")
     return "\n".join(
         [
             "Where this comes from",

@@ -71,6 +71,10 @@ def test_72b_on_1024_ranks(words: list[str]) -> None:
     ("words", "stages"),
     [
         (["model=debug", "parallel=tp2_pp2", "cluster.gpus=8"], [0, 1]),
+        (
+            ["model=debug", "parallel=tp2_pp2", "parallel.overlap.tp=true", "cluster.gpus=8"],
+            [0, 1],
+        ),
         (["model=qwen2_vl_2b", "cluster.gpus=64", "parallel.recompute.vit=full"], [0]),
         (["model=qwen2_vl_2b", "cluster.gpus=64", "parallel.pp=4", "parallel.vpp=2"], [0, 3]),
         (["model=qwen2_vl_7b", "parallel=tp4", "cluster.gpus=64"], [0]),

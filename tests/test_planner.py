@@ -218,6 +218,15 @@ def test_overlap_hides_what_replicas_exchange() -> None:
     assert whole.dp.sent_bytes == both.dp.sent_bytes
 
 
+def test_overlap_hides_what_the_layers_exchange_over_tp() -> None:
+    """Latency is left, and what embedding, merger and head wait for."""
+    layers = "parallel.layout=[10,10,10,10,10,10,10,10]"
+    plain, overlapped = plan_of(layers), plan_of(layers, "parallel.overlap.tp=true")
+    assert 0 < overlapped.tp.awaited_s < plain.tp.awaited_s / 3
+    assert overlapped.tp.sent_bytes == plain.tp.sent_bytes
+    assert overlapped.mfu > plain.mfu
+
+
 def test_deepspeed_sends_gradients_twice() -> None:
     """It all-reduces what the other one reduce-scatters: 8 + 2 bytes for 4 + 2 of a parameter."""
     deepspeed = plan_of("optimizer.zero=deepspeed")

@@ -164,6 +164,8 @@ def test_folders_exist_unless_they_are_generated(tmp_path: Path) -> None:
         (["parallel.vpp=2"], 1, "parallel.vpp=2 has no pipeline to interleave at parallel.pp=1  -> try parallel.vpp=1"),
         (["parallel=pp2", "parallel.vpp=2", "train.global_batch_size=3"], 2, "train.global_batch_size=3 gives 3 microbatches per step, but with parallel.vpp=2 they go through the chunks in groups of parallel.pp=2  -> try train.global_batch_size=2 or train.global_batch_size=4"),
         (["parallel=pp2", "parallel.overlap.p2p=true"], 2, "parallel.overlap.p2p=true needs chunks to compute while messages travel, but parallel.vpp=1  -> try parallel.overlap.p2p=false or parallel.vpp=2"),
+        (["parallel=tp2", "parallel.sequence_parallel=false", "parallel.overlap.tp=true"], 2, "parallel.overlap.tp=true splits what sequence parallelism gathers and scatters, but parallel.sequence_parallel=false  -> try parallel.sequence_parallel=true or parallel.overlap.tp=false"),
+        (["parallel=tp2", "parallel.overlap.tp=true", "cluster=h100", "cluster.gpus_per_node=1"], 2, "parallel.overlap.tp=true goes through NVLink, but parallel.tp=2 is more than a node has: cluster.gpus_per_node=1  -> try parallel.overlap.tp=false"),
         (["parallel.overlap.param_gather=true"], 1, "parallel.overlap.param_gather=true needs parallel.overlap.grad_reduce=true  -> try parallel.overlap.grad_reduce=true"),
         (["parallel.overlap.grad_reduce=true", "optimizer.zero=deepspeed"], 1, "parallel.overlap.grad_reduce needs optimizer.zero=megatron; DeepSpeed's optimizer is used after the backward pass  -> try optimizer.zero=megatron or parallel.overlap.grad_reduce=false"),
         (["train.global_batch_size=4"], 8, "micro_batch_size*dp = 1*8=8  -> try train.global_batch_size=8"),

@@ -60,7 +60,7 @@ def check_interleaving(config: Config) -> Iterator[Problem]:
 
 
 def check_overlap(config: Config) -> Iterator[Problem]:
-    """What overlaps is megatron-core's doing, and weights may only follow gradients."""
+    """What each overlap is done by, and what it follows."""
     overlap = config.parallel.overlap
     asked = [name for name in ("grad_reduce", "param_gather") if getattr(overlap, name)]
     if asked and config.optimizer.zero is Zero.deepspeed:
@@ -74,6 +74,19 @@ def check_overlap(config: Config) -> Iterator[Problem]:
         yield Problem(
             "parallel.overlap.param_gather=true needs parallel.overlap.grad_reduce=true",
             "parallel.overlap.grad_reduce=true",
+        )
+    if overlap.tp and not config.parallel.sequence_parallel:
+        yield Problem(
+            "parallel.overlap.tp=true splits what sequence parallelism gathers and scatters, "
+            "but parallel.sequence_parallel=false",
+            "parallel.sequence_parallel=true or parallel.overlap.tp=false",
+        )
+    per_node = config.cluster.gpus_per_node
+    if overlap.tp and per_node is not None and config.parallel.tp > per_node:
+        yield Problem(
+            f"parallel.overlap.tp=true goes through NVLink, but parallel.tp={config.parallel.tp} "
+            f"is more than a node has: cluster.gpus_per_node={per_node}",
+            "parallel.overlap.tp=false",
         )
 
 

@@ -6,6 +6,7 @@ Megatron-core's transformer layers with our norm and our packed core attention p
 from triptych.models.activations import SwiGLU
 from triptych.models.attention import PackedCoreAttention
 from triptych.models.kernels import Kernel, KernelTable
+from triptych.models.linear import OverlappedColumnParallelLinear, OverlappedRowParallelLinear
 from triptych.models.norm import LayerNorm, LigerRMSNorm, RMSNorm
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -21,41 +22,51 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 
-def language_block(num_layers: int, table: KernelTable) -> TransformerBlockSubmodules:
+def language_block(
+    num_layers: int, table: KernelTable, *, overlap_tp: bool
+) -> TransformerBlockSubmodules:
     """``num_layers`` causal decoder layers and a final RMSNorm."""
     norm = LigerRMSNorm if table.rms_norm.kernel is Kernel.LIGER else RMSNorm
     compiled = table.activation.kernel is Kernel.COMPILED
     swiglu = ModuleSpec(module=SwiGLU, params={"compiled": compiled})
-    layer = _layer(norm, swiglu, AttnMaskType.causal, table)
+    layer = _layer(norm, swiglu, AttnMaskType.causal, table, overlap_tp)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
 
 
-def vision_block(num_layers: int, table: KernelTable) -> TransformerBlockSubmodules:
+def vision_block(
+    num_layers: int, table: KernelTable, *, overlap_tp: bool
+) -> TransformerBlockSubmodules:
     """``num_layers`` layers that look both ways within a frame; no final norm."""
-    layer = _layer(LayerNorm, None, AttnMaskType.no_mask, table)
+    layer = _layer(LayerNorm, None, AttnMaskType.no_mask, table, overlap_tp)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers)
 
 
 def _layer(
-    norm: type, activation: ModuleSpec | None, mask: AttnMaskType, table: KernelTable
+    norm: type,
+    activation: ModuleSpec | None,
+    mask: AttnMaskType,
+    table: KernelTable,
+    overlap_tp: bool,
 ) -> ModuleSpec:
+    column = OverlappedColumnParallelLinear if overlap_tp else ColumnParallelLinear
+    row = OverlappedRowParallelLinear if overlap_tp else RowParallelLinear
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": mask},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear,
+            linear_qkv=column,
             core_attention=ModuleSpec(
                 module=PackedCoreAttention, params={"kernel": table.attention.kernel}
             ),
-            linear_proj=RowParallelLinear,
+            linear_proj=row,
         ),
     )
     mlp = ModuleSpec(
         module=MLP,
         submodules=MLPSubmodules(
-            linear_fc1=ColumnParallelLinear,
+            linear_fc1=column,
             activation_func=activation,
-            linear_fc2=RowParallelLinear,
+            linear_fc2=row,
         ),
     )
     return ModuleSpec(

@@ -64,7 +64,9 @@ class Qwen2VL(MegatronModule):
             self.merger = Merger(config.vision, config.language, precision)
         self.language = LanguageModel(
             transformer,
-            language_block(layers_per_stage[chunk * mesh.dims.pp + mesh.pp_rank], table),
+            language_block(
+                layers_per_stage[chunk * mesh.dims.pp + mesh.pp_rank], table, overlap_tp=overlap.tp
+            ),
             vocab_size=config.language.vocab_size,
             max_sequence_length=config.language.max_position_embeddings,
             pre_process=self.pre_process,
