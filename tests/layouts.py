@@ -100,7 +100,8 @@ class Case:
     llm: str = "none"
     """Recomputation: none, full, or the modules."""
     zero: str = "megatron"
-    """The optimizer, and what it overlaps: megatron, megatron+grads, megatron+all or deepspeed."""
+    """The optimizer, and what it overlaps: megatron, megatron+grads, megatron+all or deepspeed.
+    With all but the first, sequence-parallel layers overlap what they exchange."""
     precision: str = "fp32"
 
     def __str__(self) -> str:
@@ -243,7 +244,7 @@ def config_of(case: Case) -> Config:
                 grad_reduce=overlap in ("grads", "all"),
                 param_gather=overlap == "all",
                 p2p=overlap == "all" and layout.vpp > 1,
-                tp=overlap == "all" and layout.sequence_parallel,
+                tp=case.zero != "megatron" and layout.sequence_parallel,
             ),
         ),
         optimizer=OptimizerConfig(zero=Zero[zero], clip_grad=CLIP_GRAD, eps=EPS),
