@@ -12,6 +12,7 @@ import os
 import resource
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -252,20 +253,24 @@ def _announce(what: str) -> None:
 def _call(command: str) -> None:
     """Run a command of this project, as a person would type it in its folder.
 
+    A SIGTERM ends the command, too; torchrun passes it on to its ranks.
+
     Raises:
         DemoError: it failed.
     """
     print(f"$ {command}", flush=True)
     program, *words = shlex.split(command)
     threads = "1" if program == "torchrun" else "2"
-    result = subprocess.run(
+    with subprocess.Popen(
         [str(Path(sys.executable).with_name(program)), *words],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": threads},
-        check=False,
-    )
-    if result.returncode != 0:
-        raise DemoError(f"failed with exit code {result.returncode}: {command}")
+    ) as process:
+        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        process.wait()
+        signal.signal(signal.SIGTERM, before)
+    if process.returncode != 0:
+        raise DemoError(f"failed with exit code {process.returncode}: {command}")
 
 
 def _cpu_seconds() -> float:

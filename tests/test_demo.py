@@ -3,11 +3,14 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 from PIL import Image
 
@@ -171,6 +174,26 @@ def test_a_folder_of_something_else_is_not_removed(tmp_path):
     assert done.returncode == 1
     assert "is no demo's" in done.stderr
     assert (tmp_path / "thesis.tex").exists()
+
+
+def test_terminated_it_ends_what_it_has_called():
+    """Else torchrun and its ranks would train on, unseen."""
+    call = "python -c 'import os, time; print(os.getpid(), flush=True); time.sleep(100)'"
+    code = f"from triptych.launch.demo import _call; _call({call!r})"
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as demo:
+        called = next(psutil.Process(int(line)) for line in demo.stdout if line.strip().isdigit())
+        while not handles(demo.pid, signal.SIGTERM):
+            time.sleep(0.01)
+        demo.terminate()
+        _, said = demo.communicate(timeout=60)
+    assert "failed with exit code -15" in said
+    assert not called.is_running()
+
+
+def handles(pid: int, number: signal.Signals) -> bool:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return bool(int(re.search(r"SigCgt:\t(\w+)", status)[1], 16) >> (number - 1) & 1)
 
 
 @pytest.mark.parametrize(
