@@ -195,7 +195,7 @@ class OverlapConfig:
     p2p: bool = False
     """Send and receive ahead also while the pipeline fills and drains; needs ``vpp`` above 1, where
     this is always done in between."""
-    tp: bool = False
+    tp_comm: bool = False
     """Gather and scatter the sequence piece by piece, beside the matrix product of each piece;
     needs ``sequence_parallel``, and on CUDA a tp group that NVLink connects."""
 

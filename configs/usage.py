@@ -18,7 +18,7 @@ OVERRIDES = {
     "parallel.overlap.grad_reduce": "gradients travel during the backward pass",
     "parallel.overlap.param_gather": "weights travel during the next forward pass",
     "parallel.overlap.p2p": "messages between stages travel during other passes; needs vpp > 1",
-    "parallel.overlap.tp": "tp ranks exchange activations during their matrix products",
+    "parallel.overlap.tp_comm": "tp ranks exchange activations during their matrix products",
     "train.kernels": "auto takes fused kernels where they are installed, torch never",
     "cluster": "what the machines can do: for launch/plan.py, MFU, the split of layers",
     "optimizer.zero": "who shards the optimizer state over data-parallel ranks",

@@ -59,7 +59,7 @@ def _fitting(config: Config) -> Iterator[tuple[float, Config]]:
                 vpp=vpp,
                 sequence_parallel=tp > 1,
                 layout="auto",
-                overlap=replace(overlap, p2p=False, tp=overlap.tp and tp > 1),
+                overlap=replace(overlap, p2p=False, tp_comm=overlap.tp_comm and tp > 1),
             ),
             train=replace(config.train, micro_batch_size=packs),
         )

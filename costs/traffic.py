@@ -4,7 +4,7 @@ Collectives are counted as rings: of n ranks, an all-gather or reduce-scatter of
 (n - 1) / n * B from each rank, an all-reduce twice that. Which of them wait and which run beside a
 matrix product is how megatron-core 0.16.1 does it (tensor_parallel/layers.py): the backward pass of
 a column-parallel layer that trains hides its communication, everything else waits. With
-``parallel.overlap.tp`` all of the layers hide theirs (models/linear.py), and only latency is left.
+``parallel.overlap.tp_comm`` all layers hide theirs (models/linear.py), and only latency is left.
 """
 
 from dataclasses import dataclass, replace
@@ -214,7 +214,7 @@ def _vit(config: Config, patches: float) -> PassTraffic:
 
 
 def _layer_traffic(config: Config, forward: Traffic, backward: Traffic) -> PassTraffic:
-    if config.parallel.overlap.tp:
+    if config.parallel.overlap.tp_comm:
         return PassTraffic(replace(forward, awaited=0.0), replace(backward, awaited=0.0))
     return PassTraffic(forward, backward)
 

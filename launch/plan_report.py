@@ -142,7 +142,7 @@ def _sources(plan: Estimate) -> str:
         f"full packs of {EXPECTED_SEGMENTS} equal samples",
         "the norm and attention kernels of CUDA",
     ]
-    if plan.config.parallel.overlap.tp:
+    if plan.config.parallel.overlap.tp_comm:
         kinds["assumed"].append("a layer's products outlast what its tp ranks exchange meanwhile")
     return "\n".join(
         [

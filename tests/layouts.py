@@ -244,7 +244,7 @@ def config_of(case: Case) -> Config:
                 grad_reduce=overlap in ("grads", "all"),
                 param_gather=overlap == "all",
                 p2p=overlap == "all" and layout.vpp > 1,
-                tp=case.zero != "megatron" and layout.sequence_parallel,
+                tp_comm=case.zero != "megatron" and layout.sequence_parallel,
             ),
         ),
         optimizer=OptimizerConfig(zero=Zero[zero], clip_grad=CLIP_GRAD, eps=EPS),

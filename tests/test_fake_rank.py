@@ -72,7 +72,7 @@ def test_72b_on_1024_ranks(words: list[str]) -> None:
     [
         (["model=debug", "parallel=tp2_pp2", "cluster.gpus=8"], [0, 1]),
         (
-            ["model=debug", "parallel=tp2_pp2", "parallel.overlap.tp=true", "cluster.gpus=8"],
+            ["model=debug", "parallel=tp2_pp2", "parallel.overlap.tp_comm=true", "cluster.gpus=8"],
             [0, 1],
         ),
         (["model=qwen2_vl_2b", "cluster.gpus=64", "parallel.recompute.vit=full"], [0]),

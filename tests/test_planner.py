@@ -221,7 +221,7 @@ def test_overlap_hides_what_replicas_exchange() -> None:
 def test_overlap_hides_what_the_layers_exchange_over_tp() -> None:
     """Latency is left, and what embedding, merger and head wait for."""
     layers = "parallel.layout=[10,10,10,10,10,10,10,10]"
-    plain, overlapped = plan_of(layers), plan_of(layers, "parallel.overlap.tp=true")
+    plain, overlapped = plan_of(layers), plan_of(layers, "parallel.overlap.tp_comm=true")
     assert 0 < overlapped.tp.awaited_s < plain.tp.awaited_s / 3
     assert overlapped.tp.sent_bytes == plain.tp.sent_bytes
     assert overlapped.mfu > plain.mfu

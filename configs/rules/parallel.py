@@ -75,18 +75,19 @@ def check_overlap(config: Config) -> Iterator[Problem]:
             "parallel.overlap.param_gather=true needs parallel.overlap.grad_reduce=true",
             "parallel.overlap.grad_reduce=true",
         )
-    if overlap.tp and not config.parallel.sequence_parallel:
+    if overlap.tp_comm and not config.parallel.sequence_parallel:
         yield Problem(
-            "parallel.overlap.tp=true splits what sequence parallelism gathers and scatters, "
+            "parallel.overlap.tp_comm=true splits what sequence parallelism gathers and scatters, "
             "but parallel.sequence_parallel=false",
-            "parallel.sequence_parallel=true or parallel.overlap.tp=false",
+            "parallel.sequence_parallel=true or parallel.overlap.tp_comm=false",
         )
     per_node = config.cluster.gpus_per_node
-    if overlap.tp and per_node is not None and config.parallel.tp > per_node:
+    if overlap.tp_comm and per_node is not None and config.parallel.tp > per_node:
         yield Problem(
-            f"parallel.overlap.tp=true goes through NVLink, but parallel.tp={config.parallel.tp} "
-            f"is more than a node has: cluster.gpus_per_node={per_node}",
-            "parallel.overlap.tp=false",
+            "parallel.overlap.tp_comm=true goes through NVLink, but "
+            f"parallel.tp={config.parallel.tp} is more than a node has: "
+            f"cluster.gpus_per_node={per_node}",
+            "parallel.overlap.tp_comm=false",
         )
 
 

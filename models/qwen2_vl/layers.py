@@ -23,21 +23,21 @@ from megatron.core.transformer.transformer_layer import (
 
 
 def language_block(
-    num_layers: int, table: KernelTable, *, overlap_tp: bool
+    num_layers: int, table: KernelTable, *, overlap_tp_comm: bool
 ) -> TransformerBlockSubmodules:
     """``num_layers`` causal decoder layers and a final RMSNorm."""
     norm = LigerRMSNorm if table.rms_norm.kernel is Kernel.LIGER else RMSNorm
     compiled = table.activation.kernel is Kernel.COMPILED
     swiglu = ModuleSpec(module=SwiGLU, params={"compiled": compiled})
-    layer = _layer(norm, swiglu, AttnMaskType.causal, table, overlap_tp)
+    layer = _layer(norm, swiglu, AttnMaskType.causal, table, overlap_tp_comm)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
 
 
 def vision_block(
-    num_layers: int, table: KernelTable, *, overlap_tp: bool
+    num_layers: int, table: KernelTable, *, overlap_tp_comm: bool
 ) -> TransformerBlockSubmodules:
     """``num_layers`` layers that look both ways within a frame; no final norm."""
-    layer = _layer(LayerNorm, None, AttnMaskType.no_mask, table, overlap_tp)
+    layer = _layer(LayerNorm, None, AttnMaskType.no_mask, table, overlap_tp_comm)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers)
 
 
@@ -46,10 +46,10 @@ def _layer(
     activation: ModuleSpec | None,
     mask: AttnMaskType,
     table: KernelTable,
-    overlap_tp: bool,
+    overlap_tp_comm: bool,
 ) -> ModuleSpec:
-    column = OverlappedColumnParallelLinear if overlap_tp else ColumnParallelLinear
-    row = OverlappedRowParallelLinear if overlap_tp else RowParallelLinear
+    column = OverlappedColumnParallelLinear if overlap_tp_comm else ColumnParallelLinear
+    row = OverlappedRowParallelLinear if overlap_tp_comm else RowParallelLinear
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": mask},

@@ -65,7 +65,9 @@ class Qwen2VL(MegatronModule):
         self.language = LanguageModel(
             transformer,
             language_block(
-                layers_per_stage[chunk * mesh.dims.pp + mesh.pp_rank], table, overlap_tp=overlap.tp
+                layers_per_stage[chunk * mesh.dims.pp + mesh.pp_rank],
+                table,
+                overlap_tp_comm=overlap.tp_comm,
             ),
             vocab_size=config.language.vocab_size,
             max_sequence_length=config.language.max_position_embeddings,

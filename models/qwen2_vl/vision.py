@@ -58,7 +58,7 @@ class VisionTower(MegatronModule):
         mark_shared(self.patch_embed, transformer)
         self.decoder = TransformerBlock(
             transformer,
-            vision_block(config.depth, table, overlap_tp=parallel.overlap.tp),
+            vision_block(config.depth, table, overlap_tp_comm=parallel.overlap.tp_comm),
             post_layer_norm=False,
             post_process=False,
         )
