@@ -445,16 +445,14 @@ def _is_whole(case: Case) -> bool:
     return num_microbatches > 0 and num_microbatches % groups == 0
 
 
-def pairs(case: Case) -> set[frozenset[tuple[str, Any]]]:
+def pairs(case: Case) -> set[tuple[tuple[str, Any], ...]]:
     """Every two choices that the case makes together, and its layout, tied or not."""
     layers = case.layout.layers
     whole: tuple[tuple[str, Any], ...] = (("layout", str(case.layout)), ("tied", case.tied))
     choices = vars(case.layout) | vars(case)
     del choices["layout"]
     choices["layers"] = "even" if len(set(layers)) == 1 else layers.index(max(layers))
-    return {frozenset(whole)} | {
-        frozenset(pair) for pair in itertools.combinations(choices.items(), 2)
-    }
+    return {whole, *itertools.combinations(choices.items(), 2)}
 
 
 def cover(cases: Sequence[Case]) -> Iterator[Case]:

@@ -33,7 +33,7 @@ LAYOUTS = [
     Layout(dp=2),
     pytest.param(Layout(dp=4), marks=pytest.mark.slow),
     pytest.param(Layout(tp=2, dp=2, sequence_parallel=True), marks=pytest.mark.slow),
-    Layout(pp=2, dp=2, layers=(1, 3)),
+    pytest.param(Layout(pp=2, dp=2, layers=(1, 3)), marks=pytest.mark.slow),
     Layout(pp=2, dp=2, layers=(1, 1, 1, 1), vpp=2),
 ]
 
