@@ -92,6 +92,10 @@ class PassTraffic:
     def __mul__(self, count: int) -> "PassTraffic":
         return PassTraffic(self.forward * count, self.backward * count)
 
+    def beside_products(self) -> "PassTraffic":
+        """The same bytes, all hidden; the latency of each message is still waited for."""
+        return PassTraffic(replace(self.forward, awaited=0.0), replace(self.backward, awaited=0.0))
+
 
 @dataclass(frozen=True, slots=True)
 class TensorTraffic:
@@ -127,9 +131,12 @@ def tensor_traffic(config: Config, load: Workload) -> TensorTraffic:
     )
     if sharded:  # what leaves the ViT, gathered for the merger
         embedding += PassTraffic(forward=_waits(patches))
+    vit, layer = _vit(config, patches) * vision.depth, _layer(config, tokens)
+    if config.parallel.overlap.tp_comm:
+        vit, layer = vit.beside_products(), layer.beside_products()
     return TensorTraffic(
-        vision=embedding + _vit(config, patches) * vision.depth,
-        layer=_layer(config, tokens),
+        vision=embedding + vit,
+        layer=layer,
         head=PassTraffic(
             forward=(_waits(tokens) if sharded else Traffic()) + _waits(0, messages=3),
             backward=_column_backward(tokens, sharded=sharded, trains=trains),
@@ -197,7 +204,7 @@ def _layer(config: Config, tokens: float) -> PassTraffic:
         Recompute.selective: int("mlp" in recompute.modules),
         Recompute.full: 2,
     }[recompute.llm]
-    return _layer_traffic(config, forward * 2, backward * 2 + forward * again)
+    return PassTraffic(forward * 2, backward * 2 + forward * again)
 
 
 def _vit(config: Config, patches: float) -> PassTraffic:
@@ -205,18 +212,12 @@ def _vit(config: Config, patches: float) -> PassTraffic:
     sharded = config.parallel.sequence_parallel
     forward = _waits(2 * patches, messages=2 if sharded else 1)
     if not config.stage.vit.train:
-        return _layer_traffic(config, forward * 2, Traffic())
+        return PassTraffic(forward * 2)
     again = 2 if config.parallel.recompute.vit is Recompute.full else 0
     backward = _column_backward(patches, sharded=sharded, trains=True)
     if sharded:
         backward += _waits(patches)  # the gradient of the row-parallel layer's output
-    return _layer_traffic(config, forward * 2, backward * 2 + forward * again)
-
-
-def _layer_traffic(config: Config, forward: Traffic, backward: Traffic) -> PassTraffic:
-    if config.parallel.overlap.tp_comm:
-        return PassTraffic(replace(forward, awaited=0.0), replace(backward, awaited=0.0))
-    return PassTraffic(forward, backward)
+    return PassTraffic(forward * 2, backward * 2 + forward * again)
 
 
 def _column_backward(tokens: float, *, sharded: bool, trains: bool) -> Traffic:
