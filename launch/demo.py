@@ -253,7 +253,7 @@ def _announce(what: str) -> None:
 def _call(command: str) -> None:
     """Run a command of this project, as a person would type it in its folder.
 
-    A SIGTERM ends the command, too; torchrun passes it on to its ranks.
+    SIGTERM and Ctrl-C end the command, too; torchrun passes it on to its ranks.
 
     Raises:
         DemoError: it failed.
@@ -267,8 +267,11 @@ def _call(command: str) -> None:
         env=os.environ | {"OMP_NUM_THREADS": threads},
     ) as process:
         before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-        process.wait()
-        signal.signal(signal.SIGTERM, before)
+        try:
+            process.wait()
+        finally:
+            process.terminate()  # after Ctrl-C; of one that has ended, nothing
+            signal.signal(signal.SIGTERM, before)
     if process.returncode != 0:
         raise DemoError(f"failed with exit code {process.returncode}: {command}")
 

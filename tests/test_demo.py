@@ -176,7 +176,11 @@ def test_a_folder_of_something_else_is_not_removed(tmp_path):
     assert (tmp_path / "thesis.tex").exists()
 
 
-def test_terminated_it_ends_what_it_has_called():
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [(signal.SIGTERM, "failed with exit code -15"), (signal.SIGINT, "KeyboardInterrupt")],
+)
+def test_terminated_it_ends_what_it_has_called(number, told):
     """Else torchrun and its ranks would train on, unseen."""
     call = "python -c 'import os, time; print(os.getpid(), flush=True); time.sleep(100)'"
     code = f"from triptych.launch.demo import _call; _call({call!r})"
@@ -185,9 +189,9 @@ def test_terminated_it_ends_what_it_has_called():
         called = next(psutil.Process(int(line)) for line in demo.stdout if line.strip().isdigit())
         while not handles(demo.pid, signal.SIGTERM):
             time.sleep(0.01)
-        demo.terminate()
+        demo.send_signal(number)
         _, said = demo.communicate(timeout=60)
-    assert "failed with exit code -15" in said
+    assert told in said
     assert not called.is_running()
 
 
