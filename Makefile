@@ -50,4 +50,4 @@ test-full: checks
 	$(BIN)/pytest
 
 bench: $(INSTALLED)
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/bench.py

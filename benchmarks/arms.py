@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from triptych.benchmarks.samples import first_fit, num_tokens
-from triptych.checkpoints.hf import HFReader
-from triptych.checkpoints.hf_config import hf_config
+from triptych.checkpoints.hf.folder import HFReader
+from triptych.checkpoints.hf.model_config import hf_config
 from triptych.configs.schema import Config, TokensConfig
-from triptych.data.collate import Segment, collate
-from triptych.data.image import normalize_patches
+from triptych.data.loading.collate import Segment, collate
+from triptych.data.media.image import normalize_patches
 from triptych.data.types import Batch
 from triptych.models.attention import VARLEN_ATTENTIONS, Segments
 from triptych.models.kernels import Installed, choose

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from triptych.benchmarks.table import Row, print_rows
-from triptych.costs.timeline import ideal_bubble, simulate
+from triptych.costs.pipeline_schedule import ideal_bubble, simulate
 from triptych.tests.pool import RankPool
 from triptych.tests.sleeping import measured_bubble, run_sleeping
 

@@ -31,16 +31,16 @@ from triptych.costs.flops import (
     layer_flops,
     vit_flops,
 )
-from triptych.data.collate import Segment, collate
-from triptych.data.image import PATCH_DIM
+from triptych.data.loading.collate import Segment, collate
+from triptych.data.media.image import PATCH_DIM
 from triptych.data.types import Batch, SampleId
 from triptych.models.build import build_model
 from triptych.models.init import init_parameters
-from triptych.models.qwen2_vl.model import Qwen2VL
+from triptych.models.qwen_vl.model import Qwen2VL
 from triptych.parallel.device import HAS_CUDA, synchronize
 from triptych.parallel.dtypes import DTYPES
 from triptych.parallel.mesh import Mesh, build_mesh, init_distributed, shutdown
-from triptych.train.feed import to_device
+from triptych.train.batches import to_device
 
 NUM_ROUNDS = 7
 DEPTH = 3

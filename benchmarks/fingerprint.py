@@ -5,7 +5,7 @@
 
 Short runs of the commands in several layouts, on two cores some four minutes. Only commands are
 called, so any two commits can be compared. Moments are sums of gradients: that they are bit-equal
-after six steps says so of every gradient.
+after six steps says so of every gradient. Left out: ``.metadata``, which has a random name in it.
 """
 
 import json
@@ -59,7 +59,8 @@ def main() -> None:
                 print(f"{name}: {line}", flush=True)
         exported = Path(folder) / "exported"
         source = Path(folder) / "stage_2_one_process"
-        call(f"python launch/convert.py export {source} {exported} --tokenizer {folder}/data/tokenizer")
+        tokenizer = f"{folder}/data/tokenizer"
+        call(f"python launch/convert.py export {source} {exported} --tokenizer {tokenizer}")
         for file in sorted(exported.iterdir()):
             print(f"export: {file.name} {digest(file.read_bytes())}")
     for words in PLANS:
@@ -70,13 +71,21 @@ def run_lines(run_dir: Path) -> Iterator[str]:
     """What a run left behind: every step, and every file of its checkpoints."""
     for line in (run_dir / "metrics.jsonl").read_text().splitlines():
         step = json.loads(line)
-        kept = ("step", "loss", "grad_norm", "num_tokens", "num_patches", "flops", "validation_loss")
+        kept = (
+            "step",
+            "loss",
+            "grad_norm",
+            "num_tokens",
+            "num_patches",
+            "flops",
+            "validation_loss",
+        )
         yield " ".join(f"{key}={step[key]!r}" for key in kept if key in step)
     for checkpoint in sorted((run_dir / "checkpoints").glob("step_*")):
         manifest = json.loads((checkpoint / "MANIFEST.json").read_text())
         yield f"{checkpoint.name} plan {manifest['info']['plan']}"
         for file in sorted(manifest["files"]):
-            if file.startswith("shards/") or file in ("data.json", "model.json"):
+            if file.startswith("shards/_") or file in ("data.json", "model.json"):
                 yield f"{checkpoint.name} {file} {manifest['files'][file]['xxh3_128']}"
     for ledger in sorted((run_dir / "ledger").iterdir()):
         yield f"ledger {ledger.name} {digest(ledger.read_bytes())}"

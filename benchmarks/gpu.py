@@ -32,11 +32,11 @@ from triptych.benchmarks.samples import Mix, draw_samples, num_tokens
 from triptych.benchmarks.table import Row, print_rows, spread
 from triptych.configs.compose import load_config
 from triptych.configs.schema import Config
+from triptych.costs.activation_memory import GPU, Activations
 from triptych.costs.flops import training_flops
-from triptych.costs.kept import GPU, Activations
-from triptych.costs.layout import layers_per_stage
-from triptych.costs.memory import stage_memory
-from triptych.costs.pieces import stage_pieces
+from triptych.costs.layer_split import layers_per_chunk
+from triptych.costs.memory import pp_stage_memory
+from triptych.costs.parameter_shards import pp_stage_shards
 from triptych.data.types import Batch, Step
 from triptych.models.kernels import Installed, choose
 from triptych.parallel.device import HAS_CUDA, synchronize
@@ -86,11 +86,11 @@ def model_flops(config: Config, batches: Sequence[Batch]) -> float:
 def planned_bytes(config: Config, batches: Sequence[Batch]) -> int:
     """At the fullest, with the largest pack."""
     largest = max(batches, key=lambda batch: batch.num_tokens)
-    layers = layers_per_stage(config)
-    [stage] = stage_memory(
+    layers = layers_per_chunk(config)
+    [stage] = pp_stage_memory(
         Activations(config, load_of(largest), GPU),
         layers,
-        stage_pieces(config, layers),
+        pp_stage_shards(config, layers),
         dp=1,
         num_microbatches=len(batches),
     )

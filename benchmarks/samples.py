@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from triptych.configs.schema import ModelConfig
-from triptych.data.collate import Segment
-from triptych.data.image import PATCH_DIM
+from triptych.data.loading.collate import Segment
+from triptych.data.media.image import PATCH_DIM
 from triptych.data.types import SampleId
 
 

@@ -18,7 +18,7 @@ class Comm(Protocol):
         """The picklable ``value`` of every rank, by rank. Every rank must call this."""
 
 
-class Alone:
+class SingleProcess:
     """One process, for tools and tests."""
 
     rank = 0

@@ -32,7 +32,7 @@ from triptych.configs.schema import ModelConfig
 from triptych.errors import CheckpointError
 from triptych.parallel.device import HAS_CUDA
 from triptych.parallel.mesh import Mesh
-from triptych.parallel.zero import STATE_KINDS, ParamState, ShardedOptimizer
+from triptych.parallel.zero.protocol import STATE_KINDS, ParamState, ShardedOptimizer
 
 WEIGHTS = "model"
 

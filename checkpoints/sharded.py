@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from triptych.checkpoints.comm import ProcessGroupComm
 from triptych.errors import CheckpointError
 from triptych.models.init import EMBEDDING, HEAD
-from triptych.models.parameters import Cut, cut_of
+from triptych.models.parameters import TensorSharding, sharding_of
 from triptych.parallel.mesh import Mesh
 
 from megatron.core import dist_checkpointing
@@ -153,7 +153,7 @@ def tensor_problems(
 def stored_keys(kind: str, name: str, *, tied: bool) -> list[str]:
     """The keys under which a parameter, or its optimizer state, is stored."""
     stored_as = EMBEDDING if tied and name == HEAD else name
-    halves = HALVES if cut_of(name) is Cut.GATED_ROWS else ("",)
+    halves = HALVES if sharding_of(name) is TensorSharding.GATED_ROWS else ("",)
     return [".".join(filter(None, (kind, stored_as, half))) for half in halves]
 
 
@@ -183,15 +183,15 @@ def _stored_pieces(
     kind: str, name: str, tensor: Tensor, *, tied: bool
 ) -> Iterator[tuple[str, Tensor]]:
     """Views of the tensor, each a block of one stored tensor, with its key."""
-    pieces = tensor.chunk(2) if cut_of(name) is Cut.GATED_ROWS else (tensor,)
+    pieces = tensor.chunk(2) if sharding_of(name) is TensorSharding.GATED_ROWS else (tensor,)
     return zip(stored_keys(kind, name, tied=tied), pieces, strict=True)
 
 
 def _sharded_tensor(key: str, name: str, piece: Tensor, mesh: Mesh, *, tied: bool) -> ShardedTensor:
-    cut = cut_of(name)
+    sharding = sharding_of(name)
     offsets, tp_replica = [], mesh.tp_rank
-    if cut is not Cut.REPLICATED:
-        offsets = [(1 if cut is Cut.COLUMNS else 0, mesh.tp_rank, mesh.dims.tp)]
+    if sharding is not TensorSharding.REPLICATED:
+        offsets = [(1 if sharding is TensorSharding.COLUMNS else 0, mesh.tp_rank, mesh.dims.tp)]
         tp_replica = 0
     replica = (int(tied and name == HEAD), tp_replica, mesh.dp_rank)
     return ShardedTensor.from_rank_offsets(key, piece.detach(), *offsets, replica_id=replica)

@@ -7,10 +7,10 @@ all that is wrong is reported at once, each with the override that mends it.
 from collections.abc import Iterator
 
 from triptych.configs.problems import Problem, refusal
+from triptych.configs.rules.architecture import check_model
 from triptych.configs.rules.bounds import check_bounds
 from triptych.configs.rules.cluster import check_cluster, check_size
-from triptych.configs.rules.data import check_data, check_images
-from triptych.configs.rules.model import check_model
+from triptych.configs.rules.datasets import check_data, check_images
 from triptych.configs.rules.parallel import (
     check_batch,
     check_interleaving,

@@ -9,29 +9,29 @@ from dataclasses import dataclass
 import numpy as np
 
 from triptych.configs.schema import Config
-from triptych.costs.flops import Workload, stage_flops
-from triptych.costs.kept import GPU, Activations, Kept
-from triptych.costs.layout import layers_per_stage
-from triptych.costs.memory import StageMemory, stage_memory
-from triptych.costs.pieces import Pieces, stage_pieces, trained
-from triptych.costs.timeline import Timeline, ideal_bubble, simulate
-from triptych.costs.traffic import (
+from triptych.costs.activation_memory import GPU, Activations, SavedActivations
+from triptych.costs.communication import (
+    Communication,
     Links,
-    Traffic,
-    gradient_traffic,
+    gradient_communication,
     part_duration,
-    stage_message,
-    tensor_traffic,
-    weight_traffic,
+    pp_message,
+    tensor_communication,
+    weight_communication,
 )
-from triptych.costs.work import expected_load
+from triptych.costs.compute import expected_load
+from triptych.costs.flops import Workload, stage_flops
+from triptych.costs.layer_split import layers_per_chunk
+from triptych.costs.memory import PPStageMemory, pp_stage_memory
+from triptych.costs.parameter_shards import ParameterShards, pp_stage_shards, trained
+from triptych.costs.pipeline_schedule import Timeline, ideal_bubble, simulate
 
 DAY_S = 86400
 TERA = 1e12
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class StepShape:
     """How a step divides."""
 
     dp: int
@@ -40,7 +40,7 @@ class Shape:
     """Of a microbatch."""
 
     @classmethod
-    def of(cls, config: Config) -> "Shape":
+    def of(cls, config: Config) -> "StepShape":
         """For ``cluster.gpus`` devices; validated before."""
         assert config.cluster.gpus is not None
         dp = config.cluster.gpus // (config.parallel.tp * config.parallel.pp)
@@ -62,8 +62,8 @@ class Seconds:
 class Exchange:
     """What one rank sends in a step, at most over the stages, and for how long it waits."""
 
-    sent_bytes: float
-    awaited_s: float
+    bytes_sent: float
+    exposed_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +71,14 @@ class Estimate:
     """One run on one cluster."""
 
     config: Config
-    shape: Shape
+    shape: StepShape
     layers: tuple[int, ...]
     """Decoder layers of each chunk."""
-    pieces: Sequence[Pieces]
+    shards: Sequence[ParameterShards]
     """Parameters on one rank of each stage."""
-    kept: Sequence[Kept]
-    """Of one microbatch in each chunk."""
-    memory: Sequence[StageMemory]
+    activations: Sequence[SavedActivations]
+    """What one microbatch keeps in each chunk."""
+    memory: Sequence[PPStageMemory]
     timeline: Timeline
     tp: Exchange
     pp: Exchange
@@ -92,7 +92,7 @@ class Estimate:
     @property
     def step_s(self) -> float:
         """Seconds of a step: the pipeline, then what is left to exchange between replicas."""
-        return self.timeline.makespan_s + self.dp.awaited_s
+        return self.timeline.makespan_s + self.dp.exposed_s
 
     @property
     def ideal_bubble(self) -> float:
@@ -142,8 +142,8 @@ class Estimate:
 
 def estimate(config: Config) -> Estimate:
     """The whole of it. The cluster must be described (``check_cluster``)."""
-    shape, layers = Shape.of(config), layers_per_stage(config)
-    pieces = stage_pieces(config, layers)
+    shape, layers = StepShape.of(config), layers_per_chunk(config)
+    shards = pp_stage_shards(config, layers)
     activations = Activations(config, shape.load, GPU)
     pp, vpp, microbatches = config.parallel.pp, config.parallel.vpp, shape.num_microbatches
     links = _links(config, shape)
@@ -154,21 +154,21 @@ def estimate(config: Config) -> Estimate:
         num_microbatches=microbatches,
         p2p_s=seconds.p2p,
     )
-    message = stage_message(config, shape.load)
+    message = pp_message(config, shape.load)
     hops = 2 * vpp * microbatches if pp > 1 else 0
     return Estimate(
         config=config,
         shape=shape,
         layers=layers,
-        pieces=pieces,
-        kept=activations.of_chunks(layers),
-        memory=stage_memory(
-            activations, layers, pieces, dp=shape.dp, num_microbatches=microbatches
+        shards=shards,
+        activations=activations.of_chunks(layers),
+        memory=pp_stage_memory(
+            activations, layers, shards, dp=shape.dp, num_microbatches=microbatches
         ),
         timeline=timeline,
         tp=_tensor_exchange(config, shape, layers, links),
-        pp=Exchange(message.sent * hops, links.pp.seconds(message) * hops),
-        dp=replica_exchange(config, shape, pieces, seconds),
+        pp=Exchange(message.bytes_sent * hops, links.pp.seconds(message) * hops),
+        dp=replica_exchange(config, shape, shards, seconds),
     )
 
 
@@ -180,7 +180,7 @@ def usable_bytes(config: Config) -> float:
     return (cluster.memory_gib - cluster.reserved_gib) * 2**30
 
 
-def pass_seconds(config: Config, shape: Shape, layers: tuple[int, ...]) -> Seconds:
+def pass_seconds(config: Config, shape: StepShape, layers: tuple[int, ...]) -> Seconds:
     """How long each chunk takes for a microbatch: computing, and waiting for its tp ranks."""
     assert config.cluster.peak_tflops is not None
     rate = config.cluster.peak_tflops * TERA
@@ -189,12 +189,12 @@ def pass_seconds(config: Config, shape: Shape, layers: tuple[int, ...]) -> Secon
     return Seconds(
         forward=[chunk.forward / rate for chunk in chunks],
         backward=[chunk.backward / rate for chunk in chunks],
-        p2p=links.pp.seconds(stage_message(config, shape.load)) if config.parallel.pp > 1 else 0.0,
+        p2p=links.pp.seconds(pp_message(config, shape.load)) if config.parallel.pp > 1 else 0.0,
     )
 
 
 def replica_exchange(
-    config: Config, shape: Shape, pieces: Sequence[Pieces], seconds: Seconds
+    config: Config, shape: StepShape, shards: Sequence[ParameterShards], seconds: Seconds
 ) -> Exchange:
     """Gradients and weights over dp, and a tied embedding's gradient between first and last stage.
 
@@ -204,44 +204,44 @@ def replica_exchange(
     links, overlap = _links(config, shape), config.parallel.overlap
     pp, vpp = config.parallel.pp, config.parallel.vpp
     exchanges = []
-    for stage, held in enumerate(pieces):
+    for stage, held in enumerate(shards):
         training = trained(config, held)
-        gradients = gradient_traffic(config, training, dp=shape.dp)
-        weights = weight_traffic(config, training, dp=shape.dp)
+        gradients = gradient_communication(config, training, dp=shape.dp)
+        weights = weight_communication(config, training, dp=shape.dp)
         beside_backward = sum(seconds.backward[stage::pp]) / vpp if overlap.grad_reduce else 0.0
         beside_forward = sum(seconds.forward[stage::pp]) / vpp if overlap.param_gather else 0.0
-        awaited = max(0.0, links.dp.seconds(gradients) - beside_backward)
-        awaited += max(0.0, links.dp.seconds(weights) - beside_forward)
-        exchanges.append(Exchange(gradients.sent + weights.sent, awaited))
-    tied = _tied_traffic(config)
+        exposed_s = max(0.0, links.dp.seconds(gradients) - beside_backward)
+        exposed_s += max(0.0, links.dp.seconds(weights) - beside_forward)
+        exchanges.append(Exchange(gradients.bytes_sent + weights.bytes_sent, exposed_s))
+    tied = _tied_communication(config)
     return Exchange(
-        max(exchange.sent_bytes for exchange in exchanges) + tied.sent,
-        max(exchange.awaited_s for exchange in exchanges) + links.pp.seconds(tied),
+        max(exchange.bytes_sent for exchange in exchanges) + tied.bytes_sent,
+        max(exchange.exposed_s for exchange in exchanges) + links.pp.seconds(tied),
     )
 
 
 def _tensor_exchange(
-    config: Config, shape: Shape, layers: tuple[int, ...], links: Links
+    config: Config, shape: StepShape, layers: tuple[int, ...], links: Links
 ) -> Exchange:
     """Of the stage that waits longest."""
-    chunks = tensor_traffic(config, shape.load).of_chunks(layers)
+    chunks = tensor_communication(config, shape.load).of_chunks(layers)
     stages = []
     for stage in range(config.parallel.pp):
         own = chunks[stage :: config.parallel.pp]
-        total = sum((c.forward + c.backward for c in own), Traffic()) * shape.num_microbatches
-        stages.append(Exchange(total.sent, links.tp.seconds(total)))
-    return max(stages, key=lambda stage: stage.awaited_s)
+        total = sum((c.forward + c.backward for c in own), Communication()) * shape.num_microbatches
+        stages.append(Exchange(total.bytes_sent, links.tp.seconds(total)))
+    return max(stages, key=lambda stage: stage.exposed_s)
 
 
-def _tied_traffic(config: Config) -> Traffic:
+def _tied_communication(config: Config) -> Communication:
     """The gradient of a tied embedding, in fp32, summed over two stages."""
     language = config.model.language
     if not language.tie_word_embeddings or config.parallel.pp == 1 or not config.stage.llm.train:
-        return Traffic()
+        return Communication()
     size = language.vocab_size * language.hidden_size // config.parallel.tp * 4
-    return Traffic(size, size, 1)
+    return Communication(size, size, 1)
 
 
-def _links(config: Config, shape: Shape) -> Links:
+def _links(config: Config, shape: StepShape) -> Links:
     parallel = config.parallel
     return Links.of(config.cluster, tp=parallel.tp, pp=parallel.pp, dp=shape.dp)

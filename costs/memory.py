@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from triptych.configs.schema import Config, Precision, Recompute, Zero
-from triptych.costs.dtypes import FP32, activation_bytes
-from triptych.costs.kept import Activations
-from triptych.costs.pieces import Pieces, trained
-from triptych.costs.timeline import stage_passes
-from triptych.costs.traffic import stage_message
+from triptych.costs.activation_memory import Activations
+from triptych.costs.communication import pp_message
+from triptych.costs.element_sizes import FP32, activation_bytes
+from triptych.costs.parameter_shards import ParameterShards, trained
+from triptych.costs.pipeline_schedule import pp_stage_passes
 
 CHUNK_TOKENS = 1024
 """Tokens whose logits exist together. Enough for matrix products at full speed; 6 bytes per logit
@@ -16,7 +16,7 @@ in bf16, so 0.9 GB with a vocabulary of 152k on one rank, against 7.5 GB for 819
 
 
 @dataclass(frozen=True, slots=True)
-class StageMemory:
+class PPStageMemory:
     """Bytes on one rank of a pipeline stage, at its fullest."""
 
     weights: int
@@ -35,40 +35,40 @@ class StageMemory:
         return self.weights + self.gradients + self.optimizer + self.activations + self.working
 
 
-def stage_memory(
+def pp_stage_memory(
     activations: Activations,
     layers: Sequence[int],
-    pieces: Sequence[Pieces],
+    shards: Sequence[ParameterShards],
     *,
     dp: int,
     num_microbatches: int,
-) -> list[StageMemory]:
+) -> list[PPStageMemory]:
     """Of each pipeline stage.
 
     Args:
         activations: of a microbatch.
-        layers: decoder layers of each chunk, as ``layers_per_stage`` gives them.
-        pieces: of each stage, as ``stage_pieces`` gives them.
+        layers: decoder layers of each chunk, as ``layers_per_chunk`` gives them.
+        shards: of each stage, as ``pp_stage_shards`` gives them.
         dp: data-parallel degree.
         num_microbatches: of a step, on one data-parallel rank.
     """
     config = activations.config
     pp, vpp = config.parallel.pp, config.parallel.vpp
-    kept = [chunk.total for chunk in activations.of_chunks(layers)]
+    saved = [chunk.total for chunk in activations.of_chunks(layers)]
     if vpp > 1:  # megatron-core keeps what was sent until it comes back
-        sent = int(stage_message(config, activations.load).sent)
-        kept = [*(size + sent for size in kept[:-1]), kept[-1]]
+        message = int(pp_message(config, activations.load).bytes_sent)
+        saved = [*(size + message for size in saved[:-1]), saved[-1]]
     stages = []
-    for stage, held in enumerate(pieces):
+    for stage, held in enumerate(shards):
         training = trained(config, held)
-        everything = sum(piece.total for piece in held.values())
+        everything = sum(shard.total for shard in held.values())
         stages.append(
-            StageMemory(
+            PPStageMemory(
                 weights=everything * activation_bytes(config),
                 gradients=training * FP32,
                 optimizer=-(-training // dp) * bytes_of_state(config),
-                activations=most_kept(
-                    kept[stage::pp], stage, pp=pp, vpp=vpp, num_microbatches=num_microbatches
+                activations=most_saved(
+                    saved[stage::pp], stage, pp=pp, vpp=vpp, num_microbatches=num_microbatches
                 ),
                 working=_working(activations, is_first=stage == 0, is_last=stage == pp - 1),
             )
@@ -87,14 +87,16 @@ def bytes_of_state(config: Config) -> int:
     return (3 if config.train.precision is Precision.bf16 else 2) * FP32
 
 
-def most_kept(kept: Sequence[int], stage: int, *, pp: int, vpp: int, num_microbatches: int) -> int:
+def most_saved(
+    saved: Sequence[int], stage: int, *, pp: int, vpp: int, num_microbatches: int
+) -> int:
     """The most bytes that a stage keeps at a time, going through its passes in order.
 
     In plain 1F1B that is min(pp - stage, num_microbatches) microbatches. Passes repeat themselves
     every pp microbatches, and warm-up is shorter than two such groups, so three show the most.
 
     Args:
-        kept: bytes of a microbatch in each chunk of the stage.
+        saved: bytes of a microbatch in each chunk of the stage.
         stage: which one.
         pp: stages.
         vpp: chunks per stage.
@@ -102,8 +104,8 @@ def most_kept(kept: Sequence[int], stage: int, *, pp: int, vpp: int, num_microba
     """
     now = most = 0
     enough = min(num_microbatches, 3 * pp)
-    for done in stage_passes(stage, pp=pp, vpp=vpp, num_microbatches=enough):
-        now += -kept[done.chunk] if done.is_backward else kept[done.chunk]
+    for done in pp_stage_passes(stage, pp=pp, vpp=vpp, num_microbatches=enough):
+        now += -saved[done.chunk] if done.is_backward else saved[done.chunk]
         most = max(most, now)
     return most
 

@@ -11,18 +11,18 @@ from triptych.configs.rules.parallel import (
     check_parallel,
 )
 from triptych.configs.schema import Config, Recompute
+from triptych.costs.activation_memory import GPU, Activations
 from triptych.costs.estimate import (
     Estimate,
-    Shape,
+    StepShape,
     estimate,
     pass_seconds,
     replica_exchange,
     usable_bytes,
 )
-from triptych.costs.kept import GPU, Activations
-from triptych.costs.layout import layers_per_stage
-from triptych.costs.memory import stage_memory
-from triptych.costs.pieces import stage_pieces
+from triptych.costs.layer_split import layers_per_chunk
+from triptych.costs.memory import pp_stage_memory
+from triptych.costs.parameter_shards import pp_stage_shards
 
 DEGREES = (1, 2, 4, 8, 16)
 """Of tp, within a node, and of pp."""
@@ -96,12 +96,12 @@ def _recomputing(config: Config) -> Iterator[Config]:
 
 def _seconds_if_it_fits(config: Config) -> float | None:
     """Of a step: the slowest stage's passes, and its share of filling and draining the pipeline."""
-    shape, layers = Shape.of(config), layers_per_stage(config)
-    pieces = stage_pieces(config, layers)
-    memory = stage_memory(
+    shape, layers = StepShape.of(config), layers_per_chunk(config)
+    shards = pp_stage_shards(config, layers)
+    memory = pp_stage_memory(
         Activations(config, shape.load, GPU),
         layers,
-        pieces,
+        shards,
         dp=shape.dp,
         num_microbatches=shape.num_microbatches,
     )
@@ -112,5 +112,5 @@ def _seconds_if_it_fits(config: Config) -> float | None:
     chunks = [f + b for f, b in zip(seconds.forward, seconds.backward, strict=True)]
     stages = [sum(chunks[stage::pp]) for stage in range(pp)]
     waiting = (pp - 1) / pp * sum(stages) / vpp
-    exchange = replica_exchange(config, shape, pieces, seconds)
-    return shape.num_microbatches * max(stages) + waiting + exchange.awaited_s
+    exchange = replica_exchange(config, shape, shards, seconds)
+    return shape.num_microbatches * max(stages) + waiting + exchange.exposed_s

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from triptych.configs.schema import TokensConfig
-from triptych.data.image import PATCHES_PER_TOKEN
+from triptych.data.media.image import PATCHES_PER_TOKEN
 from triptych.data.tokenizer import SYSTEM_PROMPT, Tokenizer
 from triptych.data.types import MediaKind, Sample
 from triptych.errors import DataError

@@ -41,7 +41,7 @@ class Media:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class PixelLimits:
     """Resolution limits; a training-time setting, never baked into a dataset."""
 
     min_pixels: int
@@ -87,13 +87,13 @@ class Source(Protocol):
     def __len__(self) -> int:
         """Number of samples."""
 
-    def num_tokens(self, limits: Limits) -> NDArray[np.int64]:
+    def num_tokens(self, limits: PixelLimits) -> NDArray[np.int64]:
         """(num_samples,) LLM tokens of each sample, its placeholders repeated."""
 
-    def num_patches(self, limits: Limits) -> NDArray[np.int64]:
+    def num_patches(self, limits: PixelLimits) -> NDArray[np.int64]:
         """(num_samples,) ViT patches of each sample."""
 
-    def num_patch_pairs(self, limits: Limits) -> NDArray[np.int64]:
+    def num_patch_pairs(self, limits: PixelLimits) -> NDArray[np.int64]:
         """(num_samples,) sum over frames of squared patch counts: what ViT attention costs."""
 
     def sample(self, index: int) -> Sample:

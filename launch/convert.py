@@ -26,11 +26,11 @@ except ModuleNotFoundError as missing:
 def main(argv: Sequence[str]) -> None:
     """Convert in the direction that is asked for."""
     options = _parser().parse_args(argv)
-    from triptych.checkpoints import convert  # late: --help does not pay for torch
+    from triptych.checkpoints.hf import conversion  # late: --help does not pay for torch
     from triptych.checkpoints.model_file import read_model
 
     if options.direction == "import":
-        folder = convert.import_hf(options.source, options.output)
+        folder = conversion.import_hf(options.source, options.output)
         if os.environ.get("RANK", "0") == "0":
             model = read_model(folder)
             group = _write_group(options.output, model)
@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> None:
                 f"model={model.name} init.checkpoint={options.output}"
             )
         return
-    folder = convert.export_hf(options.source, options.output, options.tokenizer)
+    folder = conversion.export_hf(options.source, options.output, options.tokenizer)
     print(f"{folder} -> {options.output}")
 
 

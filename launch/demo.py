@@ -28,7 +28,7 @@ except ModuleNotFoundError as missing:
     sys.exit(f"{missing.name} is not installed -> make install && source .venv/bin/activate")
 
 if TYPE_CHECKING:
-    from triptych.launch.digits import Scores
+    from triptych.launch.digits.evaluate import Scores
 
 ROOT = Path(__file__).parents[1]
 SEED = 1234
@@ -53,7 +53,7 @@ class Bars:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class DemoSizes:
     """The sizes of a demo."""
 
     num_images: int
@@ -78,7 +78,7 @@ class Run:
     overrides: str
 
 
-FULL = Plan(
+FULL = DemoSizes(
     num_images=30_000,
     num_samples=30_000,
     budgets=(400_000, 750_000, 1_000_000, 800_000),
@@ -86,7 +86,7 @@ FULL = Plan(
     num_exported=50,
     bars=Bars(accuracy=0.85, each=0.75, controls=0.15),
 )
-MINIATURE = Plan(
+MINIATURE = DemoSizes(
     num_images=400,
     num_samples=400,
     budgets=(20_000, 20_000, 20_000, 20_000),
@@ -96,9 +96,9 @@ MINIATURE = Plan(
 )
 
 
-def runs_of(plan: Plan) -> list[Run]:
+def runs_of(sizes: DemoSizes) -> list[Run]:
     """Warm-up and three stages, each in another layout. Learning rates were found by trial."""
-    warmup, first, second, third = plan.budgets
+    warmup, first, second, third = sizes.budgets
     return [
         Run(
             name="warmup",
@@ -135,20 +135,20 @@ def runs_of(plan: Plan) -> list[Run]:
 def main(argv: Sequence[str]) -> None:
     """Make data, train, read, export, compare; fail below the bars."""
     options = _parser().parse_args(argv)
-    plan = MINIATURE if options.miniature else FULL
+    sizes = MINIATURE if options.miniature else FULL
     folder: Path = options.output
     started = time.monotonic()
-    _begin(folder, plan)
-    runs = runs_of(plan)
+    _begin(folder, sizes)
+    runs = runs_of(sizes)
     _train(folder, runs)
-    _read(folder, plan, runs)
+    _read(folder, sizes, runs)
     seconds = time.monotonic() - started
     _export(folder, runs)
     print(f"in all {time.monotonic() - started:.0f} s, {_cpu_seconds():.0f} CPU-seconds")
-    _judge(folder, plan, seconds)
+    _judge(folder, sizes, seconds)
 
 
-def _begin(folder: Path, plan: Plan) -> None:
+def _begin(folder: Path, sizes: DemoSizes) -> None:
     """Take the folder, in place of what an earlier demo left there, and make the data.
 
     Raises:
@@ -160,15 +160,15 @@ def _begin(folder: Path, plan: Plan) -> None:
         print(f"{folder}: what an earlier demo left is removed")
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
-    (folder / MARK).write_text(json.dumps(asdict(plan), indent=1) + "\n")
+    (folder / MARK).write_text(json.dumps(asdict(sizes), indent=1) + "\n")
     _announce(
-        f"data: {plan.num_images} pictures of scanned digits, and what is said about them; "
+        f"data: {sizes.num_images} pictures of scanned digits, and what is said about them; "
         "a thousand take two seconds"
     )
-    from triptych.data.prepare.digits import make_digits  # late: --help does not pay for torch
+    from triptych.data.digits.make import make_digits  # late: --help does not pay for torch
 
-    sizes = {"num_images": plan.num_images, "num_samples": plan.num_samples}
-    make_digits(folder / "data", **sizes, seed=SEED, num_processes=NUM_RANKS)
+    counts = {"num_images": sizes.num_images, "num_samples": sizes.num_samples}
+    make_digits(folder / "data", **counts, seed=SEED, num_processes=NUM_RANKS)
 
 
 def _train(folder: Path, runs: Sequence[Run]) -> None:
@@ -185,13 +185,13 @@ def _train(folder: Path, runs: Sequence[Run]) -> None:
         start = f"init.checkpoint={folder}/{run.name}"
 
 
-def _read(folder: Path, plan: Plan, runs: Sequence[Run]) -> None:
+def _read(folder: Path, sizes: DemoSizes, runs: Sequence[Run]) -> None:
     """The last checkpoint reads pictures of scans and sizes that training never showed."""
-    _announce(f"reading {plan.num_read} unseen pictures")
+    _announce(f"reading {sizes.num_read} unseen pictures")
     curves = " ".join(f"{folder}/{run.name}" for run in runs)
     _call(
         f"python launch/sample.py --checkpoint {folder}/{runs[-1].name} "
-        f"--tokenizer {folder}/data/tokenizer --digits {plan.num_read} --seed {SEED} "
+        f"--tokenizer {folder}/data/tokenizer --digits {sizes.num_read} --seed {SEED} "
         f"--output {folder} --curves {curves}"
     )
 
@@ -205,22 +205,22 @@ def _export(folder: Path, runs: Sequence[Run]) -> None:
     )
 
 
-def _judge(folder: Path, plan: Plan, seconds: float) -> None:
+def _judge(folder: Path, sizes: DemoSizes, seconds: float) -> None:
     """Compare with transformers, print the last line, and say what is below the bars.
 
     Raises:
         DemoError: something is.
     """
-    from triptych.launch import digits
-    from triptych.launch.export_check import transformers_answers
+    from triptych.launch.digits import evaluate
+    from triptych.launch.digits.transformers_check import transformers_answers
 
-    readings = digits.load_readings(folder)
-    checked = readings[: plan.num_exported]
+    readings = evaluate.load_readings(folder)
+    checked = readings[: sizes.num_exported]
     answers = transformers_answers(folder / "export", len(checked), seed=SEED)
     same = sum(r.answer_ids == ids for r, ids in zip(checked, answers, strict=True))
     print(f"transformers reads {same} of {len(checked)} pictures as we do")
-    scores = digits.score(readings)
-    problems = below(plan.bars, scores)
+    scores = evaluate.score(readings)
+    problems = below(sizes.bars, scores)
     if same < len(checked):
         problems.append(f"transformers answers {len(checked) - same} pictures otherwise")
     if problems:

@@ -18,7 +18,7 @@ try:
     from triptych.costs.estimate import estimate
     from triptych.costs.search import best_layouts
     from triptych.launch.cli import run
-    from triptych.launch.plan_report import layouts_table, report
+    from triptych.launch.planner.report import layouts_table, report
 except ModuleNotFoundError as missing:
     sys.exit(f"{missing.name} is not installed -> make install && source .venv/bin/activate")
 
@@ -41,17 +41,21 @@ def main(argv: Sequence[str]) -> None:
         sys.stdout.write(OPTIONS)
     config = load_config(words)
     validate_plan(config)
-    plan = estimate(config)
-    sys.stdout.write(report(plan) + "\n\n")
-    sys.stdout.write(layouts_table(best_layouts(config, count=NUM_LAYOUTS), gpus=plan.gpus) + "\n")
+    estimated = estimate(config)
+    sys.stdout.write(report(estimated) + "\n\n")
+    sys.stdout.write(
+        layouts_table(best_layouts(config, count=NUM_LAYOUTS), gpus=estimated.gpus) + "\n"
+    )
     if options.picture is not None:
-        from triptych.launch.plan_picture import draw_timeline  # late: matplotlib is slow to load
+        from triptych.launch.planner.timeline_plot import (
+            draw_timeline,  # late: matplotlib is slow to load
+        )
 
-        sys.stdout.write(f"\n{draw_timeline(plan, options.picture)}\n")
+        sys.stdout.write(f"\n{draw_timeline(estimated, options.picture)}\n")
     if options.check:
-        from triptych.launch.plan_check import check  # late: arithmetic does not pay for torch
+        from triptych.launch.planner.check import check  # late: arithmetic does not pay for torch
 
-        sys.stdout.write("\n" + check(plan) + "\n")
+        sys.stdout.write("\n" + check(estimated) + "\n")
 
 
 if __name__ == "__main__":

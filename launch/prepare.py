@@ -26,7 +26,7 @@ except ModuleNotFoundError as missing:
     sys.exit(f"{missing.name} is not installed -> make install && source .venv/bin/activate")
 
 if TYPE_CHECKING:
-    from triptych.data.prepare.build import Progress
+    from triptych.data.prepare.build_dataset import BuildProgress
 
 
 def parse_args(args: Sequence[str]) -> argparse.Namespace:
@@ -75,7 +75,7 @@ def main(args: Sequence[str]) -> None:
     """Prepares, and prints what was made."""
     options = parse_args(args)
     # Late: --help does not pay for torch.
-    from triptych.data.prepare.build import OnBad, build_dataset
+    from triptych.data.prepare.build_dataset import OnBad, build_dataset
     from triptych.data.tokenizer import load_tokenizer
 
     manifest = build_dataset(
@@ -102,7 +102,7 @@ class ProgressLine:
         self._interval_s = 1.0 if self._on_terminal else 30.0
         self._next = time.monotonic() + self._interval_s
 
-    def __call__(self, progress: "Progress") -> None:
+    def __call__(self, progress: "BuildProgress") -> None:
         """Called after every sample."""
         if time.monotonic() < self._next:
             return

@@ -29,22 +29,25 @@ def main(argv: Sequence[str]) -> None:
         parser.error("--image needs --prompt TEXT")
     if options.digits is not None and options.output is None:
         parser.error("--digits needs --output FOLDER")
-    from triptych.launch.answering import Answerer, Question  # late: --help does not pay for torch
+    from triptych.launch.inference.answering import (  # late: --help does not pay for torch
+        Answerer,
+        Question,
+    )
 
     answerer = Answerer.load(options.checkpoint, options.tokenizer)
     if options.image is not None:
         question = Question(options.image.read_bytes(), options.prompt, str(options.image))
         print(answerer.read([question], max_new_tokens=options.max_new_tokens)[0])
         return
-    from triptych.launch import digits, pictures
+    from triptych.launch.digits import evaluate, plots
 
     options.output.mkdir(parents=True, exist_ok=True)
-    readings = digits.evaluate(answerer, options.digits, seed=options.seed)
-    print(digits.table(readings))
-    digits.save_readings(readings, options.output)
-    print(pictures.contact_sheet(readings, options.output, seed=options.seed))
+    readings = evaluate.evaluate(answerer, options.digits, seed=options.seed)
+    print(evaluate.table(readings))
+    evaluate.save_readings(readings, options.output)
+    print(plots.contact_sheet(readings, options.output, seed=options.seed))
     if options.curves:
-        print(pictures.loss_curves(options.curves, options.output))
+        print(plots.loss_curves(options.curves, options.output))
 
 
 def _parser() -> argparse.ArgumentParser:

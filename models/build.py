@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from triptych.configs.schema import Kernels, ModelConfig, ParallelConfig, Precision
-from triptych.models.qwen2_vl.model import Qwen2VL
+from triptych.models.qwen_vl.model import Qwen2VL
 from triptych.parallel.mesh import Mesh
 
 

@@ -18,10 +18,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from triptych.configs.schema import Config
 from triptych.costs.flops import Workload
-from triptych.data.image import PATCH_DIM
+from triptych.data.media.image import PATCH_DIM
 from triptych.data.types import Batch
 from triptych.models.parameters import Part, global_parameters, part_of
-from triptych.models.qwen2_vl.model import Qwen2VL
+from triptych.models.qwen_vl.model import Qwen2VL
 from triptych.parallel.dtypes import DTYPES
 from triptych.parallel.mesh import Mesh, build_mesh, shutdown
 
@@ -36,7 +36,7 @@ class ChunkCount:
     """What one model chunk of a rank was seen to hold."""
 
     parameters: dict[Part, int]
-    kept_bytes: int
+    saved_bytes: int
     """Of one microbatch between its forward and its backward pass: the storages of all tensors that
     autograd saved, each once, parameters excepted."""
 
@@ -50,7 +50,7 @@ def count_rank(
 
     Args:
         config: of the run.
-        layers: decoder layers of each chunk, as ``layers_per_stage`` gives them.
+        layers: decoder layers of each chunk, as ``layers_per_chunk`` gives them.
         load: of the microbatch; its tokens lie in segments of equal length.
         rank: which one.
         world_size: of the run.

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from triptych.configs.schema import TokensConfig
-from triptych.data.collate import Segment, collate
+from triptych.data.loading.collate import Segment, collate
 from triptych.data.types import Batch
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from triptych.models.parameters import cut_full, cut_of, full_shape, global_parameters
+from triptych.models.parameters import full_shape, global_parameters, shard, sharding_of
 from triptych.parallel.mesh import Mesh
 
 EMBEDDING = "language.embedding.word_embeddings.weight"
@@ -32,10 +32,10 @@ def init_parameters(chunks: Iterable[nn.Module], mesh: Mesh, seed: int, *, tied:
     """
     with torch.no_grad():
         for name, parameter in global_parameters(chunks):
-            cut = cut_of(name)
+            sharding = sharding_of(name)
             drawn_as = EMBEDDING if tied and name == HEAD else name
-            full = _draw(drawn_as, full_shape(parameter, cut, mesh.dims.tp), seed)
-            parameter.copy_(cut_full(full, cut, mesh.tp_rank, mesh.dims.tp))
+            full = _draw(drawn_as, full_shape(parameter, sharding, mesh.dims.tp), seed)
+            parameter.copy_(shard(full, sharding, mesh.tp_rank, mesh.dims.tp))
 
 
 def _draw(name: str, shape: tuple[int, ...], seed: int) -> Tensor:

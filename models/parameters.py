@@ -1,4 +1,4 @@
-"""Parameters under names that no layout changes: their part, and how tp cuts them."""
+"""Parameters under names that no layout changes: their part, and how tp shards them."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from enum import Enum
@@ -16,8 +16,8 @@ class Part(Enum):
     LLM = "llm"
 
 
-class Cut(Enum):
-    """How tensor parallelism cuts a full tensor."""
+class TensorSharding(Enum):
+    """How tensor parallelism shards a full tensor."""
 
     REPLICATED = "replicated"
     ROWS = "rows"
@@ -36,59 +36,59 @@ def part_of(name: str) -> Part:
     return next(part for prefix, part in _PART_PREFIXES.items() if name.startswith(prefix))
 
 
-def cut_of(name: str) -> Cut:
-    """How tensor parallelism cuts a parameter, by its global name."""
+def sharding_of(name: str) -> TensorSharding:
+    """How tensor parallelism shards a parameter, by its global name."""
     module, leaf = name.split(".")[-2:]
     if name.startswith("language.") and module == "linear_fc1":
-        return Cut.GATED_ROWS
+        return TensorSharding.GATED_ROWS
     if module in ("linear_qkv", "linear_fc1", "word_embeddings", "output_layer"):
-        return Cut.ROWS
+        return TensorSharding.ROWS
     if module in ("linear_proj", "linear_fc2") and leaf == "weight":
-        return Cut.COLUMNS
-    return Cut.REPLICATED
+        return TensorSharding.COLUMNS
+    return TensorSharding.REPLICATED
 
 
-def cut_full(full: Tensor, cut: Cut, tp_rank: int, tp: int) -> Tensor:
+def shard(full: Tensor, sharding: TensorSharding, tp_rank: int, tp: int) -> Tensor:
     """The piece of a full tensor that lies on ``tp_rank``."""
-    if tp == 1 or cut is Cut.REPLICATED:
+    if tp == 1 or sharding is TensorSharding.REPLICATED:
         return full
-    if cut is Cut.GATED_ROWS:
+    if sharding is TensorSharding.GATED_ROWS:
         return torch.cat([half.chunk(tp)[tp_rank] for half in full.chunk(2)])
-    return full.chunk(tp, dim=1 if cut is Cut.COLUMNS else 0)[tp_rank]
+    return full.chunk(tp, dim=1 if sharding is TensorSharding.COLUMNS else 0)[tp_rank]
 
 
-def join_pieces(pieces: Sequence[Tensor], cut: Cut) -> Tensor:
+def unshard(pieces: Sequence[Tensor], sharding: TensorSharding) -> Tensor:
     """The full tensor, from its pieces in order of tp rank."""
-    if len(pieces) == 1 or cut is Cut.REPLICATED:
+    if len(pieces) == 1 or sharding is TensorSharding.REPLICATED:
         return pieces[0]
-    if cut is Cut.GATED_ROWS:
+    if sharding is TensorSharding.GATED_ROWS:
         halves = [piece.chunk(2) for piece in pieces]
         return torch.cat([half[side] for side in (0, 1) for half in halves])
-    return torch.cat(list(pieces), dim=1 if cut is Cut.COLUMNS else 0)
+    return torch.cat(list(pieces), dim=1 if sharding is TensorSharding.COLUMNS else 0)
 
 
-def full_shape(piece: Tensor, cut: Cut, tp: int) -> tuple[int, ...]:
-    """The shape of the full tensor that ``piece`` was cut from."""
+def full_shape(piece: Tensor, sharding: TensorSharding, tp: int) -> tuple[int, ...]:
+    """The shape of the full tensor that ``piece`` is a shard of."""
     shape = list(piece.shape)
-    if cut in (Cut.ROWS, Cut.GATED_ROWS):
+    if sharding in (TensorSharding.ROWS, TensorSharding.GATED_ROWS):
         shape[0] *= tp
-    elif cut is Cut.COLUMNS:
+    elif sharding is TensorSharding.COLUMNS:
         shape[1] *= tp
     return tuple(shape)
 
 
-def mark_cuts(model: nn.Module) -> None:
+def mark_sharding(model: nn.Module) -> None:
     """Tell megatron-core which parameters are pieces: replicas count once in the gradient norm.
 
     megatron-core marks them while it initialises weights; we initialise them ourselves
     (models/init.py), so we mark them too.
     """
     for name, parameter in model.named_parameters():
-        cut = cut_of(name)
-        if cut is not Cut.REPLICATED:
+        sharding = sharding_of(name)
+        if sharding is not TensorSharding.REPLICATED:
             parameter.tensor_model_parallel = True  # type: ignore[attr-defined]  # megatron's mark
-            parameter.partition_dim = 1 if cut is Cut.COLUMNS else 0  # type: ignore[attr-defined]
-            parameter.partition_stride = 2 if cut is Cut.GATED_ROWS else 1  # type: ignore[attr-defined]
+            parameter.partition_dim = 1 if sharding is TensorSharding.COLUMNS else 0  # type: ignore[attr-defined]
+            parameter.partition_stride = 2 if sharding is TensorSharding.GATED_ROWS else 1  # type: ignore[attr-defined]
 
 
 def global_parameters(chunks: Iterable[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:

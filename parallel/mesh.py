@@ -32,12 +32,12 @@ class Mesh:
     """All ranks that hold a piece of the same replica: tp x pp."""
 
     @property
-    def is_first_stage(self) -> bool:
+    def is_first_pp_stage(self) -> bool:
         """Holds the ViT and the embedding."""
         return self.pp_rank == 0
 
     @property
-    def is_last_stage(self) -> bool:
+    def is_last_pp_stage(self) -> bool:
         """Holds the head and computes the loss."""
         return self.pp_rank == self.dims.pp - 1
 
@@ -47,7 +47,7 @@ class Mesh:
 
         Tp rank 0 of the first pipeline stage.
         """
-        return self.is_first_stage and self.tp_rank == 0
+        return self.is_first_pp_stage and self.tp_rank == 0
 
     @property
     def is_main(self) -> bool:

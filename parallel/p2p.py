@@ -15,7 +15,7 @@ from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import get_schedule_table
 
-Shape = list[int]
+MessageShape = list[int]
 
 
 class PlannedP2P(P2PCommunicator):
@@ -25,7 +25,7 @@ class PlannedP2P(P2PCommunicator):
         self,
         pp_group: ProcessGroup,
         config: ModelParallelConfig,
-        shapes: Sequence[Shape],
+        shapes: Sequence[MessageShape],
         num_chunks: int = 1,
     ) -> None:
         """Begin a step.
@@ -53,7 +53,7 @@ class PlannedP2P(P2PCommunicator):
         tensor_send_prev: Tensor | None,
         recv_prev: bool,
         recv_next: bool,
-    ) -> tuple[Shape, Shape]:
+    ) -> tuple[MessageShape, MessageShape]:
         """Of the next activation from the stage before, of the next gradient from the one after."""
         nothing = [0, 0, 0]
         return (

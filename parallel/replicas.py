@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from triptych.parallel.mesh import Mesh
-from triptych.parallel.zero import ShardedOptimizer
+from triptych.parallel.zero.protocol import ShardedOptimizer
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,7 +54,7 @@ def run_microbatches(
     shapes = [[length // shard, 1, config.hidden_size] for length in lengths]
 
     def forward_step(data: Iterator[Microbatch], chunk: nn.Module) -> tuple[Tensor, Any]:
-        return forward(chunk, next(data), mesh.is_first_stage and chunk is chunks[0])
+        return forward(chunk, next(data), mesh.is_first_pp_stage and chunk is chunks[0])
 
     with _nothing_left_open(config, forward_only):
         results: list[Result] = get_forward_backward_func()(

@@ -31,7 +31,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], R
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The sample data, of a size that suffices for tests: ``data.root``. Not to be changed."""
-    from triptych.data.prepare.digits import make_digits  # late: it takes 2 s
+    from triptych.data.digits.make import make_digits  # late: it takes 2 s
 
     root = tmp_path_factory.mktemp("digits") / "sample_data"
     make_digits(root, num_images=60, num_samples=120)

@@ -29,10 +29,10 @@ from triptych.configs.schema import (
     TrainConfig,
     Zero,
 )
-from triptych.data.collate import Segment, collate
+from triptych.data.loading.collate import Segment, collate
 from triptych.data.types import Batch, SampleId, Step
 from triptych.models.init import EMBEDDING, HEAD
-from triptych.models.parameters import Cut, cut_full, cut_of, full_shape, join_pieces
+from triptych.models.parameters import TensorSharding, full_shape, shard, sharding_of, unshard
 from triptych.parallel.mesh import Mesh, build_mesh
 from triptych.tests.reference import TOKENS, conversation, small_model
 from triptych.train.engine import Engine, build_engine
@@ -264,9 +264,9 @@ def draw_weights(engine: Engine) -> None:
     with torch.no_grad():
         for name, parameter in engine.parameters.items():
             drawn_as = EMBEDDING if engine.tied and name == HEAD else name
-            cut = cut_of(name)
-            full = _draw(drawn_as, full_shape(parameter, cut, mesh.dims.tp))
-            parameter.copy_(cut_full(full, cut, mesh.tp_rank, mesh.dims.tp))
+            sharding = sharding_of(name)
+            full = _draw(drawn_as, full_shape(parameter, sharding, mesh.dims.tp))
+            parameter.copy_(shard(full, sharding, mesh.tp_rank, mesh.dims.tp))
     engine.optimizer.refresh_master_weights()
 
 
@@ -340,11 +340,11 @@ def _join(
     joined: dict[str, list[Tensor]] = {}
     for name, by_tp in found.items():
         rows = [by_tp[tp_rank] for tp_rank in sorted(by_tp)]
-        if cut_of(name) is Cut.REPLICATED:
+        if sharding_of(name) is TensorSharding.REPLICATED:
             copies = [tensor for row in rows for tensor in row]
         else:
             columns = zip(*rows, strict=True)
-            copies = [join_pieces(column, cut_of(name)) for column in columns]
+            copies = [unshard(column, sharding_of(name)) for column in columns]
         known_as = EMBEDDING if case.tied and name == HEAD else name
         joined.setdefault(known_as, []).extend(copies)
     return {name: torch.stack(copies) for name, copies in joined.items()}

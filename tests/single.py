@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from triptych.checkpoints.hf import HFReader
-from triptych.checkpoints.names import name_table
+from triptych.checkpoints.hf.folder import HFReader
+from triptych.checkpoints.hf.name_table import name_table
 from triptych.configs.schema import ModelConfig, ParallelConfig, Precision
-from triptych.data.collate import Segment, collate
+from triptych.data.loading.collate import Segment, collate
 from triptych.data.types import Batch, SampleId
 from triptych.models.build import build_model
 from triptych.models.parameters import global_parameters

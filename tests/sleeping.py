@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from triptych.configs.schema import Kernels, ParallelConfig, Precision
-from triptych.costs.timeline import Event
+from triptych.costs.pipeline_schedule import Event
 from triptych.models.kernels import Installed, choose
-from triptych.models.qwen2_vl.transformer_configs import language_transformer
+from triptych.models.qwen_vl.transformer_configs import language_transformer
 from triptych.parallel.mesh import Mesh, build_mesh
 from triptych.parallel.schedule import run_microbatches
 from triptych.tests.reference import small_model

@@ -18,14 +18,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from triptych.checkpoints.comm import Alone
+from triptych.checkpoints.comm import SingleProcess
 from triptych.checkpoints.store import locate
 from triptych.configs.compose import load_config
 from triptych.configs.overrides import schema_keys
 from triptych.configs.validate import validate
-from triptych.data.dataset import Dataset
-from triptych.data.prepare import digits as digits_module
-from triptych.data.prepare.digits import make_digits
+from triptych.data.dataset.dataset import Dataset
+from triptych.data.digits import make as digits_module
+from triptych.data.digits.make import make_digits
 from triptych.errors import CheckpointError, ConfigError, DataError
 from triptych.launch import cli, prepare
 from triptych.tests.runs import Runs, checkpoint_names, losses, refusal
@@ -241,7 +241,7 @@ def test_a_spoilt_dataset_is_refused_on_every_rank(spoil, message, pool, digits,
 def test_a_run_of_which_all_checkpoints_are_damaged_is_no_start(tmp_path):
     (tmp_path / "checkpoints" / "step_000000004.0.damaged").mkdir(parents=True)
     with pytest.raises(CheckpointError, match=r"^\S+ has no good checkpoint, only step_0+4.0.dam"):
-        locate(tmp_path, Alone())
+        locate(tmp_path, SingleProcess())
 
 
 @pytest.mark.distributed

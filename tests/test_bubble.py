@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from triptych.costs.timeline import Pass, ideal_bubble, simulate, stage_passes
+from triptych.costs.pipeline_schedule import Pass, ideal_bubble, pp_stage_passes, simulate
 from triptych.tests.sleeping import measured_bubble, run_sleeping
 
 pytestmark = pytest.mark.distributed
@@ -44,7 +44,7 @@ def test_real_schedule_waits_as_long_as_planned(forward_s, balanced, pool):
         num_rounds=3,
     )
     for stage, rounds in enumerate(ranks):
-        order = stage_passes(stage, pp=pp, vpp=vpp, num_microbatches=NUM_MICROBATCHES)
+        order = pp_stage_passes(stage, pp=pp, vpp=vpp, num_microbatches=NUM_MICROBATCHES)
         for events in rounds:
             assert [Pass(*event[1:4]) for event in events] == order
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from triptych.configs.schema import TokensConfig
-from triptych.data.collate import Segment, collate
+from triptych.data.loading.collate import Segment, collate
 from triptych.data.types import SampleId
 from triptych.errors import DataError
 

@@ -18,23 +18,23 @@ from PIL import Image
 from torch import Tensor
 
 import triptych
-from triptych.checkpoints.convert import import_hf
-from triptych.checkpoints.hf_config import hf_config
+from triptych.checkpoints.hf.conversion import import_hf
+from triptych.checkpoints.hf.model_config import hf_config
+from triptych.checkpoints.hf.name_table import name_table
 from triptych.checkpoints.model_file import read_model
-from triptych.checkpoints.names import name_table
 from triptych.checkpoints.run_state import WEIGHTS
 from triptych.checkpoints.sharded import load_tensors
 from triptych.configs.compose import load_config
 from triptych.configs.validate import validate
-from triptych.data.prepare.build import build_dataset
+from triptych.data.prepare.build_dataset import build_dataset
 from triptych.data.tokenizer import load_tokenizer, train_tokenizer
 from triptych.errors import CheckpointError, ConfigError
 from triptych.launch import convert
 from triptych.models.init import HEAD
 from triptych.parallel.mesh import build_mesh
 from triptych.tests.reference import save_reference, small_model, transformers_model
+from triptych.train.data import Mixture
 from triptych.train.run import pretrain
-from triptych.train.sources import Mixture
 
 ROOT = Path(triptych.__file__).parent
 PYTHON = [sys.executable]

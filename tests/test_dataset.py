@@ -10,20 +10,20 @@ import yaml
 from PIL import Image
 
 from triptych.configs.schema import TokensConfig
-from triptych.data.dataset import Dataset
-from triptych.data.image import image_grid
-from triptych.data.media_index import MediaIndex, media_row
-from triptych.data.prepare.build import build_dataset
+from triptych.data.dataset.dataset import Dataset
+from triptych.data.dataset.media_index import MediaIndex, media_row
+from triptych.data.dataset.text_file import TextFile, TextWriter
+from triptych.data.media.image import image_grid
+from triptych.data.prepare.build_dataset import build_dataset
 from triptych.data.stores import local
-from triptych.data.text_file import TextFile, TextWriter
 from triptych.data.tokenizer import train_tokenizer
 from triptych.data.tokens import encode_record, expand
-from triptych.data.types import Limits, Media, MediaKind
+from triptych.data.types import Media, MediaKind, PixelLimits
 from triptych.errors import DataError, StorageError
 from triptych.parallel.device import prepare_megatron
 
-LIMITS = Limits(min_pixels=28 * 28, max_pixels=20 * 28 * 28)
-LARGE = Limits(min_pixels=100 * 28 * 28, max_pixels=400 * 28 * 28)
+LIMITS = PixelLimits(min_pixels=28 * 28, max_pixels=20 * 28 * 28)
+LARGE = PixelLimits(min_pixels=100 * 28 * 28, max_pixels=400 * 28 * 28)
 
 
 def write_text(stem, samples) -> None:

@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 
 from triptych.configs.compose import load_config, read_config
-from triptych.launch import digits, pictures
 from triptych.launch.demo import FULL, Bars, below, runs_of
-from triptych.launch.digits import Reading, Scores
+from triptych.launch.digits import evaluate, plots
+from triptych.launch.digits.evaluate import Reading, Scores
 
 ROOT = Path(__file__).parents[1]
 LAST_LINE = re.compile(
@@ -80,8 +80,8 @@ def test_readings_and_pictures_are_saved(miniature):
     folder, _ = miniature
     processor = json.loads((folder / "export" / "preprocessor_config.json").read_text())
     assert (processor["min_pixels"], processor["max_pixels"]) == (784, 12544), "those of the run"
-    assert len(digits.load_readings(folder)) == 40
-    for name in (pictures.CURVES, pictures.SHEET):
+    assert len(evaluate.load_readings(folder)) == 40
+    for name in (plots.CURVES, plots.SHEET):
         with Image.open(folder / name) as image:
             assert min(image.size) > 300
 
@@ -98,7 +98,7 @@ def test_one_image_from_the_command_line(miniature):
         "--image",
         str(image),
         "--prompt",
-        "Read the digits.",
+        "Read the evaluate.",
     ]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=_environment()
@@ -148,7 +148,7 @@ def test_scores():
         _reading("4", "1", blank="4"),
         _reading("56", "5"),
     ]
-    assert digits.score(readings) == Scores(
+    assert evaluate.score(readings) == Scores(
         accuracy=0.5,
         n=4,
         one_digit=0.5,
@@ -157,7 +157,7 @@ def test_scores():
         blank=0.25,
         swapped=0.25,  # the third picture's answer is the first one's truth
     )
-    assert digits.score(readings).line() == (
+    assert evaluate.score(readings).line() == (
         "accuracy=0.50 n=4 one_digit=0.50 two_digits=0.50 unseen_sizes=1.00 blank=0.25 swapped=0.25"
     )
 

@@ -12,10 +12,9 @@ import numpy as np
 import psutil
 import pytest
 
-from triptych.data.dataset import Dataset
-from triptych.data.image import image_grid
-from triptych.data.prepare import digit_images
-from triptych.data.prepare.digit_images import (
+from triptych.data.dataset.dataset import Dataset
+from triptych.data.digits import images
+from triptych.data.digits.images import (
     MAX_SIDE,
     MIN_SIDE,
     UNSEEN_GRIDS,
@@ -23,13 +22,14 @@ from triptych.data.prepare.digit_images import (
     load_scans,
     training_images,
 )
-from triptych.data.prepare.digit_texts import READ, SOURCES
-from triptych.data.prepare.digits import have_digits, make_digits
+from triptych.data.digits.make import have_digits, make_digits
+from triptych.data.digits.texts import READ, SOURCES
+from triptych.data.media.image import image_grid
 from triptych.data.tokenizer import load_tokenizer
-from triptych.data.types import Limits
+from triptych.data.types import PixelLimits
 from triptych.errors import DataError
 
-LIMITS = Limits(min_pixels=28 * 28, max_pixels=168 * 168)
+LIMITS = PixelLimits(min_pixels=28 * 28, max_pixels=168 * 168)
 SIZES = {"num_images": 40, "num_samples": 60, "seed": 7}
 
 
@@ -71,11 +71,11 @@ def test_digits_neither_overlap_nor_leave_the_picture(monkeypatch):
         boxes.append((int(height), int(width), next(marked)))
         return np.full((height, width), boxes[-1][2], dtype=np.uint8)
 
-    monkeypatch.setattr(digit_images, "_scale", draw)
+    monkeypatch.setattr(images, "_scale", draw)
     rng = np.random.default_rng(5)
     for _ in range(300):
         boxes.clear()
-        made = digit_images.compose(rng, load_scans()[0], 2, unseen_size=False)
+        made = images.compose(rng, load_scans()[0], 2, unseen_size=False)
         pixels = np.asarray(made.image)
         (_, first), (_, second) = (np.nonzero(pixels == mark) for _, _, mark in boxes)
         assert [len(first), len(second)] == [h * w for h, w, _ in boxes]
@@ -132,7 +132,7 @@ def test_processes_share_the_work_and_change_no_byte(root, tmp_path):
 
 def test_killed_it_leaves_no_process_behind(tmp_path):
     code = (
-        "from pathlib import Path; from triptych.data.prepare.digits import make_digits; "
+        "from pathlib import Path; from triptych.data.digits.make import make_digits; "
         f"make_digits(Path({str(tmp_path / 'sample')!r}), num_images=5000, num_processes=2)"
     )
     main = subprocess.Popen([sys.executable, "-c", code])

@@ -10,10 +10,10 @@ import torch
 
 from triptych.configs.compose import load_config
 from triptych.configs.schema import PARTS
-from triptych.costs.estimate import Shape
-from triptych.costs.kept import CPU, GPU, Activations
-from triptych.costs.layout import layers_per_stage
-from triptych.costs.pieces import chunk_pieces
+from triptych.costs.activation_memory import CPU, GPU, Activations
+from triptych.costs.estimate import StepShape
+from triptych.costs.layer_split import layers_per_chunk
+from triptych.costs.parameter_shards import chunk_shards
 from triptych.models.fake_rank import count_rank
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts the kernels of a CPU")
@@ -27,10 +27,10 @@ def plan_and_rank(
 ) -> tuple[list[tuple[dict[str, int], int]], list[tuple[dict[str, int], int]]]:
     """Of each chunk of a stage, parameters by part and bytes kept: planned, counted."""
     config = load_config(argv)
-    shape, layers = Shape.of(config), layers_per_stage(config)
+    shape, layers = StepShape.of(config), layers_per_chunk(config)
     pp, gpus = config.parallel.pp, config.cluster.gpus
     assert gpus is not None
-    pieces = chunk_pieces(config, layers)[stage::pp]
+    pieces = chunk_shards(config, layers)[stage::pp]
     kept = Activations(config, shape.load, kernels).of_chunks(layers)[stage::pp]
     planned = [
         ({part: piece[part].total for part in PARTS}, chunk.total)
@@ -39,7 +39,7 @@ def plan_and_rank(
     rank = (stage + 1) * gpus // pp - 1  # the stage's last
     counted = count_rank(config, layers, shape.load, rank=rank, world_size=gpus)
     return planned, [
-        ({part.value: number for part, number in one.parameters.items()}, one.kept_bytes)
+        ({part.value: number for part, number in one.parameters.items()}, one.saved_bytes)
         for one in counted
     ]
 

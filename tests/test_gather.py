@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from triptych.parallel import gather
 from triptych.parallel.mesh import build_mesh
+from triptych.parallel.zero import gather
 
 SHAPES = ((3, 4), (1,), (5,), (40,), (2, 2, 2))
 

@@ -17,16 +17,16 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
 )
 
-from triptych.checkpoints.hf import INDEX, SINGLE, HFReader, HFWriter
-from triptych.checkpoints.hf_config import hf_config, model_config_from_hf
-from triptych.checkpoints.names import hub_name, name_table
+from triptych.checkpoints.hf.folder import INDEX, SINGLE, HFReader, HFWriter
+from triptych.checkpoints.hf.model_config import hf_config, model_config_from_hf
+from triptych.checkpoints.hf.name_table import hub_name, name_table
 from triptych.configs.schema import LanguageConfig, ModelConfig, TokensConfig, VisionConfig
 from triptych.data.tokenizer import train_tokenizer
-from triptych.data.types import Limits
+from triptych.data.types import PixelLimits
 from triptych.errors import CheckpointError, ConfigError
-from triptych.models.parameters import cut_full, join_pieces
+from triptych.models.parameters import shard, unshard
 
-LIMITS = Limits(min_pixels=784, max_pixels=28224)
+LIMITS = PixelLimits(min_pixels=784, max_pixels=28224)
 TOKENS = TokensConfig(
     endoftext=0, im_start=1, im_end=2, vision_start=9, vision_end=10, image_pad=12, video_pad=13
 )
@@ -137,8 +137,8 @@ def test_pieces_read_from_the_file_are_those_cut_from_the_whole(tmp_path, tp):
         full = reader.read(name)
         pieces = [reader.read(name, tp_rank, tp) for tp_rank in range(tp)]
         for tp_rank, piece in enumerate(pieces):
-            assert torch.equal(piece, cut_full(full, entry.cut, tp_rank, tp)), name
-        assert torch.equal(join_pieces(pieces, entry.cut), full), name
+            assert torch.equal(piece, shard(full, entry.sharding, tp_rank, tp)), name
+        assert torch.equal(unshard(pieces, entry.sharding), full), name
         assert full.shape == entry.shape
 
 

@@ -15,7 +15,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
     smart_resize as oracle_smart_resize,
 )
 
-from triptych.data.image import (
+from triptych.data.media.image import (
     decode_image,
     image_grid,
     image_grids,
@@ -24,11 +24,11 @@ from triptych.data.image import (
     smart_resize,
     smart_resize_all,
 )
-from triptych.data.types import Limits
+from triptych.data.types import PixelLimits
 from triptych.errors import DataError
 
-LIMITS = Limits(min_pixels=56 * 56, max_pixels=16384 * 28 * 28)
-SMALL = Limits(min_pixels=28 * 28, max_pixels=20 * 28 * 28)
+LIMITS = PixelLimits(min_pixels=56 * 56, max_pixels=16384 * 28 * 28)
+SMALL = PixelLimits(min_pixels=28 * 28, max_pixels=20 * 28 * 28)
 
 
 def noise(height: int, width: int, seed: int = 0) -> Image.Image:

@@ -6,9 +6,9 @@ import pytest
 
 from triptych.configs.compose import load_config
 from triptych.configs.schema import Config
+from triptych.costs.compute import PassCompute, compute_of_pack, expected_load, part_compute
 from triptych.costs.flops import Workload, forward_flops, training_flops
-from triptych.costs.layout import layers_per_stage, planned_bubble, planned_step
-from triptych.costs.work import Work, expected_load, part_work, work_of_pack
+from triptych.costs.layer_split import layers_per_chunk, planned_bubble, planned_timeline
 
 LOAD = Workload(8192, 4 * 2048**2, 16384, 16 * 1024**2)
 
@@ -22,8 +22,8 @@ def training(config: Config, load: Workload) -> float:
     return training_flops(config.model, load, **parts)
 
 
-def of_model(config: Config, load: Workload) -> Work:
-    parts = part_work(config, load)
+def of_model(config: Config, load: Workload) -> PassCompute:
+    parts = part_compute(config, load)
     return parts.vision + parts.layer * config.model.language.num_layers + parts.head
 
 
@@ -32,9 +32,9 @@ def test_work_is_the_model_flops_where_nothing_is_done_twice(stage):
     """All of the head's is in the forward pass: the loss computes its gradients on the way."""
     run = config("qwen2_vl_7b", f"stage={stage}")
     work = of_model(run, LOAD)
-    assert work_of_pack(run)(LOAD) == pytest.approx(work.total)
+    assert compute_of_pack(run)(LOAD) == pytest.approx(work.total)
     assert work.total == pytest.approx(training(run, LOAD))
-    flops, head = forward_flops(run.model, LOAD), part_work(run, LOAD).head
+    flops, head = forward_flops(run.model, LOAD), part_compute(run, LOAD).head
     assert head.backward == 0
     assert head.forward == pytest.approx((3 if run.stage.llm.train else 2) * flops.head.total)
     assert work.forward - head.forward == pytest.approx(flops.total - flops.head.total)
@@ -43,8 +43,8 @@ def test_work_is_the_model_flops_where_nothing_is_done_twice(stage):
 def test_tp_divides_all_but_the_merger():
     alone, split = config("qwen2_vl_7b"), config("qwen2_vl_7b", "parallel.tp=4")
     flops = forward_flops(alone.model, LOAD)
-    assert part_work(split, LOAD).layer * 4 == part_work(alone, LOAD).layer
-    assert part_work(split, LOAD).vision.forward == pytest.approx(
+    assert part_compute(split, LOAD).layer * 4 == part_compute(alone, LOAD).layer
+    assert part_compute(split, LOAD).vision.forward == pytest.approx(
         flops.vit.total / 4 + flops.adapter.total
     )
 
@@ -67,7 +67,7 @@ def test_recomputation_is_a_second_forward_pass_within_the_backward_pass(recompu
 
 def test_a_frozen_vit_is_not_recomputed():
     run = config("qwen2_vl_7b", "stage=3", "parallel.recompute.vit=full")
-    assert part_work(run, LOAD) == part_work(config("qwen2_vl_7b", "stage=3"), LOAD)
+    assert part_compute(run, LOAD) == part_compute(config("qwen2_vl_7b", "stage=3"), LOAD)
 
 
 def test_recomputed_mlp():
@@ -76,16 +76,17 @@ def test_recomputed_mlp():
     )
     h, f = 3584, 18944
     more = (
-        part_work(run, LOAD).layer.backward - part_work(config("qwen2_vl_7b"), LOAD).layer.backward
+        part_compute(run, LOAD).layer.backward
+        - part_compute(config("qwen2_vl_7b"), LOAD).layer.backward
     )
     assert more == pytest.approx(2 * 3 * h * f * LOAD.num_tokens)
 
 
 def test_slow_work_weighs_more():
     slow = config("qwen2_vl_7b", "cluster.efficiency.vit=0.5")
-    fast = part_work(config("qwen2_vl_7b"), LOAD)
-    assert part_work(slow, LOAD).vision.total == pytest.approx(2 * fast.vision.total)
-    assert part_work(slow, LOAD).layer == fast.layer
+    fast = part_compute(config("qwen2_vl_7b"), LOAD)
+    assert part_compute(slow, LOAD).vision.total == pytest.approx(2 * fast.vision.total)
+    assert part_compute(slow, LOAD).layer == fast.layer
 
 
 def all_splits(num_layers: int, num_chunks: int):
@@ -106,13 +107,13 @@ def test_no_split_has_a_faster_slowest_stage(model, pp, vpp, stage, share):
         f"parallel.vpp={vpp}",
         f"data.vision_share={share}",
     )
-    parts = part_work(run, expected_load(run))
+    parts = part_compute(run, expected_load(run))
 
     def slowest(layers) -> float:
         work = [chunk.total for chunk in parts.of_chunks(layers)]
         return max(sum(work[stage::pp]) for stage in range(pp))
 
-    layers = layers_per_stage(run)
+    layers = layers_per_chunk(run)
     num_layers = run.model.language.num_layers
     assert sum(layers) == num_layers
     assert len(layers) == pp * vpp
@@ -123,12 +124,12 @@ def test_no_split_has_a_faster_slowest_stage(model, pp, vpp, stage, share):
 
 def test_a_given_layout_is_kept():
     run = config("qwen2_vl_7b", "parallel.pp=4", "parallel.layout=[1,9,9,9]")
-    assert layers_per_stage(run) == (1, 9, 9, 9)
+    assert layers_per_chunk(run) == (1, 9, 9, 9)
 
 
 def test_more_vision_leaves_the_first_stage_fewer_layers():
     firsts = [
-        layers_per_stage(config("qwen2_vl_7b", "parallel.pp=4", f"data.vision_share={share}"))[0]
+        layers_per_chunk(config("qwen2_vl_7b", "parallel.pp=4", f"data.vision_share={share}"))[0]
         for share in (0.0, 0.25, 0.5, 0.75)
     ]
     assert firsts == sorted(firsts, reverse=True)
@@ -138,7 +139,7 @@ def test_more_vision_leaves_the_first_stage_fewer_layers():
 def test_a_stage_with_a_frozen_vit_has_room_for_more_layers():
     pp4 = "parallel.pp=4"
     trained, frozen = (config("qwen2_vl_7b", f"stage={stage}", pp4) for stage in (2, 3))
-    assert layers_per_stage(frozen)[0] > layers_per_stage(trained)[0]
+    assert layers_per_chunk(frozen)[0] > layers_per_chunk(trained)[0]
 
 
 def test_the_72b_model_at_pp8():
@@ -149,7 +150,7 @@ def test_the_72b_model_at_pp8():
     wide = ("parallel.tp=8", "parallel.pp=8", "stage=2")
     auto = config("qwen2_vl_72b", *wide)
     naive = config("qwen2_vl_72b", *wide, "parallel.layout=[10,10,10,10,10,10,10,10]")
-    assert layers_per_stage(auto) == (9, 11, 10, 10, 10, 10, 10, 10)
+    assert layers_per_chunk(auto) == (9, 11, 10, 10, 10, 10, 10, 10)
     bubbles = [planned_bubble(run, num_microbatches=64) for run in (naive, auto)]
     assert [round(bubble.planned, 3) for bubble in bubbles] == [0.194, 0.142]
     assert str(bubbles[1]) == "planned bubble 14.2% (ideal 9.9%)"
@@ -160,4 +161,4 @@ def test_the_72b_model_at_pp8():
 def test_planned_step_is_as_long_as_its_work():
     run = config("qwen2_vl_7b", "parallel.pp=1")
     work = of_model(run, expected_load(run))
-    assert planned_step(run, num_microbatches=3).makespan_s == pytest.approx(3 * work.total)
+    assert planned_timeline(run, num_microbatches=3).makespan_s == pytest.approx(3 * work.total)

@@ -30,7 +30,7 @@ from triptych.tests.layouts import (
     measure,
     pairs,
 )
-from triptych.train.feed import to_device
+from triptych.train.batches import to_device
 
 pytestmark = pytest.mark.distributed
 
@@ -261,7 +261,7 @@ def pixels_kept_by_the_reading_rank():
     def kept(tensor, group):
         return tensor if group.rank() == 0 else torch.zeros_like(tensor)
 
-    return mock.patch("triptych.train.feed.broadcast_from_source", kept)
+    return mock.patch("triptych.train.batches.broadcast_from_source", kept)
 
 
 def norms_not_summed_over_tp():
@@ -269,7 +269,7 @@ def norms_not_summed_over_tp():
 
 
 def pieces_not_marked():
-    return mock.patch("triptych.models.qwen2_vl.model.mark_cuts", return_value=None)
+    return mock.patch("triptych.models.qwen_vl.model.mark_sharding", return_value=None)
 
 
 def replicas_counted_on_every_tp_rank():
@@ -283,7 +283,7 @@ def tied_embedding_not_summed():
 
 
 def nothing_clipped():
-    name = "triptych.parallel.zero_megatron.clip_grad_by_total_norm_fp32"
+    name = "triptych.parallel.zero.megatron.clip_grad_by_total_norm_fp32"
     return mock.patch(name, return_value=None)
 
 

@@ -118,7 +118,7 @@ def test_overlapped_layers_compute_the_same(pool, tp, kind, trains, needs_input)
     pool(tp).run(compare, kind=kind, trains=trains, needs_input=needs_input)
 
 
-def kept_bytes(kind: str, *, trains: bool) -> list[int]:
+def saved_bytes(kind: str, *, trains: bool) -> list[int]:
     """What each of the two keeps for the backward pass."""
     tp = dist.get_world_size()
     build_mesh(tp, 1, seed=0, timeout_s=60)
@@ -136,5 +136,5 @@ def kept_bytes(kind: str, *, trains: bool) -> list[int]:
 @pytest.mark.parametrize("trains", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_they_keep_no_more_for_the_backward_pass(pool, kind, trains):
-    for theirs, ours in pool(2).run(kept_bytes, kind=kind, trains=trains):
+    for theirs, ours in pool(2).run(saved_bytes, kind=kind, trains=trains):
         assert ours == theirs

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from triptych.checkpoints.comm import Alone
+from triptych.checkpoints.comm import SingleProcess
 from triptych.errors import ConfigError
 from triptych.tests.runs import Runs, losses
 from triptych.train.lock import NAME, lock_run_dir
@@ -21,9 +21,9 @@ from triptych.train.lock import NAME, lock_run_dir
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from triptych.checkpoints.comm import Alone
+from triptych.checkpoints.comm import SingleProcess
 from triptych.train.lock import lock_run_dir
-with lock_run_dir(Path(sys.argv[1]), Alone()):
+with lock_run_dir(Path(sys.argv[1]), SingleProcess()):
     if os.fork() == 0:  # as megatron-core's writers of checkpoints are
         print("held", os.getpid(), flush=True)  # the child: it has let go of the lock by now
     time.sleep(100)
@@ -31,7 +31,7 @@ with lock_run_dir(Path(sys.argv[1]), Alone()):
 
 
 def refusal(run_dir: Path) -> str:
-    with pytest.raises(ConfigError) as caught, lock_run_dir(run_dir, Alone()):
+    with pytest.raises(ConfigError) as caught, lock_run_dir(run_dir, SingleProcess()):
         pass
     return str(caught.value)
 
@@ -56,7 +56,7 @@ def test_the_second_process_is_told_of_the_first_and_may_run_after_its_death(tmp
     holder.wait()
     assert (run_dir / NAME).exists()
     try:
-        with lock_run_dir(run_dir, Alone()):
+        with lock_run_dir(run_dir, SingleProcess()):
             assert f"process {os.getpid()} on " in refusal(run_dir)
     finally:
         os.kill(int(child), signal.SIGKILL)
@@ -68,7 +68,7 @@ def test_every_rank_refuses_and_the_run_goes_on_afterwards(pool, digits, tmp_pat
     runs = Runs(pool, digits, tmp_path)
     runs.train("run", "dp2", "train.num_steps=1")
     before = sorted(tmp_path.rglob("*"))
-    with lock_run_dir(runs.dir("run"), Alone()):
+    with lock_run_dir(runs.dir("run"), SingleProcess()):
         text = runs.refusal("run", "dp2", "train.num_steps=2")
     assert text.startswith(f"ConfigError: run.dir={runs.dir('run')} is in use by process ")
     assert sorted(tmp_path.rglob("*")) == before
@@ -77,10 +77,10 @@ def test_every_rank_refuses_and_the_run_goes_on_afterwards(pool, digits, tmp_pat
 
 
 def test_folders_that_stay_empty_are_removed(tmp_path):
-    with lock_run_dir(tmp_path / "a" / "b" / "c", Alone()):
+    with lock_run_dir(tmp_path / "a" / "b" / "c", SingleProcess()):
         pass
     assert list(tmp_path.iterdir()) == []
-    with lock_run_dir(tmp_path / "a" / "b" / "c", Alone()):
+    with lock_run_dir(tmp_path / "a" / "b" / "c", SingleProcess()):
         (tmp_path / "a" / "b" / "written").touch()
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "b", "written"]
 
@@ -100,7 +100,7 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog)
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with lock_run_dir(tmp_path, Alone()):
+    with lock_run_dir(tmp_path, SingleProcess()):
         assert "Function not implemented; see to it that no other run" in caplog.text
 
 
@@ -114,7 +114,7 @@ def test_never_two_at_a_time(tmp_path):
         nonlocal inside, most, taken
         while taken < 300 and time.monotonic() < end:
             try:
-                with lock_run_dir(tmp_path, Alone()):
+                with lock_run_dir(tmp_path, SingleProcess()):
                     with counting:
                         inside += 1
                         most = max(most, inside)

@@ -6,9 +6,9 @@ from unittest import mock
 
 import pytest
 
-from triptych.data import reader
-from triptych.data.dataset import Dataset
-from triptych.data.loader import Loader
+from triptych.data.dataset.dataset import Dataset
+from triptych.data.loading import reader
+from triptych.data.loading.loader import Loader
 from triptych.tests.runs import LAYOUTS, Runs, train
 
 pytestmark = pytest.mark.distributed

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 from triptych.configs.compose import load_config
 from triptych.configs.schema import Config
+from triptych.costs.activation_memory import CPU, GPU, Activations
+from triptych.costs.compute import expected_load
 from triptych.costs.flops import parameters
-from triptych.costs.kept import CPU, GPU, Activations
-from triptych.costs.layout import layers_per_stage
-from triptych.costs.memory import most_kept, stage_memory
-from triptych.costs.pieces import Piece, chunk_pieces, stage_pieces, trained
-from triptych.costs.timeline import stage_passes
-from triptych.costs.work import expected_load
+from triptych.costs.layer_split import layers_per_chunk
+from triptych.costs.memory import most_saved, pp_stage_memory
+from triptych.costs.parameter_shards import ParameterShard, chunk_shards, pp_stage_shards, trained
+from triptych.costs.pipeline_schedule import pp_stage_passes
 
 GIB = 2**30
 
@@ -30,7 +30,7 @@ def run(*words: str) -> Config:
 def kept(config: Config, kernels=GPU) -> list[int]:
     """Bytes of a microbatch in each chunk."""
     activations = Activations(config, expected_load(config), kernels)
-    return [chunk.total for chunk in activations.of_chunks(layers_per_stage(config))]
+    return [chunk.total for chunk in activations.of_chunks(layers_per_chunk(config))]
 
 
 @pytest.mark.parametrize("model", ["debug", "qwen2_vl_2b", "qwen2_vl_7b", "qwen2_vl_72b"])
@@ -43,10 +43,10 @@ def test_all_ranks_together_hold_the_model(model: str, tp: int, pp: int, vpp: in
     held = sum(
         (
             piece
-            for pieces in chunk_pieces(config, layers_per_stage(config))
+            for pieces in chunk_shards(config, layers_per_chunk(config))
             for piece in pieces.values()
         ),
-        Piece(),
+        ParameterShard(),
     )
     copies = whole.embedding if config.model.language.tie_word_embeddings and pp > 1 else 0
     assert tp * held.sharded + held.replicated == whole.total + copies
@@ -54,8 +54,8 @@ def test_all_ranks_together_hold_the_model(model: str, tp: int, pp: int, vpp: in
 
 def test_a_stage_holds_its_chunks() -> None:
     config = run("parallel.vpp=2")
-    layers = layers_per_stage(config)
-    chunks, stages = chunk_pieces(config, layers), stage_pieces(config, layers)
+    layers = layers_per_chunk(config)
+    chunks, stages = chunk_shards(config, layers), pp_stage_shards(config, layers)
     for stage, pieces in enumerate(stages):
         assert pieces["llm"] == chunks[stage]["llm"] + chunks[stage + 8]["llm"]
 
@@ -63,7 +63,7 @@ def test_a_stage_holds_its_chunks() -> None:
 @pytest.mark.parametrize(("stage", "part"), [("1", ("vit", "adapter")), ("3", ("adapter", "llm"))])
 def test_what_trains_follows_the_stage(stage: str, part: tuple[str, ...]) -> None:
     config = run(f"stage={stage}")
-    first = stage_pieces(config, layers_per_stage(config))[0]
+    first = pp_stage_shards(config, layers_per_chunk(config))[0]
     assert trained(config, first) == sum(first[name].total for name in part)
 
 
@@ -123,7 +123,7 @@ def test_one_forward_one_backward_keeps_as_many_microbatches_as_stages_follow(
 ) -> None:
     num_microbatches = 1 + extra
     for stage in range(pp):
-        most = most_kept([size], stage, pp=pp, vpp=1, num_microbatches=num_microbatches)
+        most = most_saved([size], stage, pp=pp, vpp=1, num_microbatches=num_microbatches)
         assert most == size * min(pp - stage, num_microbatches)
 
 
@@ -140,19 +140,19 @@ def test_the_first_groups_of_microbatches_show_the_most_that_interleaving_keeps(
     num_microbatches = pp * groups
     chunks = sizes[:vpp]
     for stage in range(pp):
-        most = most_kept(chunks, stage, pp=pp, vpp=vpp, num_microbatches=num_microbatches)
-        passes = stage_passes(stage, pp=pp, vpp=vpp, num_microbatches=num_microbatches)
+        most = most_saved(chunks, stage, pp=pp, vpp=vpp, num_microbatches=num_microbatches)
+        passes = pp_stage_passes(stage, pp=pp, vpp=vpp, num_microbatches=num_microbatches)
         changes = [chunks[one.chunk] * (-1 if one.is_backward else 1) for one in passes]
         assert most == max(accumulate(changes, initial=0))
 
 
 def test_optimizer_state_is_sharded_and_gradients_are_not() -> None:
     config = run("stage=2")
-    layers = layers_per_stage(config)
+    layers = layers_per_chunk(config)
     activations = Activations(config, expected_load(config), GPU)
-    pieces = stage_pieces(config, layers)
+    pieces = pp_stage_shards(config, layers)
     one, sixteen = (
-        stage_memory(activations, layers, pieces, dp=dp, num_microbatches=32) for dp in (1, 16)
+        pp_stage_memory(activations, layers, pieces, dp=dp, num_microbatches=32) for dp in (1, 16)
     )
     for alone, shared, held in zip(one, sixteen, pieces, strict=True):
         number = trained(config, held)
@@ -164,11 +164,11 @@ def test_optimizer_state_is_sharded_and_gradients_are_not() -> None:
 
 def test_a_frozen_stage_has_no_gradients() -> None:
     config = run("stage=1")
-    layers = layers_per_stage(config)
-    memory = stage_memory(
+    layers = layers_per_chunk(config)
+    memory = pp_stage_memory(
         Activations(config, expected_load(config), GPU),
         layers,
-        stage_pieces(config, layers),
+        pp_stage_shards(config, layers),
         dp=16,
         num_microbatches=32,
     )
@@ -189,10 +189,10 @@ def test_bytes_per_parameter(how: str) -> None:
     """Weights, gradients, optimizer: as counted among the live tensors of one process."""
     zero, precision = how.split()
     config = run(f"train.precision={precision}", f"optimizer.zero={zero}")
-    layers = layers_per_stage(config)
-    pieces = stage_pieces(config, layers)
+    layers = layers_per_chunk(config)
+    pieces = pp_stage_shards(config, layers)
     activations = Activations(config, expected_load(config), GPU)
-    stage = stage_memory(activations, layers, pieces, dp=1, num_microbatches=32)[1]
+    stage = pp_stage_memory(activations, layers, pieces, dp=1, num_microbatches=32)[1]
     number = trained(config, pieces[1])
     found = (stage.weights, stage.gradients, stage.optimizer)
     assert found == tuple(size * number for size in BYTES_PER_PARAMETER[how])
@@ -200,26 +200,26 @@ def test_bytes_per_parameter(how: str) -> None:
 
 def test_interleaved_chunks_keep_what_they_sent() -> None:
     config = run("parallel.vpp=2", "parallel.pp=4", "parallel.tp=8")
-    layers = layers_per_stage(config)
+    layers = layers_per_chunk(config)
     activations = Activations(config, expected_load(config), GPU)
-    memory = stage_memory(
-        activations, layers, stage_pieces(config, layers), dp=1, num_microbatches=32
+    memory = pp_stage_memory(
+        activations, layers, pp_stage_shards(config, layers), dp=1, num_microbatches=32
     )
     kept = [chunk.total for chunk in activations.of_chunks(layers)]
-    without = most_kept(kept[1::4], 1, pp=4, vpp=2, num_microbatches=32)
+    without = most_saved(kept[1::4], 1, pp=4, vpp=2, num_microbatches=32)
     sent = 8192 // 8 * config.model.language.hidden_size * 2
     in_flight = (memory[1].activations - without) / sent
-    assert in_flight == most_kept([1, 1], 1, pp=4, vpp=2, num_microbatches=32)
+    assert in_flight == most_saved([1, 1], 1, pp=4, vpp=2, num_microbatches=32)
 
 
 def test_a_tied_head_on_one_stage_is_no_copy() -> None:
     config = load_config(["model=qwen2_vl_2b"])
-    [only] = chunk_pieces(config, layers_per_stage(config))
+    [only] = chunk_shards(config, layers_per_chunk(config))
     untied = replace(
         config,
         model=replace(
             config.model, language=replace(config.model.language, tie_word_embeddings=False)
         ),
     )
-    [both] = chunk_pieces(untied, layers_per_stage(untied))
+    [both] = chunk_shards(untied, layers_per_chunk(untied))
     assert both["llm"].total - only["llm"].total == 1536 * 151936

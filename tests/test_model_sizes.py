@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from triptych.checkpoints.names import name_table
+from triptych.checkpoints.hf.name_table import name_table
 from triptych.configs.compose import load_config
 from triptych.configs.schema import ModelConfig, ParallelConfig, Precision
-from triptych.models.parameters import Part, cut_of, full_shape, global_parameters, part_of
-from triptych.models.qwen2_vl.model import Qwen2VL
+from triptych.models.parameters import Part, full_shape, global_parameters, part_of, sharding_of
+from triptych.models.qwen_vl.model import Qwen2VL
 from triptych.parallel.mesh import Mesh, build_mesh, shutdown
 
 NUM_PARAMETERS = {
@@ -92,7 +92,7 @@ def test_the_pieces_of_all_stages_make_up_the_model(name, tp, pp, device):
             assert (mesh.pp_rank, mesh.tp_rank) == (pp_rank, tp_rank)
             piece = build(model, ParallelConfig(tp=tp, pp=pp), mesh, device)
         for parameter_name, parameter in global_parameters([piece]):
-            shape = full_shape(parameter, cut_of(parameter_name), tp)
+            shape = full_shape(parameter, sharding_of(parameter_name), tp)
             assert shape == table[parameter_name].shape, parameter_name
             if tp_rank == 0:
                 found.append(parameter_name)

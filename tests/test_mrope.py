@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from triptych.data.mrope import build_position_ids
+from triptych.data.loading.mrope import build_position_ids
 from triptych.errors import DataError
 
 TEXT, START, END, IMAGE, VIDEO = 0, 1, 2, 3, 4

@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 
-from triptych.models.qwen2_vl.model import Qwen2VL
+from triptych.models.qwen_vl.model import Qwen2VL
 from triptych.parallel.mesh import build_mesh
 from triptych.tests.layouts import (
     LR,
@@ -55,7 +55,7 @@ def losses(case: Case, order: tuple[str, ...]) -> list[float]:
 
 def losses_without_blanks(case: Case, order: tuple[str, ...]) -> list[float]:
     never = mock.PropertyMock(return_value=False)
-    with mock.patch.object(Qwen2VL, "looks_at_blanks", never, create=True):
+    with mock.patch.object(Qwen2VL, "runs_dummy_image", never, create=True):
         return losses(case, order)
 
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from triptych.configs.schema import Oversize
 from triptych.data.plan.mixture import draw_sources, integer_shares
+from triptych.data.plan.order import Cursor, Plan
 from triptych.data.plan.permute import derive_key, shuffled
-from triptych.data.plan.plan import Cursor, Plan
-from triptych.data.plan.sources import PlanSource, plan_sources
-from triptych.data.types import Limits
+from triptych.data.plan.plan_sources import PlanSource, plan_sources
+from triptych.data.types import PixelLimits
 from triptych.errors import ConfigError, DataError
 
 weights = st.lists(st.decimals("0.001", "20", places=3).map(float), min_size=1, max_size=12)
@@ -290,7 +290,7 @@ class MetadataSource:
 
 def test_weights_and_sources_must_match():
     sources = [MetadataSource("a"), MetadataSource("b")]
-    limits = Limits(min_pixels=1, max_pixels=2)
+    limits = PixelLimits(min_pixels=1, max_pixels=2)
     with pytest.raises(ConfigError, match=r"(?s)unknown source 'c'; there are a, b.*'b' has no w"):
         plan_sources(sources, {"a": 1, "c": 1}, limits)
     planned = plan_sources(sources, {"b": 2, "a": 1}, limits)
@@ -330,7 +330,7 @@ def test_hash_covers_everything_that_decides_the_order():
 
 
 def test_hash_and_order_are_the_same_on_every_machine():
-    """Change these values only together with ``_VERSION`` in data/plan/plan.py."""
+    """Change these values only together with ``_VERSION`` in data/plan/order.py."""
     plan = make_plan(plan_source("a", 0.75), plan_source("b", 0.25), window=8, seq_len=64)
     packs, cursor = plan.next_packs(plan.start, 4)
     assert plan.hash == "3d61beb4ca9a4b2f80868c3ae34513eb"

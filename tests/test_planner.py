@@ -15,16 +15,17 @@ from triptych.configs.compose import load_config
 from triptych.configs.rules.cluster import NEEDED
 from triptych.configs.schema import Config
 from triptych.configs.validate import validate, validate_plan
-from triptych.costs import kept, pieces
+from triptych.costs import activation_memory, parameter_shards
+from triptych.costs.communication import Links, tensor_communication
+from triptych.costs.compute import expected_load
 from triptych.costs.estimate import Estimate, estimate, usable_bytes
 from triptych.costs.flops import training_flops
 from triptych.costs.search import best_layouts
-from triptych.costs.traffic import Links, tensor_traffic
-from triptych.costs.work import expected_load
 from triptych.errors import ConfigError
-from triptych.launch import plan, plan_check
-from triptych.launch.plan_picture import draw_timeline
-from triptych.launch.plan_report import report
+from triptych.launch import plan
+from triptych.launch.planner import check
+from triptych.launch.planner.report import report
+from triptych.launch.planner.timeline_plot import draw_timeline
 
 ROOT = Path(triptych.__file__).parent
 BIG = [  # in stage 2, as nothing else is said
@@ -179,20 +180,20 @@ def test_waiting_for_tp_by_hand() -> None:
     """One 72B layer, tp 8 with sequence parallelism: a gather and a scatter before and after each
     of attention and MLP; backward, two of each six run beside a matrix product.
     """
-    traffic = tensor_traffic(config(), expected_load(config())).layer
+    traffic = tensor_communication(config(), expected_load(config())).layer
     unit = 7 / 8 * 8192 * 8192 * 2
-    assert (traffic.forward.sent, traffic.forward.awaited) == (4 * unit, 4 * unit)
-    assert (traffic.backward.sent, traffic.backward.awaited) == (6 * unit, 2 * unit)
+    assert (traffic.forward.bytes_sent, traffic.forward.exposed_bytes) == (4 * unit, 4 * unit)
+    assert (traffic.backward.bytes_sent, traffic.backward.exposed_bytes) == (6 * unit, 2 * unit)
     frozen = config("stage=1")
-    backward = tensor_traffic(frozen, expected_load(frozen)).layer.backward
-    assert (backward.sent, backward.awaited) == (4 * unit, 4 * unit)
+    backward = tensor_communication(frozen, expected_load(frozen)).layer.backward
+    assert (backward.bytes_sent, backward.exposed_bytes) == (4 * unit, 4 * unit)
 
 
 def test_one_tp_rank_sends_nothing() -> None:
     alone = load_config(["model=qwen2_vl_2b", "cluster=h100", "cluster.gpus=8"])
-    assert estimate(alone).tp.sent_bytes == 0
-    assert estimate(alone).pp.sent_bytes == 0
-    assert estimate(alone).dp.sent_bytes > 0
+    assert estimate(alone).tp.bytes_sent == 0
+    assert estimate(alone).pp.bytes_sent == 0
+    assert estimate(alone).dp.bytes_sent > 0
 
 
 def test_links_follow_the_nodes() -> None:
@@ -214,23 +215,23 @@ def test_overlap_hides_what_replicas_exchange() -> None:
     whole = plan_of()
     reduced = plan_of("parallel.overlap.grad_reduce=true")
     both = plan_of("parallel.overlap.grad_reduce=true", "parallel.overlap.param_gather=true")
-    assert whole.dp.awaited_s > reduced.dp.awaited_s > both.dp.awaited_s >= 0
-    assert whole.dp.sent_bytes == both.dp.sent_bytes
+    assert whole.dp.exposed_s > reduced.dp.exposed_s > both.dp.exposed_s >= 0
+    assert whole.dp.bytes_sent == both.dp.bytes_sent
 
 
 def test_overlap_hides_what_the_layers_exchange_over_tp() -> None:
     """Latency is left, and what embedding, merger and head wait for."""
     layers = "parallel.layout=[10,10,10,10,10,10,10,10]"
     plain, overlapped = plan_of(layers), plan_of(layers, "parallel.overlap.tp_comm=true")
-    assert 0 < overlapped.tp.awaited_s < plain.tp.awaited_s / 3
-    assert overlapped.tp.sent_bytes == plain.tp.sent_bytes
+    assert 0 < overlapped.tp.exposed_s < plain.tp.exposed_s / 3
+    assert overlapped.tp.bytes_sent == plain.tp.bytes_sent
     assert overlapped.mfu > plain.mfu
 
 
 def test_deepspeed_sends_gradients_twice() -> None:
     """It all-reduces what the other one reduce-scatters: 8 + 2 bytes for 4 + 2 of a parameter."""
     deepspeed = plan_of("optimizer.zero=deepspeed")
-    assert deepspeed.dp.sent_bytes == pytest.approx(plan_of().dp.sent_bytes * 10 / 6)
+    assert deepspeed.dp.bytes_sent == pytest.approx(plan_of().dp.bytes_sent * 10 / 6)
 
 
 def test_the_best_layouts_fit_and_are_ordered() -> None:
@@ -272,7 +273,7 @@ def test_the_report_says_what_is_assumed() -> None:
 def test_the_report_states_the_parameters_of_every_stage() -> None:
     plan = plan_of()
     text = report(plan)
-    for held in plan.pieces:
+    for held in plan.shards:
         assert f"{sum(piece.total for piece in held.values()):,}" in text
 
 
@@ -308,10 +309,10 @@ def test_check_prints_agreement(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts the kernels of a CPU")
 def test_check_fails_where_a_formula_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kept, "ROTARY_TABLES", 40)
+    monkeypatch.setattr(activation_memory, "ROTARY_TABLES", 40)
     with pytest.raises(SystemExit, match="plan and rank disagree"):
-        plan_check.check(plan_of())
+        check.check(plan_of())
     monkeypatch.undo()
-    monkeypatch.setattr(pieces, "_vit_replicated", lambda _: 0)
+    monkeypatch.setattr(parameter_shards, "_vit_replicated", lambda _: 0)
     with pytest.raises(SystemExit, match="plan and rank disagree"):
-        plan_check.check(plan_of())
+        check.check(plan_of())

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from triptych.configs.schema import ModelConfig
-from triptych.data import collate
+from triptych.data.loading import collate
 from triptych.data.types import Batch
 from triptych.models.attention import PackedCoreAttention
-from triptych.models.qwen2_vl import vision
-from triptych.models.qwen2_vl.merger import Merger
-from triptych.models.qwen2_vl.model import Qwen2VL
+from triptych.models.qwen_vl import vision
+from triptych.models.qwen_vl.merger import Merger
+from triptych.models.qwen_vl.model import Qwen2VL
 from triptych.parallel.mesh import Mesh
 from triptych.tests.reference import (
     BAR,

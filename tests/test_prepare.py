@@ -9,8 +9,8 @@ import pytest
 import webdataset
 from PIL import Image
 
-from triptych.data.dataset import Dataset
-from triptych.data.prepare.build import OnBad, build_dataset
+from triptych.data.dataset.dataset import Dataset
+from triptych.data.prepare.build_dataset import OnBad, build_dataset
 from triptych.data.tokenizer import train_tokenizer
 from triptych.errors import ConfigError, DataError
 from triptych.launch import prepare

@@ -11,9 +11,9 @@ from triptych.models.parameters import Part, part_of
 from triptych.parallel.mesh import build_mesh
 from triptych.tests.layouts import TRAINED, Case, Layout, config_of, draw_weights, make_step
 from triptych.tests.runs import LAYOUTS, Runs, metrics
+from triptych.train.batches import to_device
 from triptych.train.engine import build_engine
-from triptych.train.feed import to_device
-from triptych.train.stages.census import Census, check
+from triptych.train.stages.parameter_counts import ParameterCounts, check
 from triptych.train.stages.stage import Stage, learning_rate
 
 distributed = pytest.mark.distributed
@@ -37,11 +37,11 @@ def test_a_stage_trains_its_parts(choice):
 
 def test_a_stage_that_is_not_as_declared_is_refused():
     stage = Stage(load_config(["stage=3"]).stage)
-    good = Census(
+    good = ParameterCounts(
         {Part.VIT: 0, Part.ADAPTER: 5, Part.LLM: 7}, {Part.VIT: 3, Part.ADAPTER: 0, Part.LLM: 0}
     )
     check(stage, good)
-    half_frozen = Census(good.trained, {**good.frozen, Part.LLM: 1})
+    half_frozen = ParameterCounts(good.trained, {**good.frozen, Part.LLM: 1})
     with pytest.raises(AssertionError, match="stage3: llm is not as declared"):
         check(stage, half_frozen)
 
@@ -140,7 +140,7 @@ def graph_of(layout: Layout, stage: str) -> tuple[tuple[bool, bool] | None, set[
         for name, parameter in engine.parameters.items()
         if hasattr(parameter, "main_grad")
     }
-    if not mesh.is_first_stage:
+    if not mesh.is_first_pp_stage:
         return None, buffered
     outputs: list[torch.Tensor] = []
     [model] = engine.bare_chunks

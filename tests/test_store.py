@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from triptych.checkpoints.comm import Alone
+from triptych.checkpoints.comm import SingleProcess
 from triptych.checkpoints.manifest import COMMIT, MANIFEST, read_manifest, verify, writer_of
 from triptych.checkpoints.store import CheckpointStore, locate, step_folders
 from triptych.errors import CheckpointError
@@ -35,12 +35,12 @@ def save(store: CheckpointStore, step: int, rank: int = 0) -> Path:
 
 
 def run_with(*steps: int, root: Path) -> list[Path]:
-    store = CheckpointStore(root, Alone())
+    store = CheckpointStore(root, SingleProcess())
     return [save(store, step) for step in steps]
 
 
 def newest(root: Path) -> Path | None:
-    return CheckpointStore(root, Alone()).newest()
+    return CheckpointStore(root, SingleProcess()).newest()
 
 
 def flip_bit(path: Path) -> None:
@@ -94,7 +94,7 @@ def test_every_start_is_a_new_attempt_and_counts_as_newer(tmp_path):
 
 
 def test_a_name_is_never_used_twice(tmp_path):
-    store = CheckpointStore(tmp_path, Alone())
+    store = CheckpointStore(tmp_path, SingleProcess())
     save(store, 5)
     with pytest.raises(CheckpointError, match=r"step 5 was already saved as .*step_000000005\.0"):
         store.begin(5)
@@ -112,7 +112,7 @@ def test_an_empty_run_has_no_newest(tmp_path):
 
 
 def test_retention_keeps_the_newest(tmp_path):
-    store = CheckpointStore(tmp_path, Alone())
+    store = CheckpointStore(tmp_path, SingleProcess())
     for step in (1, 2, 3, 4):
         save(store, step)
     assert [path.name[:14] for path in store.retain(2)] == ["step_000000002", "step_000000001"]
@@ -124,7 +124,7 @@ def test_retention_keeps_the_newest(tmp_path):
 
 def test_retention_deletes_nothing_before_a_new_commit(tmp_path):
     run_with(1, 2, root=tmp_path)
-    store = CheckpointStore(tmp_path, Alone())
+    store = CheckpointStore(tmp_path, SingleProcess())
     assert store.retain(1) == []
     store.begin(3)
     assert store.retain(1) == []
@@ -133,7 +133,7 @@ def test_retention_deletes_nothing_before_a_new_commit(tmp_path):
 
 def test_retention_counts_no_abandoned_branch_as_newest(tmp_path):
     run_with(100, 200, 300, root=tmp_path)
-    store = CheckpointStore(tmp_path, Alone())
+    store = CheckpointStore(tmp_path, SingleProcess())
     kept = save(store, 120)
     store.retain(1)
     assert step_folders(tmp_path) == [kept]
@@ -166,7 +166,7 @@ def test_damage_is_named_set_aside_and_passed_over(tmp_path, caplog, kind):
     harm, message = DAMAGE[kind]
     good, bad = run_with(1, 2, root=tmp_path)
     harm(bad)
-    assert [bool(verify(folder, Alone())) for folder in (good, bad)] == [False, True]
+    assert [bool(verify(folder, SingleProcess())) for folder in (good, bad)] == [False, True]
     assert newest(tmp_path) == good
     assert not bad.exists()
     assert (tmp_path / "step_000000002.0.damaged").is_dir()
@@ -181,7 +181,7 @@ def test_a_damaged_checkpoint_named_by_a_person_is_refused(tmp_path, kind):
     harm(bad)
     for path in (tmp_path, tmp_path / "checkpoints", bad):
         with pytest.raises(CheckpointError, match=message) as error:
-            locate(path, Alone())
+            locate(path, SingleProcess())
         assert f"the one before is {good}" in str(error.value)
     assert bad.exists()
 
@@ -199,32 +199,32 @@ def test_a_run_whose_checkpoints_are_all_damaged_never_starts_over(tmp_path):
 
 def test_locate_takes_run_folder_checkpoints_folder_and_checkpoint(tmp_path):
     older, newer = run_with(7, 8, root=tmp_path / "checkpoints")
-    assert locate(tmp_path, Alone()) == newer
-    assert locate(tmp_path / "checkpoints", Alone()) == newer
-    assert locate(older, Alone()) == older
+    assert locate(tmp_path, SingleProcess()) == newer
+    assert locate(tmp_path / "checkpoints", SingleProcess()) == newer
+    assert locate(older, SingleProcess()) == older
     copy = older.rename(tmp_path / "my_copy")
-    assert locate(copy, Alone()) == copy
+    assert locate(copy, SingleProcess()) == copy
 
 
 def test_locate_says_what_it_found_instead(tmp_path):
     run_with(7, root=tmp_path / "checkpoints")
     with pytest.raises(CheckpointError, match=r"does not exist; beside it: step_000000007\.0"):
-        locate(tmp_path / "checkpoints" / "step_000000009.0", Alone())
+        locate(tmp_path / "checkpoints" / "step_000000009.0", SingleProcess())
     (tmp_path / "other").mkdir()
     with pytest.raises(CheckpointError, match="found nothing in it"):
-        locate(tmp_path / "other", Alone())
+        locate(tmp_path / "other", SingleProcess())
     (tmp_path / "other" / "notes.txt").touch()
     with pytest.raises(CheckpointError, match=r"neither a run folder.*found notes.txt in it"):
-        locate(tmp_path / "other", Alone())
+        locate(tmp_path / "other", SingleProcess())
     (tmp_path / "other" / "config.json").touch()
     (tmp_path / "other" / "model.safetensors").touch()
     with pytest.raises(
         CheckpointError, match=r"Hugging Face model -> convert it with launch/convert.py"
     ):
-        locate(tmp_path / "other", Alone())
+        locate(tmp_path / "other", SingleProcess())
     (tmp_path / "step_000000007.0.damaged").mkdir()
     with pytest.raises(CheckpointError, match="no checkpoint: damaged"):
-        locate(tmp_path / "step_000000007.0.damaged", Alone())
+        locate(tmp_path / "step_000000007.0.damaged", SingleProcess())
 
 
 # --- a run that dies
@@ -281,7 +281,7 @@ def deaths(
 
 def test_dying_anywhere_in_a_save_costs_at_most_that_save(tmp_path, killer):
     def scenario(root: Path) -> None:
-        store = CheckpointStore(root, Alone())
+        store = CheckpointStore(root, SingleProcess())
         save(store, 300)
         store.retain(1)
 
@@ -289,7 +289,7 @@ def test_dying_anywhere_in_a_save_costs_at_most_that_save(tmp_path, killer):
     for root in deaths(killer, scenario, (tmp_path / str(i) for i in range(1000))):
         found = newest(root)
         assert found is not None
-        assert not verify(found, Alone())
+        assert not verify(found, SingleProcess())
         survivors.add(found.name)
         assert not [
             p
@@ -303,24 +303,24 @@ def test_dying_anywhere_in_a_save_costs_at_most_that_save(tmp_path, killer):
 
 def test_dying_anywhere_in_the_recovery_is_recovered_from(tmp_path, killer):
     def scenario(root: Path) -> None:
-        store = CheckpointStore(root, Alone())
+        store = CheckpointStore(root, SingleProcess())
         (store.begin(300) / "shards" / "__0_0.distcp").write_bytes(b"half")
         flip_bit(root / "step_000000200.0" / "data.json")
         newest(root)
-        save(CheckpointStore(root, Alone()), 300)
+        save(CheckpointStore(root, SingleProcess()), 300)
 
     for root in deaths(killer, scenario, (tmp_path / str(i) for i in range(1000))):
         found = newest(root)
         assert found is not None
-        assert not verify(found, Alone())
+        assert not verify(found, SingleProcess())
 
 
 WRITER = """
 import sys
 from pathlib import Path
-from triptych.checkpoints.comm import Alone
+from triptych.checkpoints.comm import SingleProcess
 from triptych.checkpoints.store import CheckpointStore
-store = CheckpointStore(Path(sys.argv[1]), Alone())
+store = CheckpointStore(Path(sys.argv[1]), SingleProcess())
 step = 0
 while True:
     step += 1

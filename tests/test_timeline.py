@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from triptych.costs.timeline import Event, ideal_bubble, simulate, stage_passes
+from triptych.costs.pipeline_schedule import Event, ideal_bubble, pp_stage_passes, simulate
 
 
 def test_one_forward_one_backward_by_hand():
@@ -40,7 +40,7 @@ def test_one_forward_one_backward_by_hand():
 
 def test_interleaved_order_by_hand():
     """Stage 0 of 2, 2 chunks: (pp - 1) * 2 + pp forward passes first, by groups of pp."""
-    passes = stage_passes(0, pp=2, vpp=2, num_microbatches=4)
+    passes = pp_stage_passes(0, pp=2, vpp=2, num_microbatches=4)
     names = [f"{'FB'[todo.is_backward]}{todo.chunk}{todo.microbatch}" for todo in passes]
     assert names == ("F00 F01 F10 F11 F02 B10 F03 B11 F12 B00 F13 B01 B12 B13 B02 B03".split())
 

@@ -15,8 +15,8 @@ import torch.distributed as dist
 
 from triptych.configs.compose import read_config
 from triptych.costs.flops import Workload, forward_flops
-from triptych.data.dataset import Dataset
-from triptych.data.types import Limits
+from triptych.data.dataset.dataset import Dataset
+from triptych.data.types import PixelLimits
 from triptych.tests.runs import LAYOUTS, Runs, losses, metrics, packs, refusal, train
 from triptych.train.hooks.metrics import JsonLines
 from triptych.train.step import counted
@@ -66,7 +66,7 @@ def test_flops_are_those_of_the_samples_in_any_layout(runs, digits):
     peak = "cluster.peak_tflops=0.01"
     told = runs.train("tp2 pp2", "tp2 pp2", "train.num_steps=3", peak)
     config = read_config(runs.dir("dp2") / "config.yaml")
-    limits = Limits(config.data.min_pixels, config.data.max_pixels)
+    limits = PixelLimits(config.data.min_pixels, config.data.max_pixels)
     names = ["strings", "captions", "text"]  # in the order of data.mixtures.stage2
     sources = [Dataset.open(digits / name, name) for name in names]
     tokens, patches, pairs = (
@@ -207,7 +207,7 @@ def spoil_loss(argv: list[str], ranks: list[int], microbatch: int) -> tuple[str,
         updates["step"] += 1
         return step(self, lr, grad_norm)
 
-    from triptych.parallel.zero_megatron import MegatronZero
+    from triptych.parallel.zero.megatron import MegatronZero
 
     step = MegatronZero.step
     with (
@@ -234,7 +234,7 @@ def test_a_batch_without_supervised_tokens_is_skipped_by_all_ranks(layout, runs)
 
 def unsupervise(argv: list[str], step: int) -> None:
     """Train with no supervised token in one step."""
-    from triptych.data.loader import Loader
+    from triptych.data.loading.loader import Loader
 
     calls, next_step = Counter(), Loader.__next__
 

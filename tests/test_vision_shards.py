@@ -8,12 +8,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from triptych.configs.schema import Kernels, ParallelConfig, Precision, VisionConfig
-from triptych.data.image import PATCH_DIM
+from triptych.data.media.image import PATCH_DIM
 from triptych.models.fake_rank import saved_storages
 from triptych.models.init import init_parameters
 from triptych.models.kernels import Installed, choose
-from triptych.models.parameters import Cut, cut_of, join_pieces
-from triptych.models.qwen2_vl.vision import VisionTower
+from triptych.models.parameters import TensorSharding, sharding_of, unshard
+from triptych.models.qwen_vl.vision import VisionTower
 from triptych.parallel.mesh import build_mesh
 from triptych.tests.single import alone
 
@@ -61,9 +61,9 @@ def test_equals_one_rank(tp, sharded, grids, pool):
         assert apart(output, want) <= BAR
     for name, want_grad in want_grads.items():
         own = [grads[name] for _, grads, _ in pieces]
-        if cut_of(name) is Cut.REPLICATED:
+        if sharding_of(name) is TensorSharding.REPLICATED:
             assert all(torch.equal(grad, own[0]) for grad in own), "replicas get one gradient"
-        assert apart(join_pieces(own, cut_of(name)), want_grad) <= BAR, name
+        assert apart(unshard(own, sharding_of(name)), want_grad) <= BAR, name
 
 
 def apart(got: Tensor, want: Tensor) -> float:

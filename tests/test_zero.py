@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from triptych.configs.schema import OptimizerConfig, Zero
-from triptych.models.parameters import Cut, cut_of, join_pieces
+from triptych.models.parameters import TensorSharding, sharding_of, unshard
 from triptych.parallel.mesh import build_mesh
 from triptych.tests.layouts import (
     KINDS,
@@ -85,8 +85,8 @@ def run_fused(
 ) -> tuple[list[float | None], int, dict[str, Tensor]]:
     """With the AdamW that CUDA gets; torch has its kernel for CPUs, too."""
     with (
-        mock.patch("triptych.parallel.zero_megatron.FUSED", True),
-        mock.patch("triptych.parallel.zero_deepspeed.FUSED", True),
+        mock.patch("triptych.parallel.zero.megatron.FUSED", True),
+        mock.patch("triptych.parallel.zero.deepspeed.FUSED", True),
     ):
         return run_sharded(case, zeros)
 
@@ -143,9 +143,13 @@ def joined(ranks: list[tuple[list[float | None], int, dict[str, Tensor]]]) -> di
             pieces.setdefault(name, {})[tp_rank] = tensor
     full = {}
     for name, by_rank in pieces.items():
-        cut = cut_of(name)
-        rows = [by_rank[0]] if cut is Cut.REPLICATED else [by_rank[r] for r in sorted(by_rank)]
-        full[name] = join_pieces(rows, cut)
+        sharding = sharding_of(name)
+        rows = (
+            [by_rank[0]]
+            if sharding is TensorSharding.REPLICATED
+            else [by_rank[r] for r in sorted(by_rank)]
+        )
+        full[name] = unshard(rows, sharding)
     return full
 
 

@@ -7,12 +7,16 @@ from torch import nn
 
 from triptych.checkpoints.run_state import RunTensors
 from triptych.configs.schema import Config, Zero
-from triptych.costs.layout import layers_per_stage
+from triptych.costs.layer_split import layers_per_chunk
 from triptych.models.build import build_model
 from triptych.models.parameters import global_parameters, part_of
 from triptych.parallel.mesh import Mesh
-from triptych.parallel.zero import ShardedOptimizer
-from triptych.train.stages.census import Census, check, count
+from triptych.parallel.zero.protocol import ShardedOptimizer
+from triptych.train.stages.parameter_counts import (
+    ParameterCounts,
+    check_trained_parts,
+    count_parameters,
+)
 from triptych.train.stages.stage import Stage
 
 
@@ -26,7 +30,7 @@ class Engine:
     """This rank's chunks of the model, without the wrapping."""
     parameters: Mapping[str, nn.Parameter]
     optimizer: ShardedOptimizer
-    census: Census
+    parameter_counts: ParameterCounts
     tied: bool
 
     @property
@@ -50,29 +54,29 @@ def build_engine(config: Config, mesh: Mesh) -> Engine:
         config.model,
         config.parallel,
         config.train.precision,
-        layers_per_stage(config),
+        layers_per_chunk(config),
         mesh,
         config.train.kernels,
     )
     parameters = dict(global_parameters(chunks))
     stage = Stage(config.stage)
     stage.freeze(parameters)
-    census = count(parameters, mesh)
-    check(stage, census)
+    counts = count_parameters(parameters, mesh)
+    check_trained_parts(stage, counts)
     parts = {name: part_of(name).value for name in parameters}
     zero = _zero_of(config.optimizer.zero)
     overlap, precision = config.parallel.overlap, config.train.precision
     optimizer = zero(chunks, parameters, parts, config.optimizer, overlap, precision, mesh)
     tied = config.model.language.tie_word_embeddings
-    return Engine(mesh, stage, chunks, parameters, optimizer, census, tied)
+    return Engine(mesh, stage, chunks, parameters, optimizer, counts, tied)
 
 
 def _zero_of(choice: Zero) -> Callable[..., ShardedOptimizer]:
     """The optimizer's class; importing DeepSpeed takes seconds, so only who asks for it pays."""
     if choice is Zero.deepspeed:
-        from triptych.parallel.zero_deepspeed import DeepSpeedZero
+        from triptych.parallel.zero.deepspeed import DeepSpeedZero
 
         return DeepSpeedZero
-    from triptych.parallel.zero_megatron import MegatronZero
+    from triptych.parallel.zero.megatron import MegatronZero
 
     return MegatronZero

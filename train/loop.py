@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 
 from triptych.configs.schema import Config
-from triptych.data.loader import Loader
+from triptych.data.loading.loader import Loader
 from triptych.train.engine import Engine
 from triptych.train.hooks.hook import Hook, StepEvent
 from triptych.train.hooks.metrics import step_metrics

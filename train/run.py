@@ -12,11 +12,13 @@ from triptych.checkpoints.comm import Comm, ProcessGroupComm
 from triptych.checkpoints.store import CheckpointStore
 from triptych.configs.compose import save_config
 from triptych.configs.schema import Config
-from triptych.costs.layout import layers_per_stage, planned_bubble
-from triptych.data.plan.plan import Plan
+from triptych.costs.layer_split import layers_per_chunk, planned_bubble
+from triptych.data.plan.order import Plan
 from triptych.errors import ConfigError
 from triptych.models.kernels import Installed, choose, choose_adam
 from triptych.parallel.mesh import Mesh, build_mesh, init_distributed, shutdown
+from triptych.train.console import say
+from triptych.train.data import Mixture, generate_samples
 from triptych.train.engine import Engine, build_engine
 from triptych.train.hooks.checkpoint import Checkpointing
 from triptych.train.hooks.hook import Hook
@@ -26,8 +28,6 @@ from triptych.train.hooks.trackers import TensorBoardTracker, WandbTracker
 from triptych.train.hooks.validation import Validation
 from triptych.train.lock import lock_run_dir
 from triptych.train.loop import is_finished, train
-from triptych.train.report import say
-from triptych.train.sources import Mixture, generate_samples
 from triptych.train.start import start
 from triptych.train.state import TrainState
 
@@ -111,7 +111,7 @@ def _refuse_different_plans(plan: Plan) -> None:
 
 
 def _introduce(config: Config, engine: Engine, data: Mixture) -> None:
-    mesh, dims, layers = engine.mesh, engine.mesh.dims, layers_per_stage(config)
+    mesh, dims, layers = engine.mesh, engine.mesh.dims, layers_per_chunk(config)
     packs, seq_len = config.train.global_batch_size, config.train.seq_len
     say(
         mesh,
@@ -124,7 +124,7 @@ def _introduce(config: Config, engine: Engine, data: Mixture) -> None:
         f"of a budget of {config.stage.token_budget:,}\n"
         f"{config.train.precision.name}; threads per rank: {torch.get_num_threads()}; kernels:\n"
         f"{_kernels(config)}\n"
-        f"data: {data}\n{engine.census}",
+        f"data: {data}\n{engine.parameter_counts}",
     )
 
 

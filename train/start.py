@@ -15,12 +15,12 @@ from triptych.checkpoints.run_state import (
 )
 from triptych.checkpoints.store import CheckpointStore, locate, step_folders
 from triptych.configs.schema import Config
-from triptych.data.plan.plan import Plan
+from triptych.data.plan.order import Plan
 from triptych.errors import CheckpointError, ConfigError
 from triptych.models.init import init_parameters
+from triptych.train.console import say
 from triptych.train.engine import Engine
-from triptych.train.report import say
-from triptych.train.state import Segment, TrainState
+from triptych.train.state import PlanSpan, TrainState
 
 
 def start(
@@ -42,7 +42,7 @@ def start(
         consumed_tokens=0,
         consumed_samples=0,
         cursor=plan.start,
-        segments=(Segment(step=0, plan=plan.hash),),
+        segments=(PlanSpan(step=0, plan=plan.hash),),
     )
 
 

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from triptych.data.plan.plan import Cursor
+from triptych.data.plan.order import Cursor
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
+class PlanSpan:
     """From ``step`` on, the data followed this plan."""
 
     step: int
@@ -29,7 +29,7 @@ class TrainState:
     consumed_samples: int
     cursor: Cursor
     """The next pack."""
-    segments: tuple[Segment, ...]
+    segments: tuple[PlanSpan, ...]
     """The plans that the run has followed; more than one only where a changed plan was accepted."""
 
     def after(self, *, num_tokens: int, num_samples: int, cursor: Cursor) -> "TrainState":
@@ -44,7 +44,7 @@ class TrainState:
 
     def on_new_plan(self, plan: str, cursor: Cursor) -> "TrainState":
         """The same place, its data started anew from another plan."""
-        segments = (*self.segments, Segment(step=self.step, plan=plan))
+        segments = (*self.segments, PlanSpan(step=self.step, plan=plan))
         return replace(self, cursor=cursor, segments=segments)
 
     def to_json(self) -> dict[str, Any]:
@@ -54,6 +54,6 @@ class TrainState:
     @classmethod
     def from_json(cls, state: Mapping[str, Any]) -> "TrainState":
         """The state that ``to_json`` described."""
-        segments = tuple(Segment(**segment) for segment in state["segments"])
+        segments = tuple(PlanSpan(**segment) for segment in state["segments"])
         cursor = Cursor.from_json(state["cursor"])
         return cls(**{**state, "cursor": cursor, "segments": segments})

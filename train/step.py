@@ -16,8 +16,8 @@ from triptych.data.types import Batch, Step
 from triptych.errors import TrainingError
 from triptych.parallel.mesh import Mesh
 from triptych.parallel.schedule import LossFunction, run_microbatches
-from triptych.parallel.zero import ShardedOptimizer
-from triptych.train.feed import drop_unreadable, to_device
+from triptych.parallel.zero.protocol import ShardedOptimizer
+from triptych.train.batches import drop_unreadable, to_device
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Writes a dataset folder sample by sample; ``data/dataset.py`` describes its files."""
+"""Writes a dataset folder sample by sample; ``data/dataset/dataset.py`` describes its files."""
 
 import tarfile
 from collections.abc import Sequence
@@ -8,9 +8,9 @@ from typing import BinaryIO
 
 import xxhash
 
-from triptych.data.dataset import SHARD_NAME, Manifest, file_record, write_manifest
-from triptych.data.media_index import media_row
-from triptych.data.text_file import TextWriter
+from triptych.data.dataset.dataset import SHARD_NAME, Manifest, file_record, write_manifest
+from triptych.data.dataset.media_index import media_row
+from triptych.data.dataset.text_file import TextWriter
 from triptych.data.tokenizer import Tokenizer
 from triptych.data.tokens import Encoded
 from triptych.data.types import Media, MediaKind

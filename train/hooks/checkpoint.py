@@ -9,11 +9,11 @@ from triptych.checkpoints.store import CheckpointStore
 from triptych.configs.compose import save_config
 from triptych.configs.schema import Config
 from triptych.errors import CheckpointError
-from triptych.models.parameters import Cut, cut_of
+from triptych.models.parameters import TensorSharding, sharding_of
 from triptych.parallel.replicas import reduce_replicas
+from triptych.train.console import say
 from triptych.train.engine import Engine
 from triptych.train.hooks.hook import StepEvent
-from triptych.train.report import say
 from triptych.train.state import TrainState
 
 
@@ -25,7 +25,7 @@ class Checkpointing:
         self._replicas = {
             name: parameter
             for name, parameter in engine.parameters.items()
-            if cut_of(name) is Cut.REPLICATED
+            if sharding_of(name) is TensorSharding.REPLICATED
         }
 
     def after_step(self, event: StepEvent) -> None:

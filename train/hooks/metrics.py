@@ -10,8 +10,8 @@ from triptych.configs.schema import Config
 from triptych.costs.flops import stage_flops
 from triptych.data.types import Step
 from triptych.parallel.mesh import Mesh
+from triptych.train.console import say
 from triptych.train.hooks.hook import StepEvent
-from triptych.train.report import say
 from triptych.train.state import TrainState
 from triptych.train.step import StepResult
 

@@ -5,8 +5,8 @@ from collections import deque
 
 from triptych.configs.schema import Config
 from triptych.parallel.mesh import Mesh
+from triptych.train.console import say
 from triptych.train.hooks.hook import StepEvent
-from triptych.train.report import say
 
 RECENT_STEPS = 20
 """Rate and time left follow these."""

@@ -1,0 +1,1 @@
+"""The Hugging Face format: names, shapes and files, in both directions."""

@@ -1,0 +1,133 @@
+"""Between our checkpoints and Hugging Face folders. Neither direction builds a model.
+
+Under torchrun, every rank imports its own tensor-parallel piece of each weight; the export is one
+process, one weight at a time.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from triptych.checkpoints.comm import ProcessGroupComm, SingleProcess
+from triptych.checkpoints.hf.folder import HFReader, HFWriter
+from triptych.checkpoints.hf.model_config import model_config_from_hf
+from triptych.checkpoints.hf.name_table import Entry, name_table
+from triptych.checkpoints.model_file import read_model, write_model
+from triptych.checkpoints.run_state import WEIGHTS
+from triptych.checkpoints.sharded import load_tensors, save_tensors, weights_dtype
+from triptych.checkpoints.store import CheckpointStore, locate, step_folders
+from triptych.configs.compose import read_config
+from triptych.configs.schema import DataConfig, ModelConfig
+from triptych.data.tokenizer import load_tokenizer
+from triptych.data.types import PixelLimits
+from triptych.errors import CheckpointError, ConfigError
+from triptych.models.init import HEAD
+from triptych.parallel.mesh import build_mesh, init_distributed
+
+TIMEOUT_S = 600
+
+
+def import_hf(source: Path, output: Path) -> Path:
+    """Write the weights of a Hugging Face folder as a checkpoint for ``init.checkpoint=``.
+
+    Every rank must call this. Together they hold the whole model in memory, in its dtype.
+
+    Args:
+        source: a folder with config.json and safetensors; config.json decides the sizes.
+        output: a folder that gets ``checkpoints/``.
+
+    Returns:
+        The committed checkpoint.
+
+    Raises:
+        CheckpointError: not a Qwen2-VL model, its tensors are not those of its config.json, or
+            ``output`` has checkpoints.
+    """
+    if others := step_folders(output / "checkpoints"):
+        raise CheckpointError(f"{others[0]} is there already -> name another folder")
+    model = model_config_from_hf(source)
+    _refuse_foreign_tokens(source, model)
+    reader = HFReader(source, model)
+    tp = init_distributed(TIMEOUT_S)
+    mesh = build_mesh(tp, 1, seed=0, timeout_s=TIMEOUT_S)
+    tied = model.language.tie_word_embeddings
+    weights = {
+        name: reader.read(name, mesh.tp_rank, tp)
+        for name in _own_names(name_table(model), tied=tied)
+    }
+    store = CheckpointStore(output / "checkpoints", ProcessGroupComm())
+    folder = store.begin(0)
+    save_tensors(folder / "shards", {WEIGHTS: weights}, mesh, tied=tied)
+    if mesh.is_main:
+        write_model(folder, model)
+    return store.commit(folder, {"stage": "imported", "from": source.name})
+
+
+def export_hf(source: Path, output: Path, tokenizer: Path) -> Path:
+    """Write a checkpoint's weights as a folder that transformers loads, one tensor at a time.
+
+    Args:
+        source: a run folder, its ``checkpoints``, or one checkpoint.
+        output: a new folder.
+        tokenizer: a tokenizer folder, copied along.
+
+    Returns:
+        The checkpoint that was exported.
+
+    Raises:
+        CheckpointError: no good checkpoint, ``output`` exists, or a model that transformers cannot
+            express.
+        ConfigError: no tokenizer, or one with other ids of the special tokens than the model's.
+    """
+    folder = locate(source, SingleProcess())
+    model = read_model(folder)
+    _refuse_other_tokenizer(tokenizer, model)
+    writer = HFWriter(output, model)
+    init_distributed(TIMEOUT_S)
+    mesh = build_mesh(1, 1, seed=0, timeout_s=TIMEOUT_S)
+    tied = model.language.tie_word_embeddings
+    table = name_table(model)
+    names = _own_names(table, tied=tied)
+    dtype = weights_dtype(folder / "shards")
+    for name in names:
+        weight = torch.empty(table[name].shape, dtype=dtype)
+        load_tensors(folder / "shards", {WEIGHTS: {name: weight}}, mesh, tied=tied)
+        writer.add(name, weight)
+    writer.finish(tokenizer, _limits_of(folder))
+    return folder
+
+
+def _limits_of(folder: Path) -> PixelLimits:
+    """What the run that saved the checkpoint made of its images; Qwen's own, if it was imported."""
+    config = folder / "config.yaml"
+    data = read_config(config).data if config.is_file() else DataConfig()
+    return PixelLimits(data.min_pixels, data.max_pixels)
+
+
+def _refuse_foreign_tokens(source: Path, model: ModelConfig) -> None:
+    """Without its tokenizer a model gets the ids of the Qwen2 vocabulary, maybe beyond its own."""
+    largest, vocab_size = max(asdict(model.tokens).values()), model.language.vocab_size
+    if largest >= vocab_size:
+        raise CheckpointError(
+            f"{source}: the special tokens have ids up to {largest}, beyond vocab_size={vocab_size}"
+            " -> put the model's own tokenizer.json into the folder"
+        )
+
+
+def _refuse_other_tokenizer(tokenizer: Path, model: ModelConfig) -> None:
+    """Before the weights are written: it may take an hour."""
+    theirs, ours = asdict(load_tokenizer(tokenizer).tokens), asdict(model.tokens)
+    problems = [
+        f"<|{name}|> is {theirs[name]}, the model has {value}"
+        for name, value in ours.items()
+        if theirs[name] != value
+    ]
+    if problems:
+        listed = "\n  ".join(problems)
+        raise ConfigError(f"{tokenizer} is the tokenizer of another model:\n  {listed}")
+
+
+def _own_names(table: dict[str, Entry], *, tied: bool) -> list[str]:
+    """What one process holds: a tied head is no tensor of its own."""
+    return [name for name in table if not (tied and name == HEAD)]

@@ -1,0 +1,1 @@
+"""A dataset folder on disk: text, media index, what decides the number of tokens."""

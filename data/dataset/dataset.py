@@ -1,0 +1,241 @@
+"""A dataset folder: what ``launch/prepare.py`` wrote, read by plan and loader.
+
+dataset.yaml          format version, tokenizer, counts, sizes and hashes of the files below
+text.bin text.idx     ids of each sample, one placeholder per image
+loss.bin              uint8, parallel to text.bin: which tokens are targets
+media.idx             one row per image: sample, shard, offset, size, hash, width, height
+shards/000000.tar     webdataset shards
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+import yaml
+from numpy.typing import NDArray
+
+from triptych.configs.schema import TokensConfig
+from triptych.data.dataset.media_index import MediaIndex
+from triptych.data.dataset.text_file import TextFile, check_size
+from triptych.data.media.image import PATCHES_PER_TOKEN
+from triptych.data.stores.local import LocalStore
+from triptych.data.tokens import placeholders
+from triptych.data.types import Media, PixelLimits, Sample
+from triptych.errors import DataError
+
+FORMAT_VERSION = 1
+SHARD_NAME = "{:06d}.tar"
+
+
+@dataclass(kw_only=True, slots=True)
+class FileRecord:
+    """A file of the dataset folder."""
+
+    size: int
+    """Bytes."""
+    xxh3_128: str
+    """Of the content, hexadecimal."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Manifest:
+    """The content of ``dataset.yaml``."""
+
+    version: int = FORMAT_VERSION
+    tokenizer: str
+    """Fingerprint of the tokenizer the text was encoded with."""
+    tokens: TokensConfig
+    """Ids of its special tokens."""
+    num_samples: int
+    num_tokens: int
+    """Placeholders counted once."""
+    num_targets: int
+    num_media: int
+    num_skipped: int
+    """Bad samples that were left out; ``quarantine.jsonl`` names them."""
+    files: dict[str, FileRecord] = field(default_factory=dict)
+    """Path below the folder -> size and hash."""
+
+
+class Dataset:
+    """The samples of a dataset folder (``data.types.Source``). Threads may share it."""
+
+    def __init__(self, path: Path, name: str, manifest: Manifest, fingerprint: str) -> None:
+        self.path = path
+        self.name = name
+        self.manifest = manifest
+        self.fingerprint = fingerprint
+        """Changes with any byte of the dataset."""
+        for file, record in manifest.files.items():
+            check_size(path / file, record.size)
+        self._text = TextFile(path / "text")
+        check_size(path / "loss.bin", self._text.num_tokens)
+        self._targets = np.memmap(path / "loss.bin", dtype=np.uint8, mode="r")
+        self._media = MediaIndex(path / "media.idx", manifest.num_media)
+        self._store = LocalStore(path / "shards")
+        self._cache: dict[tuple[str, PixelLimits], NDArray[np.int64]] = {}
+
+    @classmethod
+    def open(cls, path: Path | str, name: str) -> "Dataset":
+        """Opens a dataset folder; checks the size of every file, reads no hash.
+
+        Args:
+            path: the folder.
+            name: what the dataset is called in the mixture and in errors.
+        Raises:
+            DataError: the folder is none, incomplete, empty, or of another version.
+        """
+        path = Path(path)
+        file = path / "dataset.yaml"
+        if not file.is_file():
+            raise DataError(
+                f"{path} is no dataset: {file.name} is missing"
+                "  -> write it with launch/prepare.py --output"
+            )
+        data = file.read_bytes()
+        manifest = _parse_manifest(data, file)
+        if not manifest.num_samples:
+            raise DataError(f"{path} is empty: it has no samples  -> leave it out of the mixture")
+        return cls(path, name, manifest, xxhash.xxh3_128_hexdigest(data))
+
+    def check_tokens(self, tokens: TokensConfig, tokenizer: str) -> None:
+        """Refuses a model or tokenizer that reads the ids of this dataset differently.
+
+        Args:
+            tokens: special tokens of the model.
+            tokenizer: fingerprint of the tokenizer of the run.
+        """
+        if self.manifest.tokenizer != tokenizer:
+            raise DataError(
+                f"{self.path} was prepared with tokenizer {self.manifest.tokenizer}, the run has "
+                f"{tokenizer}  -> set data.tokenizer to that folder, or prepare the dataset again"
+            )
+        ours, theirs = asdict(self.manifest.tokens), asdict(tokens)
+        if ours != theirs:
+            differing = [
+                f"{k}={theirs[k]} (dataset: {ours[k]})" for k in ours if ours[k] != theirs[k]
+            ]
+            raise DataError(
+                f"{self.path} has other special tokens than model.tokens: {', '.join(differing)}"
+                "  -> data=NAME, with datasets prepared for this model, or the model they are for"
+            )
+
+    def verify(self) -> None:
+        """Hashes every file against ``dataset.yaml``; reads the whole dataset.
+
+        Raises:
+            DataError: a file differs; names it.
+        """
+        for file, record in self.manifest.files.items():
+            found = file_record(self.path / file)
+            if found != record:
+                raise DataError(
+                    f"{self.path / file} is damaged: its xxh3-128 is {found.xxh3_128}, "
+                    f"dataset.yaml says {record.xxh3_128}  -> copy it again"
+                )
+
+    def __len__(self) -> int:
+        return len(self._text)
+
+    def num_tokens(self, limits: PixelLimits) -> NDArray[np.int64]:
+        """(num_samples,) LLM tokens of each sample, its placeholders repeated."""
+        return self._cached(
+            "tokens",
+            limits,
+            lambda grids: grids.prod(axis=1) // PATCHES_PER_TOKEN - 1,
+            self._text.lengths,
+        )
+
+    def num_patches(self, limits: PixelLimits) -> NDArray[np.int64]:
+        """(num_samples,) ViT patches of each sample."""
+        return self._cached("patches", limits, lambda grids: grids.prod(axis=1))
+
+    def num_patch_pairs(self, limits: PixelLimits) -> NDArray[np.int64]:
+        """(num_samples,) sum over the frames of the squared patch count: cost of ViT attention."""
+        return self._cached(
+            "pairs", limits, lambda grids: grids[:, 0] * (grids[:, 1] * grids[:, 2]) ** 2
+        )
+
+    def _cached(
+        self,
+        key: str,
+        limits: PixelLimits,
+        of_grids: Callable[[NDArray[np.int64]], NDArray[np.int64]],
+        base: NDArray[np.int32] | int = 0,
+    ) -> NDArray[np.int64]:
+        """Per sample, ``base`` + ``of_grids`` summed over its media; computed once per limits."""
+        if (key, limits) not in self._cache:
+            values = of_grids(self._media.grids(limits))
+            counts = self._media.sum_by_sample(values, len(self)) + base
+            counts.flags.writeable = False
+            self._cache[key, limits] = counts
+        return self._cache[key, limits]
+
+    def sample(self, index: int) -> Sample:
+        """Text and media references of one sample; reads no pixels.
+
+        Raises:
+            DataError: its placeholders are not as many as its media.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.name} has {len(self)} samples; there is no {index}")
+        span = self._text.span(index)
+        ids = self._text[index]
+        media = self._media.of_sample(index)
+        num_placeholders = int(placeholders(ids, self.manifest.tokens).sum())
+        if num_placeholders != len(media):
+            raise DataError(
+                f"{self.path}, sample {index}: {num_placeholders} placeholders in the text, "
+                f"{len(media)} media items in media.idx  -> prepare the dataset again"
+            )
+        return Sample(ids, np.asarray(self._targets[span]), media)
+
+    def read_media(self, media: Media) -> bytes:
+        """The encoded file.
+
+        Raises:
+            DataError: it cannot be read, or its hash is not the recorded one.
+        """
+        shard = SHARD_NAME.format(media.shard)
+        data = self._store.read(shard, media.offset, media.size)
+        if xxhash.xxh3_128_digest(data) != media.xxh3:
+            raise DataError(
+                f"{self.name}, sample {self._media.sample_of(media)}: the image at byte "
+                f"{media.offset} of {self.path / 'shards' / shard} is damaged: its xxh3-128 is not "
+                "the recorded one  -> copy the shard again"
+            )
+        return data
+
+
+def file_record(path: Path) -> FileRecord:
+    """Size and hash of a file."""
+    digest, size = xxhash.xxh3_128(), 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+            size += len(block)
+    return FileRecord(size=size, xxh3_128=digest.hexdigest())
+
+
+def write_manifest(manifest: Manifest, file: Path) -> None:
+    """Writes ``dataset.yaml``; the same dataset gives the same bytes."""
+    file.write_text(yaml.safe_dump(asdict(manifest), sort_keys=False))
+
+
+def _parse_manifest(data: bytes, file: Path) -> Manifest:
+    try:
+        content: dict[str, Any] = yaml.safe_load(data)
+        version = content["version"]
+        if version != FORMAT_VERSION:
+            raise DataError(
+                f"{file} has format version {version}; this is triptych for version "
+                f"{FORMAT_VERSION}  -> prepare the dataset again"
+            )
+        content["tokens"] = TokensConfig(**content["tokens"])
+        content["files"] = {path: FileRecord(**r) for path, r in content["files"].items()}
+        return Manifest(**content)
+    except (yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(f"{file} is damaged: {error!r}  -> prepare the dataset again") from error

@@ -1,0 +1,95 @@
+"""``media.idx``: one fixed-size row per image or video, sorted by sample, memory-mapped.
+
+Rows hold whatever decides token counts, so resolution limits stay a training-time setting.
+"""
+
+from bisect import bisect_left
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from triptych.data.dataset.text_file import check_size
+from triptych.data.media.image import image_grids
+from triptych.data.types import Media, MediaKind, PixelLimits
+from triptych.errors import DataError
+
+ROW = np.dtype(
+    [
+        ("sample", "<u8"),
+        ("offset", "<u8"),
+        ("size", "<u8"),
+        ("xxh3", "V16"),
+        ("shard", "<u4"),
+        ("width", "<u4"),
+        ("height", "<u4"),
+        ("frames", "<u4"),
+        ("duration_ms", "<u4"),
+        ("kind", "<u4"),
+    ]
+)
+"""One media item: ``data.types.Media`` and the sample it belongs to. 64 bytes."""
+
+
+def media_row(sample: int, media: Media) -> NDArray[np.void]:
+    """The row of a media item, (1,) of :data:`ROW`."""
+    row = np.zeros(1, dtype=ROW)
+    row["sample"] = sample
+    row["xxh3"] = np.void(media.xxh3)
+    for name in ("offset", "size", "shard", "width", "height", "frames", "duration_ms", "kind"):
+        row[name] = getattr(media, name)
+    return row
+
+
+class MediaIndex:
+    """The rows of ``media.idx``."""
+
+    def __init__(self, file: Path, num_rows: int) -> None:
+        """Maps the file.
+
+        Raises:
+            DataError: the file is missing, or does not have ``num_rows`` rows.
+        """
+        check_size(file, num_rows * ROW.itemsize)
+        self.rows: NDArray[np.void] = np.empty(0, dtype=ROW)
+        if num_rows:
+            self.rows = np.asarray(np.memmap(file, dtype=ROW, mode="r", shape=(num_rows,)))
+        self._samples = self.rows["sample"]
+
+    def of_sample(self, sample: int) -> tuple[Media, ...]:
+        """The media of a sample in order of appearance; a binary search."""
+        start = bisect_left(self._samples, sample)
+        end = bisect_left(self._samples, sample + 1, lo=start)
+        return tuple(_media(row) for row in self.rows[start:end])
+
+    def sample_of(self, media: Media) -> int | None:
+        """The sample that a media item belongs to; reads every row, for error messages."""
+        here = (self.rows["shard"] == media.shard) & (self.rows["offset"] == media.offset)
+        found = np.flatnonzero(here)
+        return int(self._samples[found[0]]) if len(found) else None
+
+    def grids(self, limits: PixelLimits) -> NDArray[np.int64]:
+        """Grids of all media, (num_rows, 3) int64, in unmerged patches."""
+        if (self.rows["kind"] != MediaKind.IMAGE).any():
+            raise DataError("the dataset has videos, which are not supported yet")
+        return image_grids(self.rows["height"], self.rows["width"], limits)
+
+    def sum_by_sample(self, values: NDArray[np.int64], num_samples: int) -> NDArray[np.int64]:
+        """Adds up a value per row within each sample, (num_samples,) int64."""
+        sums = np.zeros(num_samples, dtype=np.int64)
+        np.add.at(sums, self._samples.astype(np.int64), values)
+        return sums
+
+
+def _media(row: np.void) -> Media:
+    return Media(
+        kind=MediaKind(int(row["kind"])),
+        shard=int(row["shard"]),
+        offset=int(row["offset"]),
+        size=int(row["size"]),
+        xxh3=row["xxh3"].tobytes(),
+        width=int(row["width"]),
+        height=int(row["height"]),
+        frames=int(row["frames"]),
+        duration_ms=int(row["duration_ms"]),
+    )

@@ -1,0 +1,100 @@
+"""Samples to one batch: segments laid end to end, labels shifted within each, padding as a segment.
+
+input_ids   a b c d   x y z   p       p = <|endoftext|>, up to a multiple of pad_to
+labels      b c d x   y z p   p       next token; what crosses a boundary never counts
+loss_mask   1 1 1 0   1 1 0   0       where every token after the first of a segment is a target
+cu_seqlens  0         4       7  8
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from triptych.configs.schema import TokensConfig
+from triptych.data.loading.mrope import build_position_ids
+from triptych.data.media.image import PATCH_DIM, SPATIAL_MERGE_SIZE
+from triptych.data.tokens import placeholders
+from triptych.data.types import Batch, SampleId
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One sample as the model sees it."""
+
+    sample_id: SampleId
+    input_ids: NDArray[np.int32]
+    """(num_tokens,) with placeholders repeated."""
+    targets: NDArray[np.uint8]
+    """(num_tokens,) 1 where the token itself is a target."""
+    grid_thw: NDArray[np.int64]
+    """(num_media, 3) in unmerged patches, in order of appearance."""
+    pixels: tuple[NDArray[np.uint8], ...]
+    """(num_patches, 1176) of each media item; empty where no pixels are read."""
+
+
+def collate(
+    segments: Sequence[Segment], tokens: TokensConfig, *, pad_to: int, with_pixels: bool
+) -> Batch:
+    """Join samples into one microbatch.
+
+    Args:
+        segments: at least one, in order.
+        tokens: ids of the special tokens.
+        pad_to: the batch is padded to a multiple of this many tokens.
+        with_pixels: whether the segments carry pixels.
+
+    Raises:
+        DataError: a segment's placeholders do not fit its media.
+    """
+    num_tokens = sum(len(segment.input_ids) for segment in segments)
+    num_padding = -num_tokens % pad_to
+    padding = np.full(num_padding, tokens.endoftext, dtype=np.int64)
+    input_ids = np.concatenate([*(segment.input_ids for segment in segments), padding])
+    grid_thw = np.concatenate([segment.grid_thw for segment in segments])
+    lengths = [len(segment.input_ids) for segment in segments] + [num_padding] * (num_padding > 0)
+    positions = [_position_ids(segment, tokens) for segment in segments]
+    positions.append(torch.arange(num_padding).expand(3, num_padding))
+    return Batch(
+        input_ids=torch.from_numpy(input_ids),
+        labels=torch.from_numpy(np.append(input_ids[1:], np.int64(tokens.endoftext))),
+        loss_mask=torch.from_numpy(_loss_mask(segments, len(input_ids))),
+        position_ids=torch.cat(positions, dim=1),
+        cu_seqlens=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
+        grid_thw=torch.from_numpy(grid_thw),
+        vision_index=torch.from_numpy(np.flatnonzero(placeholders(input_ids, tokens))),
+        pixel_values=_pixel_values(segments) if with_pixels else None,
+        sample_ids=tuple(segment.sample_id for segment in segments),
+        num_tokens=num_tokens,
+        num_patches=int(grid_thw.prod(axis=1).sum()),
+    )
+
+
+def _position_ids(segment: Segment, tokens: TokensConfig) -> Tensor:
+    """(3, num_tokens) int64; every segment starts at 0."""
+    return build_position_ids(
+        torch.from_numpy(segment.input_ids),
+        torch.from_numpy(segment.grid_thw),
+        image_pad=tokens.image_pad,
+        video_pad=tokens.video_pad,
+        spatial_merge_size=SPATIAL_MERGE_SIZE,
+    )
+
+
+def _loss_mask(segments: Sequence[Segment], length: int) -> NDArray[np.bool_]:
+    """(length,) True where the next token is a target of the same segment."""
+    mask = np.zeros(length, dtype=np.bool_)
+    start = 0
+    for segment in segments:
+        mask[start : start + len(segment.targets) - 1] = segment.targets[1:]
+        start += len(segment.targets)
+    return mask
+
+
+def _pixel_values(segments: Sequence[Segment]) -> Tensor:
+    """(num_patches, 1176) uint8; no rows where all is text."""
+    pixels = [patches for segment in segments for patches in segment.pixels]
+    return torch.from_numpy(np.concatenate([np.empty((0, PATCH_DIM), dtype=np.uint8), *pixels]))

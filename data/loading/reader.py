@@ -1,0 +1,130 @@
+"""Packs to batches: text by index, media decoded in threads, what cannot be read reported."""
+
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from triptych.configs.schema import TokensConfig
+from triptych.data.loading.collate import Segment, collate
+from triptych.data.media.image import PATCH_DIM, decode_image, image_grid, image_patches
+from triptych.data.tokens import expand
+from triptych.data.types import Media, Pack, PixelLimits, SampleId, Source, Step
+from triptych.errors import DataError
+
+Grid = tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchFormat:
+    """How samples become batches on this rank."""
+
+    tokens: TokensConfig
+    vocab_size: int
+    limits: PixelLimits
+    pad_to: int
+    """Tokens in a batch are a multiple of this: tp."""
+    read_pixels: bool
+    """Whether this rank reads media; the others only need to know their sizes."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """A sample, and why its media could not all be read."""
+
+    segment: Segment
+    problems: list[str]
+
+
+class Reader:
+    """Reads the packs of one step. Every rank gets the same batches, but for the pixels."""
+
+    def __init__(self, sources: Sequence[Source], form: BatchFormat, *, num_workers: int) -> None:
+        """Starts no thread before the first step.
+
+        Args:
+            sources: numbered as the plan numbers them.
+            form: of the batches.
+            num_workers: threads; the result does not depend on it.
+        """
+        self.num_decoded = 0
+        """Media decoded so far."""
+        self._sources, self._form = sources, form
+        self._workers = ThreadPoolExecutor(num_workers, thread_name_prefix="read-media")
+
+    def read(self, microbatches: Sequence[Sequence[Pack]]) -> Step:
+        """The batches of some packs; media that cannot be read are zeros and an entry in ``bad``.
+
+        Raises:
+            DataError: a sample's text and media do not fit each other, or it has a token that the
+                model does not know.
+        """
+        reads = deque([self._submit(packs) for packs in microbatches])
+        form, batches, bad = self._form, [], []
+        for number, packs in enumerate(microbatches):
+            samples = [future.result() for future in reads.popleft()]
+            segments = [sample.segment for sample in samples]
+            batch = collate(segments, form.tokens, pad_to=form.pad_to, with_pixels=form.read_pixels)
+            assert batch.num_tokens == sum(pack.num_tokens for pack in packs)
+            batches.append(batch)
+            bad += [
+                (number, position, "; ".join(sample.problems))
+                for position, sample in enumerate(samples)
+                if sample.problems
+            ]
+            self.num_decoded += sum(len(segment.pixels) for segment in segments)
+        numbers = tuple(pack.number for packs in microbatches for pack in packs)
+        return Step(microbatches=batches, packs=numbers, bad=bad)
+
+    def close(self) -> None:
+        """End the threads; samples not yet begun are dropped."""
+        self._workers.shutdown(cancel_futures=True)
+
+    def _submit(self, packs: Sequence[Pack]) -> list[Future[_Read]]:
+        ids = [sample_id for pack in packs for sample_id in pack.samples]
+        return [self._workers.submit(self._sample, sample_id) for sample_id in ids]
+
+    def _sample(self, sample_id: SampleId) -> _Read:
+        source, limits = self._sources[sample_id.source], self._form.limits
+        sample = source.sample(sample_id.index)
+        grids = [image_grid(media.height, media.width, limits) for media in sample.media]
+        grid_thw = np.array(grids, dtype=np.int64).reshape(-1, 3)
+        input_ids, targets = expand(sample, grid_thw, self._form.tokens)
+        self._check_ids(input_ids, f"{source.name}, sample {sample_id.index}")
+        pixels: list[NDArray[np.uint8]] = []
+        problems: list[str] = []
+        if self._form.read_pixels:
+            for number, (media, grid) in enumerate(zip(sample.media, grids, strict=True)):
+                where = f"{source.name}, sample {sample_id.index}, image {number}"
+                try:
+                    pixels.append(self._patches(source, media, grid, where))
+                except DataError as error:
+                    problems.append(str(error))
+                    pixels.append(np.zeros((int(np.prod(grid)), PATCH_DIM), dtype=np.uint8))
+        segment = Segment(sample_id, input_ids, targets, grid_thw, tuple(pixels))
+        return _Read(segment, problems)
+
+    def _check_ids(self, input_ids: NDArray[np.int32], where: str) -> None:
+        """No embedding would notice under tensor parallelism: each rank takes others' ids for 0."""
+        largest = self._form.vocab_size - 1
+        wrong = input_ids[(input_ids < 0) | (input_ids > largest)]
+        if len(wrong):
+            raise DataError(
+                f"{where}: token {wrong[0]} is not from 0 to {largest}, "
+                "model.language.vocab_size - 1  -> use the tokenizer of the model; if it is, the "
+                "dataset's text.bin is damaged: prepare it again"
+            )
+
+    def _patches(self, source: Source, media: Media, grid: Grid, where: str) -> NDArray[np.uint8]:
+        """(num_patches, 1176) of one image."""
+        image = decode_image(source.read_media(media), where)
+        patches, found = image_patches(image, self._form.limits)
+        if found != grid:
+            raise DataError(
+                f"{where}: {image.width}x{image.height} pixels, but its dataset says "
+                f"{media.width}x{media.height}  -> prepare the dataset again"
+            )
+        return patches

@@ -1,0 +1,1 @@
+"""Kinds of media: from encoded bytes to ViT patches."""

@@ -1,0 +1,201 @@
+"""From the bytes of an image file to ViT patches, exactly as Qwen2-VL does it.
+
+    bytes --decode_image--> upright RGB --image_patches--> uint8 patches     in the loader
+    uint8 patches --normalize_patches--> float32                             on the device
+
+What becomes of an unusual file: every image ends up as 8-bit RGB, or is refused.
+
+    grey, 1-bit, palette     converted
+    transparency of any kind composited on white
+    CMYK, YCbCr, HSV         converted by Pillow, colour profiles ignored
+    16 bits per channel      the high byte is kept
+    32-bit, float, LAB       refused: the range of values is unknown
+    EXIF orientation         applied; width and height are those of the upright image
+    animation                first frame
+    empty, cut or no image; ratio of sides above 200; more than MAX_DECODED_PIXELS    refused
+"""
+
+import io
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from triptych.data.types import PixelLimits
+from triptych.errors import DataError
+
+PATCH_SIZE = 14
+TEMPORAL_PATCH_SIZE = 2
+SPATIAL_MERGE_SIZE = 2
+FACTOR = PATCH_SIZE * SPATIAL_MERGE_SIZE
+"""Both sides of a resized image are multiples of this many pixels."""
+PATCHES_PER_TOKEN = SPATIAL_MERGE_SIZE**2
+PATCH_DIM = 3 * TEMPORAL_PATCH_SIZE * PATCH_SIZE**2
+MAX_ASPECT_RATIO = 200
+MAX_DECODED_PIXELS = 89_478_485
+"""256 MiB of RGB, seven times the largest ``max_pixels``; Pillow warns of a bomb beyond it."""
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def smart_resize(
+    height: int, width: int, *, factor: int = FACTOR, min_pixels: int, max_pixels: int
+) -> tuple[int, int]:
+    """The height and width that an image is resized to; one element of :func:`smart_resize_all`."""
+    heights, widths = smart_resize_all(
+        [height], [width], factor=factor, min_pixels=min_pixels, max_pixels=max_pixels
+    )
+    return int(heights[0]), int(widths[0])
+
+
+def smart_resize_all(
+    height: ArrayLike, width: ArrayLike, *, factor: int = FACTOR, min_pixels: int, max_pixels: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Sizes of nearly the same shape, with sides that are multiples of ``factor``.
+
+    Sides are rounded half to even, as Python's ``round`` does. The area ends up within the bounds,
+    except where a side cannot shrink below ``factor``.
+
+    Args:
+        height: (num_images,) pixels.
+        width: (num_images,) pixels.
+        factor: pixels.
+        min_pixels: smaller images are enlarged.
+        max_pixels: larger images are reduced.
+    Returns:
+        Heights and widths, (num_images,) int64 each.
+    Raises:
+        DataError: one side is 0, or more than 200 times the other.
+    Source: arXiv 2409.12191 §2.1; equals transformers 5.23 ``smart_resize``.
+    """
+    h, w = np.asarray(height, dtype=np.int64), np.asarray(width, dtype=np.int64)
+    elongated = np.maximum(h, w) > MAX_ASPECT_RATIO * np.minimum(h, w)
+    if elongated.any():
+        at = int(np.flatnonzero(elongated)[0])
+        raise DataError(
+            f"an image of {w[at]}x{h[at]} pixels: one side may be at most {MAX_ASPECT_RATIO} times "
+            "the other  -> crop or leave out such images"
+        )
+    new_h, new_w = np.rint(h / factor) * factor, np.rint(w / factor) * factor
+    area = new_h * new_w
+    shrink = np.sqrt((h * w) / max_pixels)
+    grow = np.sqrt(min_pixels / np.maximum(h * w, 1))
+    too_large, too_small = area > max_pixels, area < min_pixels
+    for side, new_side in ((h, new_h), (w, new_w)):
+        reduced = np.maximum(factor, np.floor(side / shrink / factor) * factor)
+        enlarged = np.ceil(side * grow / factor) * factor
+        new_side[too_small] = enlarged[too_small]
+        new_side[too_large] = reduced[too_large]
+    return new_h.astype(np.int64), new_w.astype(np.int64)
+
+
+def image_grids(height: ArrayLike, width: ArrayLike, limits: PixelLimits) -> NDArray[np.int64]:
+    """Grids of many images, (num_images, 3) int64: frames, rows and columns of unmerged patches."""
+    h, w = smart_resize_all(
+        height, width, min_pixels=limits.min_pixels, max_pixels=limits.max_pixels
+    )
+    return np.stack([np.ones_like(h), h // PATCH_SIZE, w // PATCH_SIZE], axis=-1)
+
+
+def image_grid(height: int, width: int, limits: PixelLimits) -> tuple[int, int, int]:
+    """Grid of one image: (1, rows, columns) of unmerged patches. Four of them are one LLM token."""
+    t, h, w = image_grids([height], [width], limits)[0].tolist()
+    return t, h, w
+
+
+def decode_image(data: bytes, where: str) -> Image.Image:
+    """Decodes a file to upright 8-bit RGB by the rules at the top of this file.
+
+    Args:
+        data: the whole file.
+        where: names the file or sample in errors.
+    Raises:
+        DataError: the file is empty, damaged, of an unsupported kind, too large, or too elongated.
+    """
+    if not data:
+        raise DataError(f"{where}: the file is empty (0 bytes)")
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            _check_size(image.size, where)
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image), where)
+    except DataError:
+        raise
+    except Exception as error:  # on damaged files Pillow's decoders raise all kinds of exceptions
+        raise DataError(f"{where}: cannot be decoded as an image: {error}") from error
+
+
+def _check_size(size: tuple[int, int], where: str) -> None:
+    """Refuses from the header alone what would exhaust memory or has no patch grid."""
+    width, height = size
+    if width * height > MAX_DECODED_PIXELS:
+        raise DataError(
+            f"{where}: {width}x{height} = {width * height} pixels, above the bound of "
+            f"{MAX_DECODED_PIXELS}  -> reduce the image first"
+        )
+    if max(size) > MAX_ASPECT_RATIO * min(size):
+        raise DataError(
+            f"{where}: {width}x{height} pixels; one side may be at most {MAX_ASPECT_RATIO} times "
+            "the other  -> crop or leave out this image"
+        )
+
+
+def _to_rgb(image: Image.Image, where: str) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        high_byte = (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)
+        return Image.fromarray(high_byte).convert("RGB")
+    if image.mode in {"I", "F", "LAB"}:
+        raise DataError(
+            f"{where}: pixels of kind {image.mode!r} have no defined range"
+            "  -> convert the image to 8 or 16 bits per channel"
+        )
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def image_patches(
+    image: Image.Image, limits: PixelLimits
+) -> tuple[NDArray[np.uint8], tuple[int, int, int]]:
+    """Resizes an image and cuts it into patches; the four patches of one LLM token are neighbours.
+
+    Args:
+        image: 8-bit RGB.
+        limits: bounds of the area.
+    Returns:
+        Patches, (t*h*w, 1176) uint8, each flattened from (3 channels, 2 frames, 14, 14), and the
+        grid (t, h, w). An image is two identical frames.
+    Raises:
+        DataError: one side is more than 200 times the other.
+    Source: arXiv 2409.12191 §2.1; equals transformers' ``Qwen2VLImageProcessorPil``.
+    """
+    _, rows, columns = grid = image_grid(image.height, image.width, limits)
+    size = (columns * PATCH_SIZE, rows * PATCH_SIZE)
+    if image.size != size:
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    merge, side = SPATIAL_MERGE_SIZE, PATCH_SIZE
+    frame = np.asarray(image).reshape(rows // merge, merge, side, columns // merge, merge, side, 3)
+    patches = frame.transpose(0, 3, 1, 4, 6, 2, 5)[:, :, :, :, :, None]
+    frames = np.broadcast_to(patches, (*patches.shape[:5], TEMPORAL_PATCH_SIZE, *patches.shape[6:]))
+    return frames.reshape(rows * columns, PATCH_DIM), grid
+
+
+def normalize_patches(pixels: Tensor) -> Tensor:
+    """Rescales by 1/255 and normalises each channel by CLIP's mean and deviation.
+
+    Runs on the device of ``pixels`` without waiting for the host: patches travel as uint8, a
+    quarter of the bytes. On a CPU the result is that of transformers, bit for bit.
+
+    Args:
+        pixels: (num_patches, 1176) uint8.
+    Returns:
+        (num_patches, 1176) float32.
+    """
+    channels = pixels.to(torch.float32).view(len(pixels), 3, PATCH_DIM // 3)
+    for channel, (mean, std) in enumerate(zip(CLIP_MEAN, CLIP_STD, strict=True)):
+        channels[:, channel].div_(255.0).sub_(mean).div_(std)
+    return channels.view(len(pixels), PATCH_DIM)

@@ -1,0 +1,229 @@
+"""The order of training as a pure function of metadata; its state is a few numbers.
+
+    stream   sample n is of the source that the mixture names, the next of that source's shuffle
+    window   the next ``window`` samples of the stream, packed by themselves, the packs shuffled
+    plan     the packs of one window after the other, without end
+
+Neither ranks nor microbatches appear here: any layout trains on the same packs in the same order.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from triptych.configs.schema import Oversize
+from triptych.costs.flops import Workload
+from triptych.data.plan.mixture import draw_sources, integer_shares
+from triptych.data.plan.pack import best_fit
+from triptych.data.plan.permute import derive_key, shuffled
+from triptych.data.plan.plan_sources import PlanSource, check_weights, fitting_share
+from triptych.data.types import Pack, SampleId
+from triptych.errors import DataError
+
+_VERSION = "plan-3"
+"""Part of the hash; changes whenever the same metadata would give another order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cursor:
+    """A place between two packs: all that a resumed run needs to know about its data."""
+
+    drawn: tuple[int, ...]
+    """Samples of each source before the window, the skipped ones included."""
+    skipped: tuple[int, ...]
+    """Those of them that were too long for a pack."""
+    window: int = 0
+    """Windows before this one."""
+    offset: int = 0
+    """Packs of the window before this place."""
+    num_packs: int = 0
+    """Packs before this place, of all windows."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers and lists."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, state: Mapping[str, Any]) -> "Cursor":
+        """The cursor that ``to_json`` described."""
+        return cls(**{**state, "drawn": tuple(state["drawn"]), "skipped": tuple(state["skipped"])})
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """One window's packs; its end is the start of the next."""
+
+    start: Cursor
+    end: Cursor
+    packs: list[Pack]
+
+    def cursor(self, offset: int) -> Cursor:
+        """The place before pack ``offset``."""
+        if offset == len(self.packs):
+            return self.end
+        return replace(self.start, offset=offset, num_packs=self.start.num_packs + offset)
+
+
+class Plan:
+    """Packs in their order, from any place. Holds one window; metadata arrays are not copied."""
+
+    def __init__(
+        self,
+        sources: Sequence[PlanSource],
+        *,
+        seed: int,
+        seq_len: int,
+        max_patches: int,
+        window: int,
+        oversize: Oversize,
+    ) -> None:
+        """Checks and hashes the metadata: a few passes over every array.
+
+        Args:
+            sources: at least one, of distinct names; their order numbers them.
+            seed: decides every shuffle.
+            seq_len: tokens in a pack, at most.
+            max_patches: ViT patches in a pack, at most.
+            window: samples that are packed together.
+            oversize: what becomes of a sample beyond seq_len or max_patches.
+
+        Raises:
+            ConfigError: no source, one name twice, or a weight that is not positive.
+            DataError: a source is empty, or none of its samples fits; a sample has no tokens, or is
+                too long and not to be skipped.
+        """
+        check_weights(sources)
+        self.sources = tuple(sources)
+        self.seed, self.seq_len, self.max_patches, self.window = seed, seq_len, max_patches, window
+        self._shares = integer_shares([source.weight for source in sources])
+        self._keys = [derive_key(seed, "samples", source.name) for source in sources]
+        self._fitting_shares = [
+            fitting_share(source, seq_len=seq_len, max_patches=max_patches, oversize=oversize)
+            for source in sources
+        ]
+        self.hash = self._hash()
+        """xxh3-128, in hex, of all that decides the order and the costs."""
+        self._cached: _Window | None = None
+
+    @property
+    def start(self) -> Cursor:
+        """Before the first pack."""
+        zeros = (0,) * len(self.sources)
+        return Cursor(drawn=zeros, skipped=zeros)
+
+    def next_packs(self, cursor: Cursor, num_packs: int) -> tuple[list[Pack], Cursor]:
+        """The packs after a place, and the place after them.
+
+        Raises:
+            DataError: the cursor is not a place of this plan.
+        """
+        packs: list[Pack] = []
+        while True:
+            window = self._window_at(cursor)
+            taken = window.packs[cursor.offset : cursor.offset + num_packs - len(packs)]
+            packs += taken
+            cursor = window.cursor(cursor.offset + len(taken))
+            if len(packs) == num_packs:
+                return packs, cursor
+
+    def first_packs(self, num_packs: int) -> list[Pack]:
+        """The packs that a validation loss is computed on: always the same."""
+        return self.next_packs(self.start, num_packs)[0]
+
+    def workload(self, pack: Pack) -> Workload:
+        """What the FLOPs of a pack follow from."""
+        token_pairs = patch_pairs = 0
+        for number, i in pack.samples:
+            source = self.sources[number]
+            token_pairs += source.num_tokens.item(i) ** 2
+            patch_pairs += source.num_patch_pairs.item(i)
+        return Workload(pack.num_tokens, token_pairs, pack.num_patches, patch_pairs)
+
+    def _window_at(self, cursor: Cursor) -> _Window:
+        if len(cursor.drawn) != len(self.sources) or len(cursor.skipped) != len(self.sources):
+            raise DataError(
+                f"a data position of {len(cursor.drawn)} sources, but the plan has "
+                f"{len(self.sources)}: {', '.join(source.name for source in self.sources)}"
+            )
+        start = replace(cursor, offset=0, num_packs=cursor.num_packs - cursor.offset)
+        if self._cached is None or self._cached.start != start:
+            self._cached = self._build(start)
+        if not 0 <= cursor.offset < len(self._cached.packs):
+            raise DataError(
+                f"a data position before pack {cursor.offset} of window {cursor.window}, which has "
+                f"{len(self._cached.packs)} packs: it belongs to another plan"
+            )
+        return self._cached
+
+    def _build(self, start: Cursor) -> _Window:
+        """Draw and pack the window that begins at ``start``."""
+        counts = [drawn - skip for drawn, skip in zip(start.drawn, start.skipped, strict=True)]
+        source_of = draw_sources(self._shares, counts, self.window)
+        index_of, num_tokens, num_patches = np.empty((3, self.window), dtype=np.int64)
+        drawn, skipped = list(start.drawn), list(start.skipped)
+        for number, source in enumerate(self.sources):
+            places = np.flatnonzero(source_of == number)
+            indices, num_passed = self._draw(number, drawn[number], len(places))
+            index_of[places] = indices
+            num_tokens[places] = source.num_tokens[indices]
+            num_patches[places] = source.num_patches[indices]
+            drawn[number] += num_passed
+            skipped[number] += num_passed - len(places)
+
+        groups = best_fit(
+            num_tokens, num_patches, max_tokens=self.seq_len, max_patches=self.max_patches
+        )
+        key = derive_key(self.seed, "packs", start.window)
+        order = shuffled(np.arange(len(groups)), len(groups), key).tolist()
+        groups = [groups[group] for group in order]
+        placed = np.concatenate(groups)
+        bounds = np.cumsum([0, *map(len, groups)])
+        ids = list(map(SampleId, source_of[placed].tolist(), index_of[placed].tolist()))
+        packs = [
+            Pack(number, tuple(ids[begin:end]), tokens, patches)
+            for number, begin, end, tokens, patches in zip(
+                range(start.num_packs, start.num_packs + len(groups)),
+                bounds[:-1].tolist(),
+                bounds[1:].tolist(),
+                np.add.reduceat(num_tokens[placed], bounds[:-1]).tolist(),
+                np.add.reduceat(num_patches[placed], bounds[:-1]).tolist(),
+                strict=True,
+            )
+        ]
+        end = Cursor(
+            drawn=tuple(drawn),
+            skipped=tuple(skipped),
+            window=start.window + 1,
+            num_packs=start.num_packs + len(packs),
+        )
+        return _Window(start, end, packs)
+
+    def _draw(self, number: int, first: int, count: int) -> tuple[NDArray[np.int64], int]:
+        """The next samples of a source that fit, and how many places of its shuffle they took."""
+        source = self.sources[number]
+        kept: list[NDArray[np.int64]] = [np.empty(0, dtype=np.int64)]
+        missing, place = count, first
+        while missing:
+            places = np.arange(place, place + math.ceil(missing / self._fitting_shares[number]))
+            indices = shuffled(places, len(source), self._keys[number])
+            fits = source.fits(indices, seq_len=self.seq_len, max_patches=self.max_patches)
+            fitting = np.flatnonzero(fits)[:missing]
+            kept.append(indices[fitting])
+            missing -= len(fitting)
+            place = 1 + int(places[-1] if missing else places[fitting[-1]])
+        return np.concatenate(kept), place - first
+
+    def _hash(self) -> str:
+        digest = xxhash.xxh3_128()
+        budgets = (self.seq_len, self.max_patches, self.window)
+        digest.update(repr((_VERSION, self.seed, *budgets, self._shares)).encode())
+        for source in self.sources:
+            digest.update(repr((source.name, len(source))).encode())
+            for array in (source.num_tokens, source.num_patches, source.num_patch_pairs):
+                digest.update(np.ascontiguousarray(array, dtype="<i8").data)
+        return digest.hexdigest()

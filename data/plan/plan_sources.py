@@ -1,0 +1,121 @@
+"""What the plan knows of each dataset, and the checks that a mixture of them can be planned."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from triptych.configs.schema import Oversize
+from triptych.data.types import PixelLimits, Source
+from triptych.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True, slots=True)
+class PlanSource:
+    """The metadata of one dataset, and its weight in the mixture."""
+
+    name: str
+    weight: float
+    """Share of samples, relative to the other sources."""
+    num_tokens: NDArray[np.int64]
+    """(num_samples,) LLM tokens."""
+    num_patches: NDArray[np.int64]
+    """(num_samples,) ViT patches."""
+    num_patch_pairs: NDArray[np.int64]
+    """(num_samples,) sum over frames of squared patch counts."""
+
+    def __len__(self) -> int:
+        return len(self.num_tokens)
+
+    def fits(
+        self, indices: NDArray[np.int64] | slice, *, seq_len: int, max_patches: int
+    ) -> NDArray[np.bool_]:
+        """Which of some samples are within both budgets of a pack."""
+        fits: NDArray[np.bool_] = self.num_tokens[indices] <= seq_len
+        return fits & (self.num_patches[indices] <= max_patches)
+
+
+def plan_sources(
+    sources: Sequence[Source], weights: Mapping[str, float], limits: PixelLimits
+) -> list[PlanSource]:
+    """The metadata of some datasets under a mixture, numbered as ``sources`` is.
+
+    Raises:
+        ConfigError: a weight is of no source, or a source has no weight.
+    """
+    names = [source.name for source in sources]
+    problems = [
+        f"weight of unknown source {name!r}; there are {', '.join(names) or 'none'}"
+        for name in weights
+        if name not in names
+    ]
+    problems += [
+        f"source {name!r} has no weight  -> give it one, or leave it out of the mixture"
+        for name in names
+        if name not in weights
+    ]
+    _raise_all(problems)
+    return [
+        PlanSource(
+            name=source.name,
+            weight=weights[source.name],
+            num_tokens=source.num_tokens(limits),
+            num_patches=source.num_patches(limits),
+            num_patch_pairs=source.num_patch_pairs(limits),
+        )
+        for source in sources
+    ]
+
+
+def check_weights(sources: Sequence[PlanSource]) -> None:
+    """Refuse what is no mixture.
+
+    Raises:
+        ConfigError: no source, one name twice, or a weight that is not positive.
+    """
+    names = [source.name for source in sources]
+    problems = [] if sources else ["there is no source"]
+    problems += [f"source {name!r} twice" for name in sorted(set(names)) if names.count(name) > 1]
+    problems += [
+        f"weight {source.weight} of source {source.name!r} must be a positive number"
+        "  -> or leave the source out of the mixture"
+        for source in sources
+        if not (math.isfinite(source.weight) and source.weight > 0)
+    ]
+    _raise_all(problems)
+
+
+def fitting_share(
+    source: PlanSource, *, seq_len: int, max_patches: int, oversize: Oversize
+) -> float:
+    """The share of a source's samples that fit into a pack; reads every length.
+
+    Raises:
+        DataError: the source is empty, a sample has no tokens, none fits, or one does not fit and
+            ``oversize`` is error.
+    """
+    if not len(source):
+        raise DataError(f"source {source.name!r} is empty: there is no sample to draw")
+    if source.num_tokens.min() < 1:
+        index = int(source.num_tokens.argmin())
+        raise DataError(f"source {source.name!r}, sample {index}: it has no tokens")
+    fits = source.fits(slice(None), seq_len=seq_len, max_patches=max_patches)
+    index = int(fits.argmin())
+    found = (
+        f"source {source.name!r}, sample {index}: {source.num_tokens[index]} tokens and "
+        f"{source.num_patches[index]} patches, but a pack takes train.seq_len={seq_len} "
+        f"and data.max_patches={max_patches}"
+    )
+    remedy = "raise them, or lower data.max_pixels"
+    if not fits.any():
+        raise DataError(f"no sample fits into a pack, as {found}  -> {remedy}")
+    if oversize is Oversize.error and not fits[index]:
+        raise DataError(f"{found}  -> {remedy}, or data.oversize=skip")
+    return float(fits.mean())
+
+
+def _raise_all(problems: Sequence[str]) -> None:
+    if problems:
+        raise ConfigError("\n  ".join([f"{len(problems)} problems in the mixture", *problems]))

@@ -1,0 +1,1 @@
+"""The demo's evaluation: scores, pictures, and what transformers answers."""

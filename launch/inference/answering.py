@@ -1,0 +1,116 @@
+"""A trained model that answers questions about images: what sample.py and the demo ask."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+
+from triptych.checkpoints.comm import SingleProcess
+from triptych.checkpoints.model_file import read_model
+from triptych.checkpoints.run_state import RunTensors, load_weights
+from triptych.checkpoints.store import locate
+from triptych.configs.compose import read_config
+from triptych.configs.schema import ParallelConfig
+from triptych.data.loading.collate import Segment
+from triptych.data.media.image import decode_image, image_patches
+from triptych.data.tokenizer import Tokenizer, load_tokenizer
+from triptych.data.tokens import encode_prompt, expand
+from triptych.data.types import Media, MediaKind, PixelLimits, Sample, SampleId
+from triptych.models.build import build_model
+from triptych.models.generate import greedy
+from triptych.models.parameters import global_parameters
+from triptych.parallel.mesh import build_mesh, init_distributed
+
+TIMEOUT_S = 600
+BATCH = 32
+"""Questions that go through the model together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What a person asks about one image."""
+
+    image: bytes
+    """The encoded file."""
+    prompt: str
+    where: str
+    """Names the image in errors."""
+
+    def messages(self) -> list[dict[str, object]]:
+        """As a chat."""
+        content = [{"type": "image", "image": self.where}, {"type": "text", "text": self.prompt}]
+        return [{"role": "user", "content": content}]
+
+
+@dataclass(frozen=True, slots=True)
+class Answerer:
+    """The whole model in this process, with its tokenizer and the resolution it trained at."""
+
+    model: nn.Module
+    tokenizer: Tokenizer
+    limits: PixelLimits
+
+    @classmethod
+    def load(cls, checkpoint: Path, tokenizer: Path) -> "Answerer":
+        """Load the weights of a run.
+
+        Args:
+            checkpoint: a run folder, its ``checkpoints``, or one checkpoint, of any layout.
+            tokenizer: the folder that the run was given.
+
+        Raises:
+            CheckpointError: there is no good checkpoint.
+            ConfigError: no tokenizer, or the checkpoint has no configuration: it was imported.
+        """
+        folder = locate(checkpoint, SingleProcess())
+        config, sizes = read_config(folder / "config.yaml"), read_model(folder)
+        loaded = load_tokenizer(tokenizer)
+        init_distributed(TIMEOUT_S)
+        mesh = build_mesh(1, 1, seed=0, timeout_s=TIMEOUT_S)
+        [model] = build_model(
+            sizes, ParallelConfig(), config.train.precision, [sizes.language.num_layers], mesh
+        )
+        tied = sizes.language.tie_word_embeddings
+        load_weights(
+            folder, RunTensors(dict(global_parameters([model])), None, tied=tied, mesh=mesh)
+        )
+        limits = PixelLimits(config.data.min_pixels, config.data.max_pixels)
+        return cls(model.eval(), loaded, limits)
+
+    def answer(self, questions: Sequence[Question], *, max_new_tokens: int) -> list[list[int]]:
+        """Ids of each greedy answer, without the token that ends it."""
+        prompts = [self._prompt(question) for question in questions]
+        answers: list[list[int]] = []
+        for start in range(0, len(prompts), BATCH):
+            answers += greedy(
+                self.model,
+                prompts[start : start + BATCH],
+                self.tokenizer.tokens,
+                max_new_tokens=max_new_tokens,
+            )
+        return answers
+
+    def read(self, questions: Sequence[Question], *, max_new_tokens: int) -> list[str]:
+        """The answers as text."""
+        ids = self.answer(questions, max_new_tokens=max_new_tokens)
+        return [self.tokenizer.decode(answer) for answer in ids]
+
+    def _prompt(self, question: Question) -> Segment:
+        """The chat up to where the answer begins, with the image's patches."""
+        image = decode_image(question.image, question.where)
+        patches, grid = image_patches(image, self.limits)
+        encoded = encode_prompt(question.messages(), self.tokenizer)
+        media = Media(
+            kind=MediaKind.IMAGE,
+            shard=0,
+            offset=0,
+            size=len(question.image),
+            xxh3=b"",
+            width=image.width,
+            height=image.height,
+        )
+        sample = Sample(encoded.input_ids, encoded.targets, (media,))
+        input_ids, targets = expand(sample, [grid], self.tokenizer.tokens)
+        return Segment(SampleId(0, 0), input_ids, targets, np.array([grid]), (patches,))

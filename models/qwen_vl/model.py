@@ -1,0 +1,161 @@
+"""Qwen2-VL as one pipeline stage sees it, or one of the stage's chunks.
+
+The first one holds ViT, merger, embedding and the first decoder layers; the last one holds the
+head. In between there are decoder layers only. megatron-core's GPTModel is the language model; what
+this module adds is the way of the pixels into its input.
+
+T tokens of the pack, H width of the language model.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from triptych.configs.schema import Kernels, ModelConfig, ParallelConfig, Precision
+from triptych.data.media.image import PATCH_DIM
+from triptych.data.types import Batch
+from triptych.models.attention import Segments
+from triptych.models.kernels import Installed, choose
+from triptych.models.parameters import mark_sharding
+from triptych.models.qwen_vl.language import LanguageModel
+from triptych.models.qwen_vl.layers import language_block
+from triptych.models.qwen_vl.merger import Merger
+from triptych.models.qwen_vl.transformer_configs import language_transformer
+from triptych.models.qwen_vl.vision import VisionTower
+from triptych.parallel.device import upload
+from triptych.parallel.mesh import Mesh
+
+from megatron.core.enums import ModelType
+from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
+
+DUMMY_GRID = torch.tensor([[1, 2, 2]])
+"""The smallest image: 2 x 2 patches, one token."""
+
+
+class Qwen2VL(MegatronModule):
+    """One of this rank's chunks of the model."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        parallel: ParallelConfig,
+        precision: Precision,
+        layers_per_chunk: Sequence[int],
+        mesh: Mesh,
+        chunk: int = 0,
+        kernels: Kernels = Kernels.auto,
+    ) -> None:
+        """Build chunk number ``chunk`` of ``parallel.vpp``; ``layers_per_chunk`` counts chunks."""
+        table = choose(kernels, precision, Installed.here())
+        transformer = language_transformer(
+            config.language, parallel, precision, layers_per_chunk, table
+        )
+        super().__init__(config=transformer)
+        self.model_type = ModelType.encoder_or_decoder  # megatron-core's schedule asks for it
+        self.pre_process = mesh.is_first_pp_stage and chunk == 0
+        self.post_process = mesh.is_last_pp_stage and chunk == parallel.vpp - 1
+        overlap = parallel.overlap
+        self.runs_dummy_image = overlap.grad_reduce or overlap.param_gather
+        self.share_embeddings_and_output_weights = config.language.tie_word_embeddings
+        if self.pre_process:
+            self.vision = VisionTower(config.vision, parallel, precision, table)
+            self.merger = Merger(config.vision, config.language, precision)
+        self.language = LanguageModel(
+            transformer,
+            language_block(
+                layers_per_chunk[chunk * mesh.dims.pp + mesh.pp_rank],
+                table,
+                overlap_tp_comm=overlap.tp_comm,
+            ),
+            vocab_size=config.language.vocab_size,
+            max_sequence_length=config.language.max_position_embeddings,
+            pre_process=self.pre_process,
+            post_process=self.post_process,
+            position_embedding_type="mrope",
+            rotary_base=config.language.rope_theta,
+            share_embeddings_and_output_weights=config.language.tie_word_embeddings,
+            scatter_embedding_sequence_parallel=False,
+            vp_stage=chunk if parallel.vpp > 1 else None,
+        )
+        mark_sharding(self)
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
+        """Take the previous stage's output; called by megatron-core's schedule."""
+        self.language.set_input_tensor(input_tensor)
+
+    def shared_embedding_or_output_weight(self) -> Tensor | None:
+        """The tied embedding, where this stage has it.
+
+        Megatron-core sums its gradient over first and last stage.
+        """
+        weight: Tensor | None = self.language.shared_embedding_or_output_weight()
+        return weight
+
+    def forward(self, batch: Batch, *, with_loss: bool = True) -> Tensor:
+        """Run this stage.
+
+        Args:
+            batch: on the device; ``pixel_values`` is needed on the first stage only, ``labels`` on
+                the last only.
+            with_loss: False gives logits.
+
+        Returns:
+            Last stage: 0-d float64, the summed loss of the tokens that count, or
+            (1, T, vocab / tp) logits.
+            Other stages: (T, 1, H) hidden states (T / tp with sequence parallelism).
+        """
+        device = batch.position_ids.device
+        hidden_T1H: Tensor = self.language(
+            input_ids=None,
+            position_ids=batch.position_ids.unsqueeze(1),
+            attention_mask=None,
+            decoder_input=self._embed(batch) if self.pre_process else None,
+            packed_seq_params=Segments(batch.segments, device),
+        )
+        if not self.post_process:
+            return hidden_T1H
+        if not with_loss:
+            return self.language.logits(hidden_T1H)
+        target_index = upload(batch.target_index, device)
+        loss: Tensor = self.language.loss(hidden_T1H, batch.labels, target_index)
+        return loss
+
+    def _embed(self, batch: Batch) -> Tensor:
+        """Text embeddings with the ViT's tokens in their places.
+
+        (T, 1, H), cut along T for sequence parallelism.
+        """
+        h_T1H = self.language.embedding(input_ids=batch.input_ids.unsqueeze(0), position_ids=None)
+        if batch.pixel_values is not None and batch.num_patches:
+            vision_VH = self._encode_vision(batch.pixel_values, batch.grid_thw)
+            h_T1H = h_T1H.index_copy(0, batch.vision_index, vision_VH.unsqueeze(1))
+        elif self.runs_dummy_image and (_trains(self.vision) or _trains(self.merger)):
+            h_T1H = h_T1H + 0.0 * self._encode_dummy(h_T1H.device)
+        if self.config.sequence_parallel:
+            # a copy of the shard: it comes as a view, which would keep the whole
+            h_T1H = scatter_to_sequence_parallel_region(h_T1H).clone()
+        embedded: Tensor = h_T1H
+        return embedded
+
+    def _encode_dummy(self, device: torch.device) -> Tensor:
+        """(1, H) of a black image, for a pack without media.
+
+        Where gradients or weights travel during the computation, every rank must run every layer
+        and have a gradient of every weight, be it 0: megatron-core counts them, and waits for the
+        other ranks in the order in which layers run.
+        """
+        blank = torch.zeros(int(DUMMY_GRID.prod()), PATCH_DIM, dtype=torch.uint8, device=device)
+        return self._encode_vision(blank, DUMMY_GRID)
+
+    def _encode_vision(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
+        """ViT and merger. A frozen ViT runs without a graph: it keeps no activations."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and _trains(self.vision)):
+            h_PE = self.vision(pixel_values, grid_thw)
+        merged: Tensor = self.merger(h_PE)
+        return merged
+
+
+def _trains(module: torch.nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())

@@ -1,0 +1,1 @@
+"""Optimizer state sharded over the data-parallel ranks (ZeRO-1), by two libraries."""

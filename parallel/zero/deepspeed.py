@@ -1,0 +1,266 @@
+"""ZeRO-1 by DeepSpeed's stage 1 optimizer, used bare: no engine, megatron-core's schedule.
+
+megatron-core accumulates fp32 gradients over the microbatches and sums those of sequence
+parallelism and tied embeddings; DeepSpeed reduces them over dp, clips, and updates its shards. Its
+norm walks over parameter groups with a collective for each, so every rank has the same groups:
+where a rank holds nothing of one, a single zero stands in.
+"""
+
+import logging
+from collections.abc import Container, Iterator, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils import logger as deepspeed_logger
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_grad,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
+from deepspeed.utils.timer import NoopTimer
+from torch import Tensor, nn
+
+from triptych.configs.schema import PARTS, OptimizerConfig, OverlapConfig, Precision
+from triptych.parallel.device import BACKEND, HAS_CUDA
+from triptych.parallel.dtypes import DTYPES
+from triptych.parallel.mesh import Mesh
+from triptych.parallel.zero.protocol import FUSED, MOMENTS, ParamState
+
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+BUCKET_NUMEL = 50_000_000
+"""Elements that are reduced, and gathered, in one message."""
+
+
+class DeepSpeedZero:
+    """The ShardedOptimizer over DeepSpeed's.
+
+    Every rank must build it, also one where nothing trains.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[nn.Module],
+        names: Mapping[str, nn.Parameter],
+        parts: Mapping[str, str],
+        config: OptimizerConfig,
+        overlap: OverlapConfig,
+        precision: Precision,
+        mesh: Mesh,
+    ) -> None:
+        """Wrap ``chunks``; the arguments are those of ``MegatronZero``, but nothing overlaps."""
+        assert not overlap.grad_reduce, "refused by configs.rules"
+        assert not overlap.param_gather, "refused by configs.rules"
+        self._mesh = mesh
+        self._trained = {name: p for name, p in names.items() if p.requires_grad}
+        self._parts = parts
+        self.chunks: Sequence[Any] = [_accumulate_locally(chunk) for chunk in chunks]
+        transformer: Any = self.chunks[0].config
+        transformer.finalize_model_grads_func = finalize_model_grads
+        dtype = DTYPES[precision]
+        groups = _param_groups(self._trained, parts, config, mesh, dtype)
+        parameter: Any
+        for parameter in self._trained.values():
+            parameter.ds_pipe_replicated = _is_copy(parameter, mesh)
+        self._stand_ins = [g["params"][0] for g in groups if g["is_stand_in"]]
+        self._zero = _sharded_adam(groups, self._trained, config, mesh)
+        for hook in self._zero._grad_acc_hooks:
+            hook.remove()  # gradients are handed over after the backward pass, not during it
+        self.num_updates = dict.fromkeys(PARTS, 0)
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self._zero.zero_grad()
+        self._zero.averaged_gradients.clear()  # in bf16 DeepSpeed adds to them until it steps
+
+    def grad_norm(self) -> float:
+        """Reduce the gradients over dp; L2 norm of the whole model's. Every rank must call this."""
+        parameter: Any
+        for parameter in self._trained.values():
+            # DeepSpeed averages over dp; ours is a sum already divided by the number of tokens.
+            self._hand_over(parameter, parameter.main_grad.mul_(self._mesh.dims.dp))
+        for stand_in in self._stand_ins:
+            self._hand_over(stand_in, torch.zeros_like(stand_in, dtype=torch.float32))
+        self._zero.reduce_gradients(pipeline_parallel=True)
+        return float(self._zero.scaled_global_norm())
+
+    def step(self, lr: Mapping[str, float], grad_norm: float) -> None:
+        """Clip and update; ``grad_norm()`` comes before. Every rank must call this."""
+        for group in self._zero.optimizer.param_groups:
+            group["lr"] = lr[group["part"]]
+        self._zero.step()
+        self.num_updates = {part: count + 1 for part, count in self.num_updates.items()}
+
+    def local_grads(self) -> dict[str, Tensor]:
+        """Reduced gradients by name, whole over dp. Every rank of ``dp_group`` must call this."""
+        return {name: safe_get_full_grad(p).float() for name, p in self._trained.items()}
+
+    def state_by_param(self, names: Container[str] | None = None) -> dict[str, ParamState]:
+        """Master weights and moments by name, whole over dp.
+
+        Every rank of ``dp_group`` must call this.
+        """
+        self._link_moments()
+        return {
+            name: {"master": safe_get_full_fp32_param(parameter).cpu()}
+            | {key: safe_get_full_optimizer_state(parameter, key).cpu() for key in MOMENTS}
+            for name, parameter in self._trained.items()
+            if names is None or name in names
+        }
+
+    def load_state_by_param(
+        self, state: Mapping[str, ParamState], num_updates: Mapping[str, int]
+    ) -> None:
+        """Take over the state of the named parameters; that of the others stays."""
+        self._link_moments()
+        self.num_updates |= {self._parts[name]: num_updates[self._parts[name]] for name in state}
+        adam = self._zero.optimizer
+        for group in adam.param_groups:
+            for shard in group["params"]:
+                adam.state[shard]["step"] = self._adam_step(group, shard)
+        for name, tensors in state.items():
+            parameter = self._trained[name]
+            safe_set_full_fp32_param(parameter, tensors["master"])
+            for key in MOMENTS:
+                safe_set_full_optimizer_state(parameter, tensors[key], key)
+
+    def gather_weights(self) -> None:
+        """Nothing to wait for: weights are gathered within ``step``."""
+
+    def refresh_master_weights(self) -> None:
+        """Copy the model's weights to the master weights."""
+        self._zero.refresh_fp32_params()
+
+    def _adam_step(self, group: Mapping[str, Any], shard: Tensor) -> Tensor:
+        """Where torch's fused AdamW wants it: beside the weights."""
+        return torch.tensor(float(self.num_updates[group["part"]]), device=shard.device)
+
+    def _link_moments(self) -> None:
+        """Let DeepSpeed find the moments of each parameter, zeros where there are none yet.
+
+        DeepSpeed links them by itself after the first group's first step, too early for the others.
+        """
+        adam = self._zero.optimizer
+        for group in adam.param_groups:
+            for shard in group["params"]:
+                if "exp_avg" not in adam.state[shard]:
+                    adam.state[shard] = {key: torch.zeros_like(shard) for key in MOMENTS}
+                    adam.state[shard]["step"] = self._adam_step(group, shard)
+        self._zero._hp_optimizer_states_linked = False
+        self._zero._lazy_init_hp_params_optimizer_state()
+
+    def _hand_over(self, parameter: Tensor, grad: Tensor) -> None:
+        if self._zero.use_grad_accum_attribute:
+            parameter.grad_accum = grad  # type: ignore[attr-defined]  # DeepSpeed's name
+        else:
+            parameter.grad = grad
+
+
+def _accumulate_locally(chunk: nn.Module) -> DistributedDataParallel:
+    """megatron-core's fp32 gradient buffers, without its reduction over dp."""
+    alone = ProcessGroupCollection.use_mpu_process_groups()
+    alone.dp = alone.dp_cp = alone.intra_dp_cp = (
+        alone.cp
+    )  # of one rank, as nothing is context-parallel
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=False, overlap_grad_reduce=False
+    )
+    transformer: Any = chunk.config
+    return DistributedDataParallel(transformer, config, chunk, pg_collection=alone)
+
+
+def _param_groups(
+    trained: Mapping[str, nn.Parameter],
+    parts: Mapping[str, str],
+    config: OptimizerConfig,
+    mesh: Mesh,
+    dtype: torch.dtype,
+) -> list[dict[str, Any]]:
+    """One group for each part, with and without weight decay; the same list on every rank."""
+    return [
+        {
+            "params": members or [nn.Parameter(torch.zeros(1, device=mesh.device, dtype=dtype))],
+            "part": part,
+            "weight_decay": config.weight_decay if decays else 0.0,
+            "is_stand_in": not members,
+        }
+        for part in PARTS
+        for decays, members in _by_decay(
+            parameter for name, parameter in trained.items() if parts[name] == part
+        )
+    ]
+
+
+def _by_decay(parameters: Iterator[nn.Parameter]) -> list[tuple[bool, list[nn.Parameter]]]:
+    """Matrices decay; biases and norm weights do not."""
+    members = list(parameters)
+    return [(decays, [p for p in members if (p.dim() > 1) == decays]) for decays in (True, False)]
+
+
+def _is_copy(parameter: nn.Parameter, mesh: Mesh) -> bool:
+    """The last stage's copy of a tied embedding, which the norm must not count again."""
+    shared = bool(getattr(parameter, "shared_embedding", False))
+    return shared and not mesh.is_first_pp_stage
+
+
+def _sharded_adam(
+    groups: list[dict[str, Any]],
+    trained: Mapping[str, nn.Parameter],
+    config: OptimizerConfig,
+    mesh: Mesh,
+) -> DeepSpeedZeroOptimizer:
+    deepspeed_logger.setLevel(logging.WARNING)
+    if not HAS_CUDA:
+        deepspeed.ops.__compatible_ops__ = {}  # else a CPU collective is compiled for a minute
+    backend = BACKEND if not HAS_CUDA else "nccl"
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    adam = torch.optim.AdamW(
+        groups, lr=1.0, betas=(config.beta1, config.beta2), eps=config.eps, fused=FUSED or None
+    )
+    by_parameter = {parameter: name for name, parameter in trained.items()}
+    by_parameter |= {
+        g["params"][0]: f"stand-in for {g['part']}" for g in groups if g["is_stand_in"]
+    }
+    return DeepSpeedZeroOptimizer(
+        adam,
+        by_parameter,
+        timers=NoopTimer(),
+        optimizer_params={},
+        dp_process_group=mesh.dp_group,
+        mpu=_model_parallel_unit(mesh),
+        clip_grad=config.clip_grad,
+        partition_grads=False,
+        contiguous_gradients=False,
+        overlap_comm=False,
+        reduce_bucket_size=BUCKET_NUMEL,
+        allgather_bucket_size=BUCKET_NUMEL,
+        gradient_accumulation_dtype=torch.float32,
+        communication_data_type=torch.float32,
+        check_grad_overflow=False,
+        verbose=False,
+    )
+
+
+def _model_parallel_unit(mesh: Mesh) -> SimpleNamespace:
+    """What DeepSpeed calls an mpu. Without one, its norm under tp is silently wrong."""
+    return SimpleNamespace(
+        get_model_parallel_group=lambda: mesh.model_group,
+        get_model_parallel_world_size=lambda: dist.get_world_size(mesh.model_group),
+        get_model_parallel_rank=lambda: dist.get_rank(mesh.model_group),
+        get_tensor_model_parallel_rank=lambda: mesh.tp_rank,
+        get_tensor_model_parallel_world_size=lambda: mesh.dims.tp,
+        get_data_parallel_group=lambda: mesh.dp_group,
+    )

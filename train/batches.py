@@ -1,0 +1,56 @@
+"""From what this rank's loader made to what the model takes.
+
+Who reads pixels tells the others, nobody decodes twice.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from triptych.data.media.image import PATCH_DIM
+from triptych.data.types import Batch, Step
+from triptych.parallel.device import upload
+from triptych.parallel.mesh import Mesh, broadcast_from_source
+
+
+def drop_unreadable(step: Step, mesh: Mesh) -> None:
+    """Take samples whose media could not be read out of the loss, on every rank of the replica.
+
+    Only the reading rank knows of them. Every rank of ``model_group`` must call this, once per
+    step.
+    """
+    spots = [(microbatch, segment) for microbatch, segment, _ in step.bad]
+    if mesh.dims.tp * mesh.dims.pp > 1:
+        count = torch.tensor([len(spots)], device=mesh.device)
+        broadcast_from_source(count, mesh.model_group)
+        if count.item():
+            table = torch.zeros(int(count), 2, dtype=torch.int64, device=mesh.device)
+            if mesh.reads_media:
+                table.copy_(torch.tensor(spots))
+            spots = [tuple(row) for row in broadcast_from_source(table, mesh.model_group).tolist()]
+    for microbatch, segment in spots:
+        batch = step.microbatches[microbatch]
+        batch.loss_mask[batch.segments[segment] : batch.segments[segment + 1]] = False
+
+
+def to_device(batch: Batch, mesh: Mesh, *, is_first: bool) -> Batch:
+    """What this rank needs of a batch, on its device.
+
+    Tokens and pixels, read here or received, go to the chunk that ``is_first`` of the whole model,
+    labels to the last stage, positions everywhere.
+    Every rank of ``tp_group`` must call this, in the same order of microbatches.
+    """
+    pixels = None
+    if is_first and batch.num_patches:
+        pixels = batch.pixel_values
+        if pixels is None:
+            pixels = torch.empty(
+                batch.num_patches, PATCH_DIM, dtype=torch.uint8, device=mesh.device
+            )
+        pixels = broadcast_from_source(upload(pixels, mesh.device), mesh.tp_group)
+    fields = ["position_ids"]
+    fields += ["input_ids", "vision_index"] if is_first else []
+    fields += ["labels"] if mesh.is_last_pp_stage else []
+    moved: dict[str, Any] = {name: upload(getattr(batch, name), mesh.device) for name in fields}
+    return replace(batch, pixel_values=pixels, **moved)

@@ -1,0 +1,131 @@
+"""The datasets of a run: opened, checked against tokenizer and model, planned, and read."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+from triptych.configs.schema import Config
+from triptych.costs.compute import compute_of_pack
+from triptych.data.dataset.dataset import Dataset
+from triptych.data.digits.make import have_digits, make_digits
+from triptych.data.loading.loader import Loader, validation_step
+from triptych.data.loading.reader import BatchFormat
+from triptych.data.plan.order import Cursor, Plan
+from triptych.data.plan.plan_sources import PlanSource, plan_sources
+from triptych.data.tokenizer import load_tokenizer
+from triptych.data.types import PixelLimits, Step
+from triptych.errors import ConfigError
+from triptych.parallel.mesh import Mesh
+from triptych.train.console import say
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """Datasets in the order in which their plan numbers them."""
+
+    sources: list[Dataset]
+    plan: Plan
+
+    @classmethod
+    def open(cls, config: Config, weights: Mapping[str, float], *, once: bool = False) -> "Mixture":
+        """Open and plan the datasets that have a weight.
+
+        Args:
+            config: of the run.
+            weights: source name -> weight.
+            once: a window holds no sample twice, however few there are: for validation.
+
+        Raises:
+            ConfigError: tokenizer or weights cannot be used.
+            DataError: a dataset is missing, damaged, empty, or of another tokenizer.
+        """
+        tokenizer = load_tokenizer(config.data.tokenizer)
+        if tokenizer.vocab_size > config.model.language.vocab_size:
+            raise ConfigError(
+                f"data.tokenizer={config.data.tokenizer} has {tokenizer.vocab_size} tokens, more "
+                f"than model.language.vocab_size={config.model.language.vocab_size}"
+                "  -> take the tokenizer that the model was made with"
+            )
+        sources = [Dataset.open(config.data.sources[name].path, name) for name in weights]
+        for source in sources:
+            source.check_tokens(config.model.tokens, tokenizer.fingerprint)
+        num_samples = sum(len(source) for source in sources)
+        plan = Plan(
+            plan_sources(sources, weights, _limits(config)),
+            seed=config.seed,
+            seq_len=config.train.seq_len,
+            max_patches=config.data.max_patches,
+            window=min(config.data.window, num_samples) if once else config.data.window,
+            oversize=config.data.oversize,
+        )
+        return cls(sources, plan)
+
+    def loader(self, config: Config, mesh: Mesh, cursor: Cursor) -> Loader:
+        """This rank's steps from ``cursor`` on; whoever asks must close it."""
+        return Loader(
+            self.plan,
+            self.sources,
+            cursor,
+            _form(config, mesh),
+            dp_rank=mesh.dp_rank,
+            dp_size=mesh.dims.dp,
+            global_batch_size=config.train.global_batch_size,
+            micro_batch_size=config.train.micro_batch_size,
+            cost=compute_of_pack(config),
+            num_workers=config.data.num_workers,
+            prefetch_steps=config.data.prefetch_steps,
+        )
+
+    def validation_step(self, config: Config, mesh: Mesh) -> Step:
+        """This rank's share of the ``train.validation_packs`` first packs."""
+        return validation_step(
+            self.plan,
+            self.sources,
+            _form(config, mesh),
+            num_packs=config.train.validation_packs,
+            dp_rank=mesh.dp_rank,
+            dp_size=mesh.dims.dp,
+            micro_batch_size=config.train.micro_batch_size,
+            num_workers=config.data.num_workers,
+            round_to=mesh.dims.pp if config.parallel.vpp > 1 else 1,
+        )
+
+    def __str__(self) -> str:
+        listed = ", ".join(
+            f"{source.name} {source.weight:g} of {len(source):,} samples" + self._too_long(source)
+            for source in self.plan.sources
+        )
+        return f"{listed}; plan {self.plan.hash[:12]}"
+
+    def _too_long(self, source: PlanSource) -> str:
+        """How many of its samples fit no pack, where there are any; they are left out whole."""
+        fits = source.fits(
+            slice(None), seq_len=self.plan.seq_len, max_patches=self.plan.max_patches
+        )
+        count = len(source) - int(fits.sum())
+        return f" ({count:,} too long for a pack, skipped)" if count else ""
+
+
+def generate_samples(config: Config, mesh: Mesh) -> None:
+    """Make the sample datasets, where asked for and not there. Every rank must call this."""
+    root = Path(config.data.root)
+    if config.data.generate and mesh.is_main and not have_digits(root):
+        say(mesh, f"making sample data in {root}")
+        make_digits(root)
+    dist.barrier()
+
+
+def _limits(config: Config) -> PixelLimits:
+    return PixelLimits(config.data.min_pixels, config.data.max_pixels)
+
+
+def _form(config: Config, mesh: Mesh) -> BatchFormat:
+    return BatchFormat(
+        tokens=config.model.tokens,
+        vocab_size=config.model.language.vocab_size,
+        limits=_limits(config),
+        pad_to=config.parallel.tp,
+        read_pixels=mesh.reads_media,
+    )
