@@ -15,8 +15,8 @@ import numpy as np
 
 from triptych.benchmarks.table import Row, print_rows
 from triptych.costs.pipeline_schedule import ideal_bubble, simulate
-from triptych.tests.pool import RankPool
-from triptych.tests.sleeping import measured_bubble, run_sleeping
+from triptych.tests.helpers.pool import RankPool
+from triptych.tests.helpers.sleeping import measured_bubble, run_sleeping
 
 COMMAND = "python benchmarks/bubble.py"
 NUM_MICROBATCHES, NUM_ROUNDS = 8, 5

@@ -26,7 +26,7 @@ NUM_PACKS, NUM_STEPS, NUM_SIMULATED = 8000, 50, 5
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class DeviceLayout:
     """Which model on how many ranks, and the most that its dearest rank may be above the mean."""
 
     model: str
@@ -47,9 +47,9 @@ class Layout:
 
 
 LAYOUTS = [
-    Layout("2b", tp=1, pp=2, dp=64, num_microbatches=8, bar=1.02),
-    Layout("7b", tp=4, pp=2, dp=32, num_microbatches=16, bar=1.01),
-    Layout("72b", tp=8, pp=8, dp=16, num_microbatches=64, bar=1.01),
+    DeviceLayout("2b", tp=1, pp=2, dp=64, num_microbatches=8, bar=1.02),
+    DeviceLayout("7b", tp=4, pp=2, dp=32, num_microbatches=16, bar=1.01),
+    DeviceLayout("72b", tp=8, pp=8, dp=16, num_microbatches=64, bar=1.01),
 ]
 
 
@@ -97,7 +97,7 @@ def measure_fill(max_patches: int) -> float:
     return float(tokens.mean())
 
 
-def measure_balance(layout: Layout) -> list[Row]:
+def measure_balance(layout: DeviceLayout) -> list[Row]:
     """Print the cost of the dearest rank over the mean; returns rows for balance and speed."""
     cost, plan, dp = compute_of_pack(layout.config()), make_plan(), layout.dp
     cursor = plan.start
@@ -132,7 +132,7 @@ def measure_balance(layout: Layout) -> list[Row]:
     ]
 
 
-def measure_stages(layout: Layout) -> None:
+def measure_stages(layout: DeviceLayout) -> None:
     """Print the simulated makespan of the slowest replica, over that of even stages and packs."""
     config, plan = layout.config(), make_plan()
     cost, layers = compute_of_pack(config), layers_per_chunk(config)

@@ -15,37 +15,33 @@ from typing import Any
 import xxhash
 
 from triptych.checkpoints.comm import Comm, on_every_rank
+from triptych.data.hashed_files import HashedFile, hash_file
 from triptych.errors import CheckpointError
 
 MANIFEST = "MANIFEST.json"
 COMMIT = "COMMIT"
 FORMAT = 1
 
-_CHUNK_BYTES = 1 << 24
 _OWNER = re.compile(r"(?:__|rank_)(\d+)[_.]")  # megatron's __3_0.distcp, our rank_00003.pt
 
 
-@dataclass(frozen=True, slots=True)
-class FileRecord:
+@dataclass(kw_only=True, frozen=True, slots=True)
+class SavedFile(HashedFile):
     """One file as it was when the checkpoint was committed."""
 
-    size: int
-    """Bytes."""
-    xxh3_128: str
-    """Hexadecimal."""
     writer: int
     """Rank."""
 
 
 @dataclass(frozen=True, slots=True)
-class Manifest:
+class CheckpointManifest:
     """The contents of ``MANIFEST.json``."""
 
     step: int
     attempt: int
     info: dict[str, Any]
     """What the run says of itself: plan hash, stage, layout."""
-    files: dict[str, FileRecord]
+    files: dict[str, SavedFile]
     """By path in the folder, with forward slashes."""
 
 
@@ -55,7 +51,7 @@ def writer_of(name: str) -> int:
     return int(match.group(1)) if match else 0
 
 
-def record_files(folder: Path, rank: int) -> dict[str, FileRecord]:
+def record_files(folder: Path, rank: int) -> dict[str, SavedFile]:
     """Hash and sync to disk the files that ``rank`` wrote, and the folders they lie in."""
     records = {}
     parents = {folder}
@@ -63,15 +59,14 @@ def record_files(folder: Path, rank: int) -> dict[str, FileRecord]:
         name = path.relative_to(folder).as_posix()
         if writer_of(name) != rank:
             continue
-        size, digest = _hash(path, sync=True)
-        records[name] = FileRecord(size, digest, rank)
+        records[name] = SavedFile(**asdict(hash_file(path, sync=True)), writer=rank)
         parents.add(path.parent)
     for parent in parents:
         sync_folder(parent)
     return records
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
+def write_manifest(folder: Path, manifest: CheckpointManifest) -> None:
     """Write ``MANIFEST.json``, then ``COMMIT``, each on disk before the next operation starts."""
     text = json.dumps({"format": FORMAT, **asdict(manifest)}, indent=1) + "\n"
     content = text.encode()
@@ -79,7 +74,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     write_synced(folder / COMMIT, f"{xxhash.xxh3_128_hexdigest(content)}\n".encode())
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path) -> CheckpointManifest:
     """The manifest of a committed folder.
 
     Raises:
@@ -98,8 +93,8 @@ def read_manifest(folder: Path) -> Manifest:
     content = json.loads(manifest)
     if content.pop("format") != FORMAT:
         raise CheckpointError(f"{MANIFEST} has another format than {FORMAT}, of a later version")
-    files = {name: FileRecord(**record) for name, record in content.pop("files").items()}
-    return Manifest(files=files, **content)
+    files = {name: SavedFile(**record) for name, record in content.pop("files").items()}
+    return CheckpointManifest(files=files, **content)
 
 
 def verify(folder: Path, comm: Comm) -> list[str]:
@@ -122,12 +117,12 @@ def verify(folder: Path, comm: Comm) -> list[str]:
     return sorted({text for texts in everyone for text in texts})
 
 
-def _check(folder: Path, name: str, record: FileRecord) -> str | None:
+def _check(folder: Path, name: str, record: SavedFile) -> str | None:
     try:
         size = (folder / name).stat().st_size
         if size != record.size:
             return f"{name} has {size} bytes, {MANIFEST} says {record.size}"
-        _, digest = _hash(folder / name, sync=False)
+        digest = hash_file(folder / name).xxh3_128
     except FileNotFoundError:
         return f"{name} is missing"
     except OSError as error:
@@ -139,19 +134,6 @@ def _check(folder: Path, name: str, record: FileRecord) -> str | None:
 
 def _files(folder: Path) -> Iterator[Path]:
     return (path for path in sorted(folder.rglob("*")) if path.is_file())
-
-
-def _hash(path: Path, *, sync: bool) -> tuple[int, str]:
-    """Size in bytes and xxh3-128 of a file; with ``sync``, its bytes are on disk afterwards."""
-    digest = xxhash.xxh3_128()
-    size = 0
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-            size += len(chunk)
-        if sync:
-            os.fsync(file.fileno())
-    return size, digest.hexdigest()
 
 
 def write_synced(path: Path, content: bytes) -> None:

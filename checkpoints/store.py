@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from triptych.checkpoints.comm import Comm, on_every_rank, on_rank_0
 from triptych.checkpoints.manifest import (
     COMMIT,
-    Manifest,
+    CheckpointManifest,
     read_manifest,
     record_files,
     sync_folder,
@@ -98,7 +98,7 @@ class CheckpointStore:
         shares = on_every_rank(self._comm, lambda: record_files(folder, self._comm.rank))
         name = _parse(folder.name)
         files = {path: record for share in shares for path, record in sorted(share.items())}
-        manifest = Manifest(step=name.step, attempt=name.attempt, info=info, files=files)
+        manifest = CheckpointManifest(step=name.step, attempt=name.attempt, info=info, files=files)
 
         def publish() -> Path:
             write_manifest(folder, manifest)

@@ -72,6 +72,21 @@ class VisionConfig:
     """Patches along each side that the merger joins into one token."""
     in_channels: int = 3
 
+    @property
+    def patch_dim(self) -> int:
+        """Numbers in one patch, of all its channels and frames."""
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+    @property
+    def patches_per_token(self) -> int:
+        """Patches that the merger joins into one token."""
+        return self.spatial_merge_size**2
+
+    @property
+    def resize_factor(self) -> int:
+        """Pixels that both sides of a resized image are multiples of."""
+        return self.patch_size * self.spatial_merge_size
+
 
 @dataclass(kw_only=True, slots=True)
 class LanguageConfig:

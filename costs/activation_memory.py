@@ -2,7 +2,7 @@
 
 Every term below is a tensor that autograd saves, by its shape; ids, masks and the one number per
 row that a norm keeps are left out, as they are bytes where the rest is megabytes. Checked against
-one real rank (models/fake_rank.py, tests/test_fake_rank.py).
+one real rank (models/fake_rank.py, tests/models/test_fake_rank.py).
 
     T, S   tokens of a microbatch; of them on this rank, S = T / tp with sequence parallelism
     P      ViT patches

@@ -170,7 +170,7 @@ def layer_parameters(language: LanguageConfig) -> int:
 def parameters(model: ModelConfig) -> Parameters:
     """Parameters of every part.
 
-    Source: equal to the released sizes for 2B, 7B and 72B (tests/test_flops.py).
+    Source: equal to the released sizes for 2B, 7B and 72B (tests/costs/test_flops.py).
     """
     vision, language = model.vision, model.language
     hidden, merged = vision.hidden_size, _merged_dim(vision)

@@ -10,7 +10,7 @@ A send never holds up the sender, and messages share no link: what is left out i
 microbatch's computation takes longer than its message (benchmarks/bubble.py measures the rest).
 
 Source: the order is that of megatron-core 0.16.1, pipeline_parallel/schedules.py, where
-``microbatch_group_size_per_vp_stage`` = pp; tests/test_bubble.py compares it with a real run.
+``microbatch_group_size_per_vp_stage`` = pp; tests/costs/test_bubble.py compares it with a real run.
 """
 
 from collections.abc import Sequence

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from triptych.tests.pool import RankPool
+from triptych.tests.helpers.pool import RankPool
 
 
 @pytest.fixture(scope="session")

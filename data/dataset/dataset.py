@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from triptych.configs.schema import TokensConfig
 from triptych.data.dataset.media_index import MediaIndex
 from triptych.data.dataset.text_file import TextFile, check_size
+from triptych.data.hashed_files import HashedFile, hash_file
 from triptych.data.media.image import PATCHES_PER_TOKEN
 from triptych.data.stores.local import LocalStore
 from triptych.data.tokens import placeholders
@@ -31,17 +32,7 @@ SHARD_NAME = "{:06d}.tar"
 
 
 @dataclass(kw_only=True, slots=True)
-class FileRecord:
-    """A file of the dataset folder."""
-
-    size: int
-    """Bytes."""
-    xxh3_128: str
-    """Of the content, hexadecimal."""
-
-
-@dataclass(kw_only=True, slots=True)
-class Manifest:
+class DatasetManifest:
     """The content of ``dataset.yaml``."""
 
     version: int = FORMAT_VERSION
@@ -56,14 +47,14 @@ class Manifest:
     num_media: int
     num_skipped: int
     """Bad samples that were left out; ``quarantine.jsonl`` names them."""
-    files: dict[str, FileRecord] = field(default_factory=dict)
+    files: dict[str, HashedFile] = field(default_factory=dict)
     """Path below the folder -> size and hash."""
 
 
 class Dataset:
     """The samples of a dataset folder (``data.types.Source``). Threads may share it."""
 
-    def __init__(self, path: Path, name: str, manifest: Manifest, fingerprint: str) -> None:
+    def __init__(self, path: Path, name: str, manifest: DatasetManifest, fingerprint: str) -> None:
         self.path = path
         self.name = name
         self.manifest = manifest
@@ -130,7 +121,7 @@ class Dataset:
             DataError: a file differs; names it.
         """
         for file, record in self.manifest.files.items():
-            found = file_record(self.path / file)
+            found = hash_file(self.path / file)
             if found != record:
                 raise DataError(
                     f"{self.path / file} is damaged: its xxh3-128 is {found.xxh3_128}, "
@@ -210,22 +201,12 @@ class Dataset:
         return data
 
 
-def file_record(path: Path) -> FileRecord:
-    """Size and hash of a file."""
-    digest, size = xxhash.xxh3_128(), 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-            size += len(block)
-    return FileRecord(size=size, xxh3_128=digest.hexdigest())
-
-
-def write_manifest(manifest: Manifest, file: Path) -> None:
+def write_manifest(manifest: DatasetManifest, file: Path) -> None:
     """Writes ``dataset.yaml``; the same dataset gives the same bytes."""
     file.write_text(yaml.safe_dump(asdict(manifest), sort_keys=False))
 
 
-def _parse_manifest(data: bytes, file: Path) -> Manifest:
+def _parse_manifest(data: bytes, file: Path) -> DatasetManifest:
     try:
         content: dict[str, Any] = yaml.safe_load(data)
         version = content["version"]
@@ -235,7 +216,7 @@ def _parse_manifest(data: bytes, file: Path) -> Manifest:
                 f"{FORMAT_VERSION}  -> prepare the dataset again"
             )
         content["tokens"] = TokensConfig(**content["tokens"])
-        content["files"] = {path: FileRecord(**r) for path, r in content["files"].items()}
-        return Manifest(**content)
+        content["files"] = {path: HashedFile(**r) for path, r in content["files"].items()}
+        return DatasetManifest(**content)
     except (yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
         raise DataError(f"{file} is damaged: {error!r}  -> prepare the dataset again") from error

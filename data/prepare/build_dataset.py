@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from triptych.data.dataset.dataset import Dataset, Manifest
+from triptych.data.dataset.dataset import Dataset, DatasetManifest
 from triptych.data.media.image import decode_image
 from triptych.data.prepare.records import Line, read_lines
 from triptych.data.prepare.writer import DatasetWriter, MediaFile
@@ -53,7 +53,7 @@ def build_dataset(
     on_bad: OnBad = OnBad.fail,
     shard_size: int = SHARD_SIZE,
     report: Callable[[BuildProgress], None] | None = None,
-) -> Manifest:
+) -> DatasetManifest:
     """Writes a dataset folder from JSONL files; images are stored byte for byte.
 
     Args:
@@ -90,7 +90,7 @@ def _write(
     on_bad: OnBad,
     shard_size: int,
     report: Callable[[BuildProgress], None] | None,
-) -> Manifest:
+) -> DatasetManifest:
     started = time.monotonic()
     total_bytes = sum(path.stat().st_size for path in inputs if path.is_file())
     progress = BuildProgress(num_samples=0, num_skipped=0, done=0.0, elapsed_s=0.0)

@@ -8,9 +8,10 @@ from typing import BinaryIO
 
 import xxhash
 
-from triptych.data.dataset.dataset import SHARD_NAME, Manifest, file_record, write_manifest
+from triptych.data.dataset.dataset import SHARD_NAME, DatasetManifest, write_manifest
 from triptych.data.dataset.media_index import media_row
 from triptych.data.dataset.text_file import TextWriter
+from triptych.data.hashed_files import hash_file
 from triptych.data.tokenizer import Tokenizer
 from triptych.data.tokens import Encoded
 from triptych.data.types import Media, MediaKind
@@ -40,7 +41,7 @@ class DatasetWriter:
             shard_size: bytes after which a shard is closed.
         """
         self._folder = folder
-        self._manifest = Manifest(
+        self._manifest = DatasetManifest(
             tokenizer=tokenizer.fingerprint,
             tokens=tokenizer.tokens,
             num_samples=0,
@@ -72,7 +73,7 @@ class DatasetWriter:
         self._manifest.num_targets += int(encoded.targets.sum())
         self._manifest.num_media += len(media)
 
-    def close(self, num_skipped: int) -> Manifest:
+    def close(self, num_skipped: int) -> DatasetManifest:
         """Completes the files and writes ``dataset.yaml`` with their hashes, last."""
         self._text.close()
         self._targets.close()
@@ -81,7 +82,7 @@ class DatasetWriter:
         self._manifest.num_skipped = num_skipped
         files = sorted(path for path in self._folder.rglob("*") if path.is_file())
         self._manifest.files = {
-            path.relative_to(self._folder).as_posix(): file_record(path) for path in files
+            path.relative_to(self._folder).as_posix(): hash_file(path) for path in files
         }
         write_manifest(self._manifest, self._folder / "dataset.yaml")
         return self._manifest

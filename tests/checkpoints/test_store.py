@@ -1,0 +1,490 @@
+"""Checkpoints survive a run that dies anywhere, and files that do not stay as written."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from triptych.checkpoints.comm import SingleProcess
+from triptych.checkpoints.manifest import COMMIT, MANIFEST, read_manifest, verify, writer_of
+from triptych.checkpoints.store import CheckpointStore, locate, step_folders
+from triptych.errors import CheckpointError
+
+INFO = {"plan": "c0ffee", "stage": 2, "layout": {"tp": 2, "pp": 1}}
+
+
+def save(store: CheckpointStore, step: int, rank: int = 0) -> Path:
+    """What the ranks of a run do: begin, write, commit. The content says the step."""
+    folder = store.begin(step)
+    (folder / "shards" / f"__{rank}_0.distcp").write_bytes(bytes([step % 256, rank]) * 500)
+    (folder / "rng" / f"rank_{rank:05d}.pt").write_bytes(b"r" * 10)
+    if rank == 0:
+        (folder / "shards" / ".metadata").write_bytes(b"m" * 40)
+        (folder / "data.json").write_text(json.dumps({"step": step}))
+    return store.commit(folder, INFO)
+
+
+def run_with(*steps: int, root: Path) -> list[Path]:
+    store = CheckpointStore(root, SingleProcess())
+    return [save(store, step) for step in steps]
+
+
+def newest(root: Path) -> Path | None:
+    return CheckpointStore(root, SingleProcess()).newest()
+
+
+def flip_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+# --- the layout
+
+
+def test_committed_folder_has_the_documented_layout(tmp_path):
+    folder = run_with(12_000, root=tmp_path)[0]
+    assert folder == tmp_path / "step_000012000.0"
+    manifest = read_manifest(folder)
+    assert (manifest.step, manifest.attempt, manifest.info) == (12_000, 0, INFO)
+    assert {name: record.size for name, record in manifest.files.items()} == {
+        "data.json": 15,
+        "rng/rank_00000.pt": 10,
+        "shards/.metadata": 40,
+        "shards/__0_0.distcp": 1000,
+    }
+    assert (tmp_path / "latest").read_text() == "step_000012000.0\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_000012000.0"]
+    assert newest(tmp_path) == folder
+
+
+@pytest.mark.parametrize(
+    ("name", "rank"),
+    [
+        ("shards/__3_0.distcp", 3),
+        ("rng/rank_00012.pt", 12),
+        ("shards/.metadata", 0),
+        ("a/b_7.json", 0),
+    ],
+)
+def test_a_file_belongs_to_the_rank_in_its_name(name, rank):
+    assert writer_of(name) == rank
+
+
+def test_every_start_is_a_new_attempt_and_counts_as_newer(tmp_path):
+    run_with(100, 200, 300, root=tmp_path)
+    back = run_with(150, 200, root=tmp_path)  # a run sent back to step 100
+    assert [path.name for path in back] == ["step_000000150.1", "step_000000200.1"]
+    assert newest(tmp_path) == back[-1]
+    assert [path.name for path in step_folders(tmp_path)][2:] == [
+        "step_000000300.0",
+        "step_000000200.0",
+        "step_000000100.0",
+    ]
+
+
+def test_a_name_is_never_used_twice(tmp_path):
+    store = CheckpointStore(tmp_path, SingleProcess())
+    save(store, 5)
+    with pytest.raises(CheckpointError, match=r"step 5 was already saved as .*step_000000005\.0"):
+        store.begin(5)
+    flip_bit(tmp_path / "step_000000005.0" / "data.json")
+    run_with(3, root=tmp_path)
+    assert newest(tmp_path).name == "step_000000003.1"
+    assert run_with(5, root=tmp_path)[0].name == "step_000000005.2"
+
+
+def test_an_empty_run_has_no_newest(tmp_path):
+    assert newest(tmp_path / "nothing" / "here") is None
+
+
+# --- retention
+
+
+def test_retention_keeps_the_newest(tmp_path):
+    store = CheckpointStore(tmp_path, SingleProcess())
+    for step in (1, 2, 3, 4):
+        save(store, step)
+    assert [path.name[:14] for path in store.retain(2)] == ["step_000000002", "step_000000001"]
+    assert [path.name for path in step_folders(tmp_path)] == [
+        "step_000000004.0",
+        "step_000000003.0",
+    ]
+
+
+def test_retention_deletes_nothing_before_a_new_commit(tmp_path):
+    run_with(1, 2, root=tmp_path)
+    store = CheckpointStore(tmp_path, SingleProcess())
+    assert store.retain(1) == []
+    store.begin(3)
+    assert store.retain(1) == []
+    assert len(step_folders(tmp_path)) == 2
+
+
+def test_retention_counts_no_abandoned_branch_as_newest(tmp_path):
+    run_with(100, 200, 300, root=tmp_path)
+    store = CheckpointStore(tmp_path, SingleProcess())
+    kept = save(store, 120)
+    store.retain(1)
+    assert step_folders(tmp_path) == [kept]
+
+
+# --- damage
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "flipped bit": (
+        lambda f: flip_bit(f / "shards/__0_0.distcp"),
+        r"shards/__0_0.distcp has xxh3-128",
+    ),
+    "truncated": (
+        lambda f: os.truncate(f / "shards/__0_0.distcp", 999),
+        "has 999 bytes, .* says 1000",
+    ),
+    "emptied": (lambda f: os.truncate(f / "rng/rank_00000.pt", 0), "rng/rank_00000.pt has 0 bytes"),
+    "missing": (lambda f: (f / "data.json").unlink(), "data.json is missing"),
+    "no COMMIT": (lambda f: (f / COMMIT).unlink(), "COMMIT is missing"),
+    "empty COMMIT": (lambda f: os.truncate(f / COMMIT, 0), "COMMIT says ''"),
+    "no manifest": (lambda f: (f / MANIFEST).unlink(), "MANIFEST.json is missing"),
+    "flipped manifest": (lambda f: flip_bit(f / MANIFEST), "MANIFEST.json has xxh3-128"),
+    "binary COMMIT": (lambda f: (f / COMMIT).write_bytes(b"\xff\xfe"), "COMMIT says"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_is_named_set_aside_and_passed_over(tmp_path, caplog, kind):
+    harm, message = DAMAGE[kind]
+    good, bad = run_with(1, 2, root=tmp_path)
+    harm(bad)
+    assert [bool(verify(folder, SingleProcess())) for folder in (good, bad)] == [False, True]
+    assert newest(tmp_path) == good
+    assert not bad.exists()
+    assert (tmp_path / "step_000000002.0.damaged").is_dir()
+    assert "step_000000002.0 is damaged" in caplog.text
+    assert re.search(message, caplog.text)
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_checkpoint_named_by_a_person_is_refused(tmp_path, kind):
+    harm, message = DAMAGE[kind]
+    good, bad = run_with(1, 2, root=tmp_path / "checkpoints")
+    harm(bad)
+    for path in (tmp_path, tmp_path / "checkpoints", bad):
+        with pytest.raises(CheckpointError, match=message) as error:
+            locate(path, SingleProcess())
+        assert f"the one before is {good}" in str(error.value)
+    assert bad.exists()
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_never_starts_over(tmp_path):
+    for folder in run_with(1, 2, root=tmp_path):
+        flip_bit(folder / "data.json")
+    for _ in range(2):  # the second time they already bear the name .damaged
+        with pytest.raises(CheckpointError, match=r"no good checkpoint(.|\n)*step_000000001"):
+            newest(tmp_path)
+
+
+# --- paths that people type
+
+
+def test_locate_takes_run_folder_checkpoints_folder_and_checkpoint(tmp_path):
+    older, newer = run_with(7, 8, root=tmp_path / "checkpoints")
+    assert locate(tmp_path, SingleProcess()) == newer
+    assert locate(tmp_path / "checkpoints", SingleProcess()) == newer
+    assert locate(older, SingleProcess()) == older
+    copy = older.rename(tmp_path / "my_copy")
+    assert locate(copy, SingleProcess()) == copy
+
+
+def test_locate_says_what_it_found_instead(tmp_path):
+    run_with(7, root=tmp_path / "checkpoints")
+    with pytest.raises(CheckpointError, match=r"does not exist; beside it: step_000000007\.0"):
+        locate(tmp_path / "checkpoints" / "step_000000009.0", SingleProcess())
+    (tmp_path / "other").mkdir()
+    with pytest.raises(CheckpointError, match="found nothing in it"):
+        locate(tmp_path / "other", SingleProcess())
+    (tmp_path / "other" / "notes.txt").touch()
+    with pytest.raises(CheckpointError, match=r"neither a run folder.*found notes.txt in it"):
+        locate(tmp_path / "other", SingleProcess())
+    (tmp_path / "other" / "config.json").touch()
+    (tmp_path / "other" / "model.safetensors").touch()
+    with pytest.raises(
+        CheckpointError, match=r"Hugging Face model -> convert it with launch/convert.py"
+    ):
+        locate(tmp_path / "other", SingleProcess())
+    (tmp_path / "step_000000007.0.damaged").mkdir()
+    with pytest.raises(CheckpointError, match="no checkpoint: damaged"):
+        locate(tmp_path / "step_000000007.0.damaged", SingleProcess())
+
+
+# --- a run that dies
+
+
+class PlantedDeathError(BaseException):
+    """Stands for SIGKILL: nothing catches it."""
+
+
+class Killer:
+    """Ends the run just before its n-th change of the file system, of whatever kind."""
+
+    def __init__(self) -> None:
+        self.left: int | None = None
+        self.thread = threading.get_ident()
+        sys.addaudithook(self)
+
+    def __call__(self, event: str, args: tuple[Any, ...]) -> None:
+        if self.left is None or threading.get_ident() != self.thread:
+            return
+        writes = (
+            event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)
+        )
+        if writes or event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir"):
+            if self.left == 0:
+                self.left = None
+                raise PlantedDeathError
+            self.left -= 1
+
+
+@pytest.fixture(scope="module")
+def killer() -> Killer:
+    return Killer()
+
+
+def deaths(
+    killer: Killer, scenario: Callable[[Path], None], roots: Iterator[Path]
+) -> Iterator[Path]:
+    """The folder as found after dying before the 1st, 2nd, ... change, to the scenario's end."""
+    for count in range(1000):
+        root = next(roots)
+        run_with(100, 200, root=root)
+        killer.left = count
+        try:
+            scenario(root)
+        except PlantedDeathError:
+            yield root
+        else:
+            assert count > 15, "the scenario has that many steps at least"
+            return
+        finally:
+            killer.left = None
+
+
+def test_dying_anywhere_in_a_save_costs_at_most_that_save(tmp_path, killer):
+    def scenario(root: Path) -> None:
+        store = CheckpointStore(root, SingleProcess())
+        save(store, 300)
+        store.retain(1)
+
+    survivors = set()
+    for root in deaths(killer, scenario, (tmp_path / str(i) for i in range(1000))):
+        found = newest(root)
+        assert found is not None
+        assert not verify(found, SingleProcess())
+        survivors.add(found.name)
+        assert not [
+            p
+            for p in root.iterdir()
+            if p.name.endswith((".tmp", ".damaged", ".deleted")) and p.is_dir()
+        ]
+        after = run_with(400, root=root)[0]  # and the run goes on
+        assert newest(root) == after
+    assert survivors == {"step_000000200.0", "step_000000300.1"}
+
+
+def test_dying_anywhere_in_the_recovery_is_recovered_from(tmp_path, killer):
+    def scenario(root: Path) -> None:
+        store = CheckpointStore(root, SingleProcess())
+        (store.begin(300) / "shards" / "__0_0.distcp").write_bytes(b"half")
+        flip_bit(root / "step_000000200.0" / "data.json")
+        newest(root)
+        save(CheckpointStore(root, SingleProcess()), 300)
+
+    for root in deaths(killer, scenario, (tmp_path / str(i) for i in range(1000))):
+        found = newest(root)
+        assert found is not None
+        assert not verify(found, SingleProcess())
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from triptych.checkpoints.comm import SingleProcess
+from triptych.checkpoints.store import CheckpointStore
+store = CheckpointStore(Path(sys.argv[1]), SingleProcess())
+step = 0
+while True:
+    step += 1
+    folder = store.begin(step)
+    for part in range(3):
+        (folder / "shards" / f"__0_{part}.distcp").write_bytes(bytes([step % 256]) * 300_000)
+    store.commit(folder, {"step": step})
+    store.retain(2)
+    print(step, flush=True)
+"""
+
+
+def test_sigkill_leaves_the_last_announced_checkpoint(tmp_path):
+    for wait_s in (0.0, 0.003, 0.007, 0.02):
+        process = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(wait_s)
+        process.send_signal(signal.SIGKILL)
+        announced = process.stdout.read().split()
+        process.wait()
+        found = newest(tmp_path)
+        assert found is not None
+        step = read_manifest(found).info["step"]
+        assert step >= int(announced[-1] if announced else 1)
+        assert (found / "shards" / "__0_2.distcp").read_bytes() == bytes([step % 256]) * 300_000
+
+
+# --- several ranks
+
+
+class ThreadComm:
+    """Ranks as threads of one process."""
+
+    def __init__(
+        self, rank: int, world_size: int, barrier: threading.Barrier, board: dict[int, Any]
+    ) -> None:
+        self.rank, self.world_size = rank, world_size
+        self._barrier, self._board = barrier, board
+
+    def all_gather(self, value: Any) -> list[Any]:
+        self._board[self.rank] = value
+        self._barrier.wait(timeout=30)
+        values = [self._board[rank] for rank in range(self.world_size)]
+        self._barrier.wait(timeout=30)
+        return values
+
+
+def on_ranks(world_size: int, action: Callable[[ThreadComm], Any]) -> list[Any]:
+    """Results of ``action`` on every rank, an exception standing for itself."""
+    barrier, board = threading.Barrier(world_size), {}
+    with ThreadPoolExecutor(world_size) as pool:
+        futures = [
+            pool.submit(action, ThreadComm(rank, world_size, barrier, board))
+            for rank in range(world_size)
+        ]
+    return [future.exception() or future.result() for future in futures]
+
+
+@pytest.mark.parametrize("world_size", [2, 5])
+def test_ranks_write_and_find_the_same_checkpoint(tmp_path, world_size):
+    def run(comm: ThreadComm) -> Path:
+        store = CheckpointStore(tmp_path, comm)
+        for step in (1, 2, 3):
+            folder = save(store, step, comm.rank)
+        store.retain(2)
+        return folder
+
+    assert on_ranks(world_size, run) == [tmp_path / "step_000000003.0"] * world_size
+    assert len(step_folders(tmp_path)) == 2
+    writers = {
+        name: record.writer
+        for name, record in read_manifest(step_folders(tmp_path)[0]).files.items()
+    }
+    assert writers == {name: writer_of(name) for name in writers}
+    assert set(writers.values()) == set(range(world_size))
+
+    flip_bit(tmp_path / "step_000000003.0" / "shards" / f"__{world_size - 1}_0.distcp")
+    resumed = on_ranks(
+        3, lambda comm: CheckpointStore(tmp_path, comm).newest()
+    )  # under another world size
+    assert resumed == [tmp_path / "step_000000002.0"] * 3
+    named = on_ranks(3, lambda comm: locate(tmp_path / "step_000000002.0", comm))
+    assert named == [tmp_path / "step_000000002.0"] * 3
+
+
+def test_a_rank_that_cannot_read_its_file_back_fails_the_commit_on_all(tmp_path):
+    def run(comm: ThreadComm) -> None:
+        store = CheckpointStore(tmp_path, comm)
+        save(store, 1, comm.rank)
+        folder = store.begin(2)
+        if comm.rank == 1:
+            (folder / "shards" / "__1_0.distcp").symlink_to("/proc/self/mem")  # reading gives EIO
+        store.commit(folder, INFO)
+
+    errors = on_ranks(2, run)
+    assert [type(error) for error in errors] == [CheckpointError] * 2
+    assert "rank 1: [Errno 5] Input/output error" in str(errors[0])
+    assert newest(tmp_path) == tmp_path / "step_000000001.0"
+
+
+def test_a_folder_that_a_rank_does_not_see_is_refused_on_all(tmp_path):
+    """Two nodes whose run.dir is each one's own disk."""
+    errors = on_ranks(2, lambda comm: CheckpointStore(tmp_path, BlindRank1(comm)).begin(1))
+    assert [type(error) for error in errors] == [CheckpointError] * 2
+    assert "a file system that all nodes share" in str(errors[0])
+
+
+class BlindRank1(ThreadComm):
+    """Rank 1 is told of a folder under another root."""
+
+    def __init__(self, comm: ThreadComm) -> None:
+        self.__dict__.update(vars(comm))
+
+    def all_gather(self, value: Any) -> list[Any]:
+        values = super().all_gather(value)
+        if self.rank == 1 and isinstance(values[0][0], Path):
+            return [(Path("/nonexistent"), None), *values[1:]]
+        return values
+
+
+GLOO_RANK = """
+import os, sys
+from datetime import timedelta
+from pathlib import Path
+import torch.distributed as dist
+from triptych.checkpoints.comm import ProcessGroupComm
+from triptych.checkpoints.store import CheckpointStore
+folder, rank, world_size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+dist.init_process_group(
+    "gloo",
+    f"file://{folder}/rendezvous",
+    rank=rank,
+    world_size=world_size,
+    timeout=timedelta(seconds=60),
+)
+comm = ProcessGroupComm()
+store = CheckpointStore(folder / "checkpoints", comm)
+for step in (1, 2):
+    temporary = store.begin(step)
+    (temporary / "shards" / f"__{rank}_0.distcp").write_bytes(bytes([step, rank]) * 1000)
+    saved = store.commit(temporary, {})
+if rank == 0:
+    os.truncate(saved / "shards" / "__1_0.distcp", 7)
+dist.barrier()
+print(CheckpointStore(folder / "checkpoints", comm).newest().name)
+dist.destroy_process_group()
+"""
+
+
+def test_gloo_processes_fall_back_together(tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", GLOO_RANK, str(tmp_path), str(rank), "2"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=120) for process in ranks]
+    assert [out for out, _ in outputs] == ["step_000000001.0\n"] * 2, outputs
+    assert "__1_0.distcp has 7 bytes" in outputs[0][1]

@@ -1,0 +1,171 @@
+"""The sample data: what the demo may claim of it, checked."""
+
+import itertools
+import json
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from triptych.data.dataset.dataset import Dataset
+from triptych.data.digits import images
+from triptych.data.digits.images import (
+    MAX_SIDE,
+    MIN_SIDE,
+    UNSEEN_GRIDS,
+    heldout_images,
+    load_scans,
+    training_images,
+)
+from triptych.data.digits.make import have_digits, make_digits
+from triptych.data.digits.texts import READ, SOURCES
+from triptych.data.media.image import image_grid
+from triptych.data.tokenizer import load_tokenizer
+from triptych.data.types import PixelLimits
+from triptych.errors import DataError
+
+LIMITS = PixelLimits(min_pixels=28 * 28, max_pixels=168 * 168)
+SIZES = {"num_images": 40, "num_samples": 60, "seed": 7}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("digits") / "sample"
+    make_digits(folder, **SIZES)
+    return folder
+
+
+def test_training_and_heldout_scans_are_different_ones():
+    train, heldout = load_scans()
+    assert len(train.digits) == 1400
+    assert len(heldout.digits) == 397
+    assert not {s.tobytes() for s in train.images} & {s.tobytes() for s in heldout.images}
+
+
+@pytest.mark.parametrize("images", [training_images, heldout_images])
+def test_sizes_and_shares(images):
+    made = list(images(400, 0))
+    assert sum(len(m.answer) == 2 for m in made) == 200
+    unseen = [m.size_is_unseen for m in made]
+    assert sum(unseen) == (0 if images is training_images else 100)
+    for m in made:
+        width, height = m.image.size
+        assert MIN_SIDE <= min(width, height) <= max(width, height) <= MAX_SIDE
+        _, rows, columns = image_grid(height, width, LIMITS)
+        assert ((rows // 2, columns // 2) in UNSEEN_GRIDS) == m.size_is_unseen
+    sides = {side for m in made for side in m.image.size}
+    assert sum(side % 28 != 0 for side in sides) > 50
+
+
+def test_digits_neither_overlap_nor_leave_the_picture(monkeypatch):
+    """Drawn as full boxes of two brightnesses, both digits keep every pixel and their order."""
+    marked = iter(itertools.cycle([200, 250]))
+    boxes = []
+
+    def draw(scan, height, width, rng):
+        boxes.append((int(height), int(width), next(marked)))
+        return np.full((height, width), boxes[-1][2], dtype=np.uint8)
+
+    monkeypatch.setattr(images, "_scale", draw)
+    rng = np.random.default_rng(5)
+    for _ in range(300):
+        boxes.clear()
+        made = images.compose(rng, load_scans()[0], 2, unseen_size=False)
+        pixels = np.asarray(made.image)
+        (_, first), (_, second) = (np.nonzero(pixels == mark) for _, _, mark in boxes)
+        assert [len(first), len(second)] == [h * w for h, w, _ in boxes]
+        assert first.max() < second.min()
+
+
+def test_pictures_are_those_of_the_seed():
+    def pixels(seed):
+        return [m.image.tobytes() + m.answer.encode() for m in training_images(5, seed)]
+
+    assert pixels(1) == pixels(1)
+    assert not set(pixels(1)) & set(pixels(2))
+
+
+def test_every_source_is_a_dataset_with_short_samples(root):
+    tokenizer = load_tokenizer(root / "tokenizer")
+    assert tokenizer.vocab_size <= 512
+    for name in SOURCES:
+        dataset = Dataset.open(root / name, name)
+        dataset.check_tokens(tokenizer.tokens, tokenizer.fingerprint)
+        assert len(dataset) == (8 if name == "heldout" else 60)
+        assert dataset.num_tokens(LIMITS).max() <= 130
+        assert (dataset.manifest.num_media == 0) == name.startswith("text")
+
+
+def test_answers_are_what_the_pictures_show_and_only_digits(root):
+    answers = {}
+    for line in (root / "raw/chat.jsonl").read_text().splitlines():
+        *_, question, answer = json.loads(line)["messages"]
+        assert answer["content"].isdigit()
+        if question["content"][-1]["text"] == READ:
+            answers.setdefault(question["content"][0]["image"], set()).add(answer["content"])
+    assert answers
+    assert all(len(said) == 1 for said in answers.values())
+    made = list(training_images(SIZES["num_images"], SIZES["seed"]))
+    assert all(said == {made[int(path[-10:-4])].answer} for path, said in answers.items())
+
+
+def test_the_tokenizer_does_not_depend_on_sizes_or_seed(root, tmp_path):
+    make_digits(tmp_path / "other", num_images=8, num_samples=8, seed=1)
+    ours, other = (load_tokenizer(folder / "tokenizer") for folder in (root, tmp_path / "other"))
+    assert ours.fingerprint == other.fingerprint
+
+
+def test_processes_share_the_work_and_change_no_byte(root, tmp_path):
+    shared = tmp_path / "shared"
+    make_digits(shared, **SIZES, num_processes=2)
+    alone, together = (
+        {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*.*")}
+        for folder in (root, shared)
+    )
+    assert alone == together
+
+
+def test_killed_it_leaves_no_process_behind(tmp_path):
+    code = (
+        "from pathlib import Path; from triptych.data.digits.make import make_digits; "
+        f"make_digits(Path({str(tmp_path / 'sample')!r}), num_images=5000, num_processes=2)"
+    )
+    main = subprocess.Popen([sys.executable, "-c", code])
+    images = tmp_path / f".sample.partial-{main.pid}" / "raw/images"
+    while len(list(images.glob("*.png"))) < 10:  # both are at work
+        assert main.poll() is None
+        time.sleep(0.1)
+    children = psutil.Process(main.pid).children()
+    assert len(children) >= 2
+    main.kill()
+    main.wait()
+    _, left = psutil.wait_procs(children, timeout=20)
+    # a container may have nobody who reaps them
+    assert not [one for one in left if one.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_made_again_it_is_left_alone_or_refused(root, tmp_path):
+    assert have_digits(root)
+    before = (root / "digits.yaml").stat().st_mtime_ns
+    make_digits(root, **SIZES)
+    assert (root / "digits.yaml").stat().st_mtime_ns == before
+    with pytest.raises(DataError, match=r"was made with .*'seed': 7.* not .*'seed': 8"):
+        make_digits(root, **SIZES | {"seed": 8})
+    assert not have_digits(tmp_path)
+    with pytest.raises(DataError, match=r"exists, but has no digits\.yaml"):
+        make_digits(tmp_path, **SIZES)
+
+
+def test_the_command_in_the_docs(root, tmp_path):
+    repository = Path(__file__).parents[2]
+    lines = (repository / "docs/data.md").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith("    python launch/prepare.py"))
+    line = line.replace("runs/sample_data", str(root)).replace("datasets", str(tmp_path))
+    command = [sys.executable, *shlex.split(line)[1:]]
+    subprocess.run(command, cwd=repository, check=True, timeout=120)
+    assert len(Dataset.open(tmp_path / "chat", "chat")) == SIZES["num_samples"]

@@ -1,0 +1,471 @@
+"""A few steps of a small model in any layout, and how far what they give is from one process.
+
+Weights are drawn by global name, so they are the same in every layout, with no zero and no symmetry
+among them; the packs of a global batch are fixed, and cut over the data-parallel ranks.
+
+    python -m triptych.tests.helpers.layouts  # prints a new COVER for test_layouts.py
+"""
+
+import itertools
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from triptych.configs.schema import (
+    Config,
+    OptimizerConfig,
+    OverlapConfig,
+    ParallelConfig,
+    PartConfig,
+    Precision,
+    Recompute,
+    RecomputeConfig,
+    StageConfig,
+    TrainConfig,
+    Zero,
+)
+from triptych.data.loading.collate import Segment, collate
+from triptych.data.types import Batch, SampleId, Step
+from triptych.models.init import EMBEDDING, HEAD
+from triptych.models.parameters import TensorSharding, full_shape, shard, sharding_of, unshard
+from triptych.parallel.mesh import Mesh, build_mesh
+from triptych.tests.helpers.reference import TOKENS, conversation, small_model
+from triptych.train.engine import Engine, build_engine
+from triptych.train.step import count, sum_losses, train_step
+
+SEQ_LEN = 128
+NUM_PACKS = 8
+LR = 1e-3
+CLIP_GRAD = 0.5
+"""A tenth of the gradient norm, so that every step is clipped."""
+EPS = 1e-5
+"""Of Adam. At the usual 1e-8, rounding decides how far an element moves whose gradient is 0."""
+
+TRAINED = {
+    "stage1": ("vit", "adapter"),
+    "stage1-vit": ("vit",),
+    "stage2": ("vit", "adapter", "llm"),
+    "stage3": ("adapter", "llm"),
+    "warmup": ("llm",),
+}
+PACKS_WITH_IMAGES = {
+    "some": (0, 3, 4, 6),
+    "first": (0,),
+    "none": (),
+    "not last": (0, 1, 2, 3, 4, 5, 6),
+}
+"""Kind of global batch -> packs that show images. "first": only dp rank 0, in one microbatch;
+"not last": pack 7, the last microbatch of the last rank, shows none."""
+KINDS = ("some", "first", "none")
+"""What every layout is measured with."""
+
+
+@dataclass(frozen=True, order=True)
+class Layout:
+    """How ranks and layers are laid out."""
+
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    sequence_parallel: bool = False
+    layers: tuple[int, ...] = (4,)
+    vpp: int = 1
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.pp * self.dp
+
+    def __str__(self) -> str:
+        layers = f"[{','.join(map(str, self.layers))}]" if self.pp > 1 else ""
+        tp = f"tp{self.tp}{'+sp' if self.sequence_parallel else ''}"
+        vpp = f"x{self.vpp}" if self.vpp > 1 else ""
+        return f"{tp} pp{self.pp}{vpp}{layers} dp{self.dp}"
+
+
+@dataclass(frozen=True, order=True)
+class LayoutCase:
+    """What is trained, and how."""
+
+    layout: Layout
+    stage: str = "stage2"
+    tied: bool = False
+    micro_batch_size: int = 1
+    vit: str = "none"
+    """Recomputation."""
+    llm: str = "none"
+    """Recomputation: none, full, or the modules."""
+    zero: str = "megatron"
+    """The optimizer, and what it overlaps: megatron, megatron+grads, megatron+all or deepspeed.
+    With all but the first, sequence-parallel layers overlap what they exchange."""
+    precision: str = "fp32"
+
+    def __str__(self) -> str:
+        head = "tied" if self.tied else "untied"
+        how = f"vit {self.vit}, llm {self.llm}, {self.zero}"
+        dtype = "" if self.precision == "fp32" else f" {self.precision}"
+        return f"{self.layout} {self.stage} {head} mbs{self.micro_batch_size} {how}{dtype}"
+
+
+@dataclass(frozen=True)
+class RankOutcome:
+    """What one rank has of the outcome."""
+
+    tp_rank: int
+    pp_rank: int
+    dp_rank: int
+    loss_sums: dict[str, float]
+    """By kind of global batch."""
+    num_targets: dict[str, int]
+    norms: dict[str, float]
+    grads: dict[str, dict[str, Tensor]]
+    parameters: dict[str, Tensor]
+    """After the steps, if there were any."""
+    trained: set[str]
+    with_gradient: set[str]
+    with_state: set[str]
+
+
+@dataclass(frozen=True)
+class LayoutOutcome:
+    """What is compared, of the whole model. Replicas lie along a new first dimension."""
+
+    losses: dict[str, float]
+    norms: dict[str, float]
+    grads: dict[str, dict[str, Tensor]]
+    parameters: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class LayoutDistance:
+    """The worst of each kind, over all global batches."""
+
+    loss: float
+    """Relative."""
+    norm: float
+    """Relative."""
+    grads: float
+    """Largest difference / largest element, of any tensor."""
+    parameters: float
+    """Largest difference after the steps, in learning rates."""
+    worst: str = ""
+
+    def times(self, bar: "LayoutDistance") -> float:
+        """The worst of all, as a multiple of its bar."""
+        names = [field.name for field in fields(self) if field.name != "worst"]
+        return max(getattr(self, name) / getattr(bar, name) for name in names)
+
+    def __or__(self, other: "LayoutDistance") -> "LayoutDistance":
+        numbers = (max(a, b) for a, b in zip(_numbers(self), _numbers(other), strict=True))
+        return LayoutDistance(*numbers, self.worst if self.grads >= other.grads else other.worst)
+
+    def __str__(self) -> str:
+        return " ".join(f"{number:8.1e}" for number in _numbers(self)) + f"  {self.worst}"
+
+
+def _numbers(distance: LayoutDistance) -> tuple[float, ...]:
+    return distance.loss, distance.norm, distance.grads, distance.parameters
+
+
+def measure(layout: Layout, cases: Sequence[LayoutCase], num_steps: int = 0) -> list[RankOutcome]:
+    """Run cases of one layout.
+
+    Each gives the gradients of every kind of global batch, then makes ``num_steps`` steps. Every
+    rank must call this.
+    """
+    mesh = build_mesh(layout.tp, layout.pp, vpp=layout.vpp, seed=0, timeout_s=60)
+    return [_measure(case, mesh, num_steps) for case in cases]
+
+
+def _measure(case: LayoutCase, mesh: Mesh, num_steps: int) -> RankOutcome:
+    engine = build_engine(config_of(case), mesh)
+    draw_weights(engine)
+    steps = {kind: make_step(kind, mesh, case.micro_batch_size) for kind in KINDS}
+    loss_sums, norms, grads = {}, {}, {}
+    for kind, step in steps.items():
+        engine.optimizer.zero_grad()
+        loss = sum_losses(engine.chunks, step.microbatches, mesh, forward_only=False)
+        loss_sums[kind] = float(loss)
+        norms[kind] = engine.optimizer.grad_norm()
+        grads[kind] = engine.optimizer.local_grads()
+    targets = {kind: count(step, mesh).num_supervised_tokens for kind, step in steps.items()}
+    lr = {part: LR if part in TRAINED[case.stage] else 0.0 for part in ("vit", "adapter", "llm")}
+    kinds = itertools.islice(itertools.cycle(steps), num_steps)
+    for number, kind in enumerate(kinds):
+        train_step(engine.optimizer, steps[kind], lr, mesh, number=number + 1)
+    engine.optimizer.gather_weights()
+    return RankOutcome(
+        mesh.tp_rank,
+        mesh.pp_rank,
+        mesh.dp_rank,
+        loss_sums,
+        targets,
+        norms,
+        grads,
+        parameters={name: p.detach().clone() for name, p in engine.parameters.items() if num_steps},
+        trained={name for name, p in engine.parameters.items() if p.requires_grad},
+        with_gradient={
+            name
+            for name, p in engine.parameters.items()
+            if p.grad is not None or hasattr(p, "main_grad")
+        },
+        with_state=set(engine.optimizer.state_by_param()),
+    )
+
+
+def config_of(case: LayoutCase) -> Config:
+    """A run of this case; only what the engine reads is set."""
+    layout, trained = case.layout, TRAINED[case.stage]
+    zero, _, overlap = case.zero.partition("+")
+    parts = {part: PartConfig(train=part in trained, lr=LR) for part in ("vit", "adapter", "llm")}
+    return Config(
+        model=small_model(
+            heads=8,
+            kv_heads=4,
+            head_dim=8,
+            tied=case.tied,
+            vision_head_dim=8,
+            num_layers=sum(layout.layers),
+        ),
+        stage=StageConfig(name=case.stage, token_budget=10**9, **parts),
+        train=TrainConfig(seq_len=SEQ_LEN, precision=Precision[case.precision]),
+        parallel=ParallelConfig(
+            tp=layout.tp,
+            pp=layout.pp,
+            sequence_parallel=layout.sequence_parallel,
+            layout=list(layout.layers),
+            vpp=layout.vpp,
+            recompute=_recompute(case),
+            overlap=OverlapConfig(
+                grad_reduce=overlap in ("grads", "all"),
+                param_gather=overlap == "all",
+                p2p=overlap == "all" and layout.vpp > 1,
+                tp_comm=case.zero != "megatron" and layout.sequence_parallel,
+            ),
+        ),
+        optimizer=OptimizerConfig(zero=Zero[zero], clip_grad=CLIP_GRAD, eps=EPS),
+    )
+
+
+def _recompute(case: LayoutCase) -> RecomputeConfig:
+    if case.llm in ("none", "full"):
+        return RecomputeConfig(vit=Recompute[case.vit], llm=Recompute[case.llm])
+    modules = case.llm.split("+")
+    return RecomputeConfig(vit=Recompute[case.vit], llm=Recompute.selective, modules=modules)
+
+
+def draw_weights(engine: Engine) -> None:
+    """The same model in every layout: full tensors drawn by global name, this rank's piece kept."""
+    mesh = engine.mesh
+    with torch.no_grad():
+        for name, parameter in engine.parameters.items():
+            drawn_as = EMBEDDING if engine.tied and name == HEAD else name
+            sharding = sharding_of(name)
+            full = _draw(drawn_as, full_shape(parameter, sharding, mesh.dims.tp))
+            parameter.copy_(shard(full, sharding, mesh.tp_rank, mesh.dims.tp))
+    engine.optimizer.refresh_master_weights()
+
+
+def _draw(name: str, shape: tuple[int, ...]) -> Tensor:
+    """Matrices at 1/sqrt(fan_in), norm weights around 1, biases around 0 with deviation 0.2."""
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    noise = torch.empty(shape).normal_(generator=generator)
+    if len(shape) > 1:
+        return noise * shape[-1] ** -0.5
+    return 0.2 * noise if name.endswith("bias") else 1.0 + 0.2 * noise
+
+
+def make_step(kind: str, mesh: Mesh, micro_batch_size: int) -> Step:
+    """This rank's share of the global batch."""
+    share = NUM_PACKS // mesh.dims.dp
+    packs = range(mesh.dp_rank * share, (mesh.dp_rank + 1) * share)
+    microbatches = [
+        _batch(kind, packs[start : start + micro_batch_size], mesh)
+        for start in range(0, share, micro_batch_size)
+    ]
+    return Step(microbatches=microbatches, packs=tuple(packs), bad=[])
+
+
+def _batch(kind: str, packs: Iterable[int], mesh: Mesh) -> Batch:
+    segments = [segment for pack in packs for segment in _pack(kind, pack)]
+    if not mesh.reads_media:
+        segments = [Segment(s.sample_id, s.input_ids, s.targets, s.grid_thw, ()) for s in segments]
+    return collate(segments, TOKENS, pad_to=mesh.dims.tp, with_pixels=mesh.reads_media)
+
+
+def _pack(kind: str, number: int) -> list[Segment]:
+    """Up to three samples; the number of targets differs much, pack 5 has none."""
+    rng = np.random.default_rng([zlib.crc32(kind.encode()), number])
+    samples = []
+    for index in range(1 + number % 3):
+        grids = [(2, 4), (6, 2)][: 1 + index] if number in PACKS_WITH_IMAGES[kind] else []
+        sample = conversation(rng, grids)
+        if number == 5:
+            sample.targets[:] = 0
+        grid_thw = np.array(sample.grids, np.int64).reshape(-1, 3)
+        pixels = (sample.pixels,)
+        samples.append(
+            Segment(SampleId(0, index), sample.input_ids, sample.targets, grid_thw, pixels)
+        )
+    return samples
+
+
+def join(pieces: Sequence[RankOutcome], case: LayoutCase) -> LayoutOutcome:
+    """The whole model's outcome, from those of all ranks."""
+    assert all(piece.norms == pieces[0].norms for piece in pieces), "ranks differ in the norm"
+    for piece in pieces:
+        assert piece.with_gradient == piece.with_state == piece.trained
+    replicas = [piece for piece in pieces if piece.tp_rank == 0]
+    sums = {kind: sum(piece.loss_sums[kind] for piece in replicas) for kind in KINDS}
+    return LayoutOutcome(
+        losses={kind: sums[kind] / pieces[0].num_targets[kind] for kind in KINDS},
+        norms=pieces[0].norms,
+        grads={kind: _join(pieces, case, lambda p, k=kind: p.grads[k]) for kind in KINDS},
+        parameters=_join(pieces, case, lambda piece: piece.parameters),
+    )
+
+
+def _join(
+    pieces: Sequence[RankOutcome],
+    case: LayoutCase,
+    tensors_of: Callable[[RankOutcome], dict[str, Tensor]],
+) -> dict[str, Tensor]:
+    """Full tensors by name; of replicated ones every replica, along a new first dimension."""
+    found: dict[str, dict[int, list[Tensor]]] = {}
+    for piece in pieces:
+        for name, tensor in tensors_of(piece).items():
+            found.setdefault(name, {}).setdefault(piece.tp_rank, []).append(tensor)
+    joined: dict[str, list[Tensor]] = {}
+    for name, by_tp in found.items():
+        rows = [by_tp[tp_rank] for tp_rank in sorted(by_tp)]
+        if sharding_of(name) is TensorSharding.REPLICATED:
+            copies = [tensor for row in rows for tensor in row]
+        else:
+            columns = zip(*rows, strict=True)
+            copies = [unshard(column, sharding_of(name)) for column in columns]
+        known_as = EMBEDDING if case.tied and name == HEAD else name
+        joined.setdefault(known_as, []).extend(copies)
+    return {name: torch.stack(copies) for name, copies in joined.items()}
+
+
+def distance(got: LayoutOutcome, want: LayoutOutcome) -> LayoutDistance:
+    """Compare every replica with the single process, in fp64.
+
+    A gradient that is zero in theory counts against 1e-7 of the largest one.
+    """
+    grads: dict[str, float] = {}
+    for kind, tensors in want.grads.items():
+        assert got.grads[kind].keys() == tensors.keys()
+        floor = 1e-7 * max(float(grad.abs().max()) for grad in tensors.values())
+        for name, tensor in tensors.items():
+            scale = max(float(tensor.abs().max()), floor) or 1.0
+            grads[f"{name} ({kind})"] = _largest(got.grads[kind][name], tensor) / scale
+    moved = [_largest(tensor, want.parameters[name]) for name, tensor in got.parameters.items()]
+    worst = max(grads, key=lambda name: grads[name])
+    norms = [(got.norms[kind], norm) for kind, norm in want.norms.items()]
+    return LayoutDistance(
+        loss=max(_relative(got.losses[kind], loss) for kind, loss in want.losses.items()),
+        norm=max(_relative(*pair) for pair in norms),
+        grads=grads[worst],
+        parameters=max(moved, default=0.0) / LR,
+        worst=worst,
+    )
+
+
+def _relative(got: float, want: float) -> float:
+    return abs(got - want) / want if want else abs(got)
+
+
+def _largest(got: Tensor, want: Tensor) -> float:
+    return float((got.double() - want[:1].double()).abs().max())
+
+
+LAYOUTS = (
+    Layout(),
+    Layout(tp=2),
+    Layout(tp=2, sequence_parallel=True),
+    Layout(tp=4),
+    Layout(tp=4, sequence_parallel=True),
+    Layout(pp=2, layers=(1, 3)),
+    Layout(pp=2, layers=(2, 2)),
+    Layout(pp=2, layers=(3, 1)),
+    Layout(pp=3, layers=(1, 1, 2)),
+    Layout(pp=3, layers=(2, 1, 1)),
+    Layout(pp=4, layers=(1, 1, 1, 1)),
+    Layout(dp=2),
+    Layout(dp=4),
+    Layout(tp=2, pp=2, layers=(1, 3)),
+    Layout(tp=2, pp=2, layers=(2, 2), sequence_parallel=True),
+    Layout(tp=2, pp=2, layers=(3, 1), sequence_parallel=True),
+    Layout(tp=2, dp=2),
+    Layout(tp=2, dp=2, sequence_parallel=True),
+    Layout(pp=2, dp=2, layers=(1, 3)),
+    Layout(pp=2, dp=2, layers=(2, 2)),
+    Layout(pp=2, layers=(1, 1, 1, 1), vpp=2),
+    Layout(pp=2, dp=2, layers=(1, 1, 1, 1), vpp=2),
+    Layout(tp=2, pp=2, layers=(1, 1, 1, 1), vpp=2),
+    Layout(tp=2, pp=2, layers=(1, 1, 1, 1), vpp=2, sequence_parallel=True),
+    Layout(dp=8),
+    Layout(tp=4, dp=2, sequence_parallel=True),
+    Layout(tp=4, pp=2, layers=(1, 3)),
+    Layout(pp=4, dp=2, layers=(1, 1, 1, 1)),
+    Layout(tp=2, pp=2, dp=2, layers=(1, 3), sequence_parallel=True),
+    Layout(tp=2, pp=2, dp=2, layers=(1, 1, 1, 1), vpp=2, sequence_parallel=True),
+    Layout(tp=2, pp=4, layers=(1, 1, 1, 1), sequence_parallel=True),
+)
+"""On up to 8 ranks."""
+LAYOUTS_OF_8_LAYERS = (
+    Layout(pp=2, layers=(2, 2, 3, 1), vpp=2),
+    Layout(pp=2, layers=(1,) * 8, vpp=4),
+    Layout(pp=4, layers=(1,) * 8, vpp=2),
+    Layout(pp=8, layers=(1,) * 8),
+)
+
+
+def grid(layout: Layout) -> list[LayoutCase]:
+    """Every case of a layout."""
+    choices = (
+        TRAINED,
+        (False, True),
+        (1, 2),
+        ("none", "full"),
+        ("none", "core_attn", "mlp", "core_attn+mlp", "full"),
+        ("megatron", "megatron+grads", "megatron+all", "deepspeed"),
+    )
+    cases = [LayoutCase(layout, *chosen) for chosen in itertools.product(*choices)]
+    return [case for case in cases if _is_whole(case)]
+
+
+def _is_whole(case: LayoutCase) -> bool:
+    """Interleaved, groups of as many microbatches as stages pass the chunks together."""
+    num_microbatches = NUM_PACKS // case.layout.dp // case.micro_batch_size
+    groups = case.layout.pp if case.layout.vpp > 1 else 1
+    return num_microbatches > 0 and num_microbatches % groups == 0
+
+
+def pairs(case: LayoutCase) -> set[tuple[tuple[str, Any], ...]]:
+    """Every two choices that the case makes together, and its layout, tied or not."""
+    layers = case.layout.layers
+    whole: tuple[tuple[str, Any], ...] = (("layout", str(case.layout)), ("tied", case.tied))
+    choices = vars(case.layout) | vars(case)
+    del choices["layout"]
+    choices["layers"] = "even" if len(set(layers)) == 1 else layers.index(max(layers))
+    return {whole, *itertools.combinations(choices.items(), 2)}
+
+
+def cover(cases: Sequence[LayoutCase]) -> Iterator[LayoutCase]:
+    """Few cases that make together every two choices that any of ``cases`` makes; greedily."""
+    pairs_of = {case: pairs(case) for case in cases}
+    missing = set().union(*pairs_of.values())
+    while missing:
+        best = max(cases, key=lambda case: len(pairs_of[case] & missing))
+        missing -= pairs_of[best]
+        yield best
+
+
+if __name__ == "__main__":
+    print(*sorted(map(str, cover([case for layout in LAYOUTS for case in grid(layout)]))), sep="\n")

@@ -1,0 +1,177 @@
+"""A rank of the pool, seen from inside: waits for cases, answers with a result or a traceback."""
+
+import faulthandler
+import gc
+import importlib.util
+import itertools
+import multiprocessing
+import operator
+import os
+import pickle
+import signal
+import sys
+import threading
+import traceback
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+FORGET = b""
+"""Sent to each rank once all have answered a case."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolCall:
+    """A call, by name. Its arguments are pickled apart: they may need the module loaded first."""
+
+    module: str
+    file: str
+    qualname: str
+    kwargs: bytes
+
+    @classmethod
+    def of(cls, function: Callable[..., Any], kwargs: dict[str, Any]) -> "PoolCall":
+        """Describe a call of ``function``.
+
+        Raises:
+            TypeError: the ranks could not find this function by name.
+        """
+        module, qualname = function.__module__, function.__qualname__
+        if "<" in qualname:
+            raise TypeError(
+                f"{module}.{qualname} must stand at the top level of its module: "
+                "the ranks of a pool load it by name"
+            )
+        file = getattr(sys.modules[module], "__file__", "")  # a built-in module has none
+        return cls(module, file, qualname, pickle.dumps(kwargs))
+
+    def call(self) -> Any:
+        """Load the module if need be, and call the function."""
+        module = sys.modules.get(self.module) or _load(self.module, self.file)
+        return operator.attrgetter(self.qualname)(module)(**pickle.loads(self.kwargs))
+
+
+@dataclass(frozen=True, slots=True)
+class Returned:
+    """The pickled result of a case."""
+
+    value: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Raised:
+    """The formatted traceback of a case."""
+
+    traceback: str
+
+
+def serve(
+    rank: int, world_size: int, connection: Connection, log: Path, stack: Path, rendezvous: Path
+) -> None:
+    """Join the group, say so, then run cases until pytest closes the connection or ends."""
+    os.setsid()  # a process group of its own: Ctrl-C is pytest's, children end with the rank
+    threading.Thread(target=_end_with_pytest, daemon=True).start()
+    _write_output_to(log)
+    stack_file = stack.open("w")
+    faulthandler.enable(stack_file, all_threads=False)
+    faulthandler.register(signal.SIGUSR2, stack_file, all_threads=False)
+    # As torchrun would; code under test may read them.
+    place = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": world_size,
+        "LOCAL_WORLD_SIZE": world_size,
+    }
+    os.environ.update({name: str(value) for name, value in place.items()})
+
+    import torch
+    import torch.distributed as dist
+
+    from triptych.parallel.device import let_peers_work
+
+    torch.set_num_threads(1)
+    let_peers_work()
+    store = dist.FileStore(str(rendezvous), world_size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    connection.send_bytes(pickle.dumps(Returned(pickle.dumps(None))))
+    while True:
+        try:
+            message = connection.recv_bytes()
+        except EOFError:
+            return
+        if message == FORGET:
+            _forget_last_case()
+        else:
+            connection.send_bytes(pickle.dumps(_answer(message)))
+
+
+def _answer(message: bytes) -> Returned | Raised:
+    try:
+        case: PoolCall = pickle.loads(message)
+        return Returned(pickle.dumps(case.call()))
+    except BaseException:  # SystemExit and pytest's own outcomes are failures too
+        return Raised(traceback.format_exc())
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+def _forget_last_case() -> None:
+    """Make cases independent of their order: groups, memory and random numbers start anew.
+
+    Runs when every rank has answered, so nobody is still using the groups. A gloo group left behind
+    costs three threads, one of which wakes a hundred times a second, and megatron-core makes some
+    twenty for each layout: the ranks that wait for their next case would use half of two cores.
+    """
+    import torch
+    import torch.distributed as dist
+
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()  # it holds on to them
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+    gc.collect()
+    torch.manual_seed(0)
+
+
+def _load(name: str, file: str) -> Any:
+    """Import by name where that finds this file; else from the file, as pytest does for tests."""
+    try:
+        spec = importlib.util.find_spec(name)
+    except ModuleNotFoundError:
+        spec = None
+    if spec is None or spec.origin != file:
+        spec = importlib.util.spec_from_file_location(name, file)
+        for parent in itertools.accumulate(name.split(".")[:-1], "{}.{}".format):
+            sys.modules.setdefault(parent, types.ModuleType(parent))  # unpickling imports it
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _write_output_to(log: Path) -> None:
+    """Send stdout and stderr, C++ code's too, to a file that pytest empties for each case."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+
+
+def _end_with_pytest() -> None:
+    """A rank in a collective would not notice that pytest is gone; this thread does."""
+    pytest_process = multiprocessing.parent_process()
+    assert pytest_process is not None
+    pytest_process.join()
+    os.killpg(0, signal.SIGKILL)

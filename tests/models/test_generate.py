@@ -1,0 +1,107 @@
+"""Greedy decoding: the answers of transformers, prompt by prompt, although ours are packed."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from triptych.data.loading.collate import Segment
+from triptych.data.types import SampleId
+from triptych.models.generate import greedy
+from triptych.tests.helpers.reference import (
+    TOKENS,
+    conversations,
+    normalized,
+    save_reference,
+    small_model,
+    transformers_model,
+)
+from triptych.tests.helpers.single import alone, load_ours, segments_of
+
+MAX_NEW_TOKENS = 6
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """(ours, theirs) of prompts with no, one and several images, on random weights."""
+    config = small_model(heads=4, kv_heads=2, tied=False)
+    reference = transformers_model(config, seed=3)
+    folder = save_reference(reference, tmp_path_factory.mktemp("reference"))
+    samples = [sample for seed in range(3) for sample in conversations(seed)]
+    with alone() as mesh:
+        ours = load_ours(folder, config, mesh).eval()
+        prompts = segments_of(samples)
+        mine = greedy(ours, prompts, TOKENS, max_new_tokens=MAX_NEW_TOKENS)
+        cut = greedy(ours, prompts, TOKENS, max_new_tokens=1)
+    return mine, [_generate(reference, sample) for sample in samples], cut
+
+
+def _generate(reference, sample):
+    """What transformers generates, without the end token."""
+    ids = torch.tensor(sample.input_ids[None].astype(np.int64))
+    images = {}
+    if sample.grids:
+        images = {
+            "pixel_values": normalized(sample.pixels).float(),
+            "image_grid_thw": torch.tensor(sample.grids),
+        }
+    with torch.no_grad():
+        out = reference.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            mm_token_type_ids=(ids == TOKENS.image_pad).int(),
+            do_sample=False,
+            max_new_tokens=MAX_NEW_TOKENS,
+            eos_token_id=[TOKENS.im_end, TOKENS.endoftext],
+            pad_token_id=TOKENS.endoftext,
+            **images,
+        )[0, ids.shape[1] :].tolist()
+    ends = [i for i, token in enumerate(out) if token in (TOKENS.im_end, TOKENS.endoftext)]
+    return out[: ends[0]] if ends else out
+
+
+def test_packed_prompts_are_answered_as_transformers_answers_each(answers):
+    ours, theirs, _ = answers
+    assert ours == theirs
+
+
+def test_an_answer_is_cut_at_the_limit(answers):
+    ours, _, cut = answers
+    assert max(map(len, ours)) == MAX_NEW_TOKENS
+    assert cut == [answer[:1] for answer in ours]
+
+
+class Scripted(torch.nn.Module):
+    """Says after each segment what the script names for its length."""
+
+    def __init__(self, script):
+        super().__init__()
+        self.script, self.weight = script, torch.nn.Parameter(torch.zeros(1))
+        self.calls = []
+
+    def forward(self, batch, *, with_loss):
+        bounds = batch.segments
+        self.calls.append(len(bounds) - 1)
+        logits = torch.zeros(1, bounds[-1], 64)
+        for start, end in itertools.pairwise(bounds):
+            logits[0, end - 1, self.script[end - start]] = 1.0
+        return logits
+
+
+@pytest.mark.parametrize("end", [TOKENS.im_end, TOKENS.endoftext])
+def test_either_end_token_ends_an_answer_and_frees_its_place(end):
+    script = {2: 30, 3: end, 5: 40, 6: 41, 7: end}
+    prompts = [
+        Segment(
+            SampleId(0, i),
+            np.full(length, 20, np.int32),
+            np.zeros(length, np.uint8),
+            np.zeros((0, 3), np.int64),
+            (),
+        )
+        for i, length in enumerate([2, 5, 3])
+    ]
+    model = Scripted(script)
+    assert greedy(model, prompts, TOKENS, max_new_tokens=9) == [[30], [40, 41], []]
+    assert model.calls == [3, 2, 1]

@@ -1,0 +1,308 @@
+"""What a run writes besides checkpoints, and when it stops itself: in every layout."""
+
+import json
+import math
+import re
+import shutil
+import struct
+from collections import Counter
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from triptych.configs.compose import read_config
+from triptych.costs.flops import Workload, forward_flops
+from triptych.data.dataset.dataset import Dataset
+from triptych.data.types import PixelLimits
+from triptych.tests.helpers.runs import LAYOUTS, Runs, losses, metrics, packs, refusal, train
+from triptych.train.hooks.metrics import JsonLines
+from triptych.train.step import counted
+
+distributed = pytest.mark.distributed
+PROGRESS = "triptych.train.hooks.progress.Progress.after_step"
+
+
+@pytest.fixture
+def runs(pool, digits, tmp_path) -> Runs:
+    return Runs(pool, digits, tmp_path)
+
+
+def test_a_resumed_file_has_every_step_once(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "lo')
+    lines = JsonLines(path, 2)
+    lines.write({"step": 3, "again": True})
+    lines.close()
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3, "again": true}\n'
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@distributed
+def test_metrics_and_ledger_agree(runs, digits):
+    """Counts of the metrics, added up from the samples that the ledger names."""
+    runs.train("run", "dp2", "train.num_steps=3")
+    names = ["strings", "captions", "text"]  # in the order of data.mixtures.stage2
+    sources = [Dataset.open(digits / name, name) for name in names]
+    found: Counter[int] = Counter()
+    for ledger in (runs.dir("run") / "ledger").iterdir():
+        for line in map(json.loads, ledger.read_text().splitlines()):
+            for source, index in line["samples"]:
+                found[line["step"]] += int(sources[source].sample(index).targets[1:].sum())
+    assert [found[line["step"]] for line in metrics(runs.dir("run"))] == [
+        line["num_supervised_tokens"] for line in metrics(runs.dir("run"))
+    ]
+    for line in metrics(runs.dir("run")):
+        assert line["fill"] == line["num_tokens"] / (4 * 128)
+        assert set(line["lr"]) == {"vit", "adapter", "llm"}
+
+
+@distributed
+def test_flops_are_those_of_the_samples_in_any_layout(runs, digits):
+    """From the dataset's own counts; padding to a multiple of tp adds none."""
+    runs.train("dp2", "dp2", "train.num_steps=3")
+    peak = "cluster.peak_tflops=0.01"
+    told = runs.train("tp2 pp2", "tp2 pp2", "train.num_steps=3", peak)
+    config = read_config(runs.dir("dp2") / "config.yaml")
+    limits = PixelLimits(config.data.min_pixels, config.data.max_pixels)
+    names = ["strings", "captions", "text"]  # in the order of data.mixtures.stage2
+    sources = [Dataset.open(digits / name, name) for name in names]
+    tokens, patches, pairs = (
+        [getattr(source, counts)(limits) for source in sources]
+        for counts in ("num_tokens", "num_patches", "num_patch_pairs")
+    )
+    flops: Counter[int] = Counter()
+    for ledger in (runs.dir("dp2") / "ledger").iterdir():
+        for line in map(json.loads, ledger.read_text().splitlines()):
+            for s, i in line["samples"]:
+                length = int(tokens[s][i])
+                load = Workload(
+                    num_tokens=length,
+                    token_pairs=length**2,
+                    num_patches=int(patches[s][i]),
+                    patch_pairs=int(pairs[s][i]),
+                    num_targets=int(sources[s].sample(i).targets[1:].sum()),
+                )
+                flops[line["step"]] += 3 * forward_flops(config.model, load).total
+    for name, ranks in {"dp2": 2, "tp2 pp2": 4}.items():
+        for line in metrics(runs.dir(name)):
+            assert line["flops"] == pytest.approx(flops[line["step"]])
+            assert line["flops_per_s"] == pytest.approx(line["flops"] / line["step_time_s"])
+            share = line["flops_per_s"] / (ranks * 0.01e12) if name == "tp2 pp2" else None
+            assert line["mfu"] == pytest.approx(share)
+    assert re.search(r"\| [0-9.e-]+ TFLOP/s per rank, MFU [0-9.]+% \|", told)
+
+
+@pytest.fixture(scope="module")
+def damaged(digits, tmp_path_factory) -> Path:
+    """The sample data with a flipped bit in every fifth picture."""
+    root = tmp_path_factory.mktemp("damaged") / "sample_data"
+    shutil.copytree(digits, root)
+    for name in ("strings", "captions"):
+        dataset = Dataset.open(root / name, name)
+        media = [item for i in range(len(dataset)) for item in dataset.sample(i).media]
+        for item in media[::5]:
+            shard = root / name / "shards" / f"{item.shard:06d}.tar"
+            content = bytearray(shard.read_bytes())
+            content[item.offset + item.size // 2] ^= 1
+            shard.write_bytes(content)
+    return root
+
+
+@distributed
+def test_unreadable_samples_are_left_out_on_every_rank(damaged, runs, pool, tmp_path):
+    """The same in every layout: which samples, why, and the loss of the others."""
+    runs.train("undamaged", "single", "train.num_steps=3")
+    spoilt = Runs(pool, damaged, tmp_path)
+    for layout in LAYOUTS:
+        spoilt.train(layout, layout, "train.num_steps=3")
+    wanted = quarantined(spoilt.dir("single"))
+    assert wanted
+    assert all("captions" in reason or "strings" in reason for *_, reason in wanted)
+    names = ["strings", "captions", "text"]
+    sources = [Dataset.open(damaged / name, name) for name in names]
+    left_out: Counter[int] = Counter()
+    for step, source, index, _ in wanted:
+        left_out[step] += int(sources[source].sample(index).targets[1:].sum())
+    for whole, rest in zip(
+        metrics(runs.dir("undamaged")), metrics(spoilt.dir("single")), strict=True
+    ):
+        missing = whole["num_supervised_tokens"] - rest["num_supervised_tokens"]
+        assert missing == left_out[whole["step"]]
+    for layout in LAYOUTS:
+        assert quarantined(spoilt.dir(layout)) == wanted
+        told = {line["step"]: line["num_unreadable"] for line in metrics(spoilt.dir(layout))}
+        assert told == {step: sum(row[0] == step for row in wanted) for step in told}
+        assert losses(spoilt.dir(layout)) == pytest.approx(losses(spoilt.dir("single")), rel=1e-6)
+
+
+@distributed
+def test_a_killed_run_quarantines_every_sample_once(damaged, pool, tmp_path):
+    runs = Runs(pool, damaged, tmp_path)
+    options = ("train.num_steps=5", "run.checkpoint_every=2")
+    runs.train("whole", "dp2", *options)
+    runs.kill("killed", "dp2", *options, target=PROGRESS, call=5)
+    runs.train("killed", "dp2", *options)
+    assert quarantined(runs.dir("killed")) == quarantined(runs.dir("whole"))
+
+
+def quarantined(run_dir: Path) -> list[tuple[int, int, int, str]]:
+    lines = (run_dir / "quarantine.jsonl").read_text().splitlines()
+    return sorted(tuple(json.loads(line).values()) for line in lines)
+
+
+@distributed
+def test_validation_loss_is_the_same_in_every_layout(runs):
+    """On 5 packs, which come out even over no two ranks; the first step's rate is 0."""
+    options = ("train.validate_every=1", "train.validation_packs=5")
+    for layout in LAYOUTS:
+        told = runs.train(layout, layout, "train.num_steps=1", *options)
+        assert "| validation " in told
+    found = {layout: metrics(runs.dir(layout))[0]["validation_loss"] for layout in LAYOUTS}
+    worst = max(abs(loss / found["single"] - 1) for loss in found.values())
+    print(f"validation loss {found['single']:.4f} in every layout, within {worst:.1e}")
+    assert worst <= 1e-6
+
+
+@distributed
+def test_validation_leaves_training_as_it_is(runs):
+    runs.train("without", "tp2", "train.num_steps=4")
+    runs.train("with", "tp2", "train.num_steps=4", "train.validate_every=2")
+    validated = [line.pop("validation_loss", None) for line in metrics(runs.dir("with"))]
+    assert [loss is None for loss in validated] == [True, False, True, False]
+    assert losses(runs.dir("with")) == losses(runs.dir("without"))
+
+
+@distributed
+@pytest.mark.parametrize(
+    ("layout", "ranks", "microbatch"),
+    [("dp2", [1], 5), pytest.param("pp2", [1], 9, marks=pytest.mark.slow), ("tp2 pp2", [2, 3], 9)],
+)
+def test_a_loss_that_is_not_finite_stops_every_rank(layout, ranks, microbatch, runs):
+    """In the first microbatch of step 3; nothing is updated, logged or saved."""
+    options = ("train.num_steps=6", "run.checkpoint_every=1")
+    messages = runs.call(spoil_loss, "run", layout, *options, ranks=ranks, microbatch=microbatch)
+    assert len({message for message, _ in messages}) == 1
+    named = f"TrainingError: step 3: the loss of rank {str(ranks)[1:-1]} is not finite (loss nan"
+    assert messages[0][0].startswith(named)
+    assert "nothing was updated" in messages[0][0]
+    assert {updates for _, updates in messages} == {2}
+    assert len(losses(runs.dir("run"))) == 2
+    runs.train("run", layout, *options)  # and it can be resumed
+    assert len(losses(runs.dir("run"))) == 6
+
+
+def spoil_loss(argv: list[str], ranks: list[int], microbatch: int) -> tuple[str, int]:
+    """Returns the error, and how many updates were made."""
+    calls, updates = Counter(), Counter()
+
+    def spoilt(loss_sum: torch.Tensor, loss_mask: torch.Tensor):
+        calls["loss"] += 1
+        at_fault = calls["loss"] == microbatch and dist.get_rank() in ranks
+        return counted(loss_sum * (math.nan if at_fault else 1.0), loss_mask)
+
+    def counted_step(self, lr, grad_norm):
+        updates["step"] += 1
+        return step(self, lr, grad_norm)
+
+    from triptych.parallel.zero.megatron import MegatronZero
+
+    step = MegatronZero.step
+    with (
+        mock.patch("triptych.train.step.counted", spoilt),
+        mock.patch.object(MegatronZero, "step", counted_step),
+    ):
+        return refusal(argv), updates["step"]
+
+
+@distributed
+@pytest.mark.parametrize("layout", ["dp2", "tp2 pp2"])
+def test_a_batch_without_supervised_tokens_is_skipped_by_all_ranks(layout, runs):
+    """No update, no step of the optimizer; tokens are counted, training goes on."""
+    runs.call(unsupervise, "run", layout, "train.num_steps=4", step=3)
+    lines = metrics(runs.dir("run"))
+    assert [line["loss"] is None for line in lines] == [False, False, True, False]
+    assert lines[2]["num_supervised_tokens"] == 0
+    assert [line["flops"] > 0 for line in lines] == [True, True, False, True]
+    assert lines[2]["consumed_tokens"] == lines[1]["consumed_tokens"] + lines[2]["num_tokens"]
+    numbers = runs.dir("run") / "checkpoints" / "step_000000004.0" / "data.json"
+    assert json.loads(numbers.read_text())["num_updates"] == {"adapter": 3, "llm": 3, "vit": 3}
+    assert list(packs(runs.dir("run"))) == [1, 2, 3, 4]
+
+
+def unsupervise(argv: list[str], step: int) -> None:
+    """Train with no supervised token in one step."""
+    from triptych.data.loading.loader import Loader
+
+    calls, next_step = Counter(), Loader.__next__
+
+    def emptied(self):
+        calls["next"] += 1
+        found = next_step(self)
+        for batch in found.microbatches if calls["next"] == step else ():
+            batch.loss_mask[:] = False
+        return found
+
+    with mock.patch.object(Loader, "__next__", emptied):
+        train(argv)
+
+
+@distributed
+def test_tensorboard_has_what_the_metrics_have(runs):
+    """A run that was killed at step 4, after a checkpoint of step 2, shows every step once."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    options = ("log=tensorboard", "train.num_steps=6", "run.checkpoint_every=2")
+    runs.kill("run", "single", *options, target=PROGRESS, call=4)
+    runs.train("run", "single", *options)
+    events = EventAccumulator(str(runs.dir("run") / "tensorboard"))
+    events.Reload()
+    shown = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert [step for step, _ in shown] == [1, 2, 3, 4, 5, 6]
+    assert [loss for _, loss in shown] == pytest.approx(losses(runs.dir("run")))
+    assert {"grad_norm", "lr/vit", "lr/adapter", "lr/llm", "tokens_per_s", "fill"} <= set(
+        events.Tags()["scalars"]
+    )
+
+
+@distributed
+def test_wandb_offline_has_what_the_metrics_have(runs, tmp_path):
+    """Nothing leaves the machine; a resumed run goes on under the same id."""
+    options = ("log=wandb", "log.wandb_mode=offline")
+    runs.train("run", "single", *options, "train.num_steps=2")
+    runs.train("run", "single", *options, "train.num_steps=4")
+    logs = sorted((runs.dir("run") / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len({log.name for log in logs}) == 1
+    assert len(logs) == 2
+    shown = {}
+    for log in logs:
+        shown |= wandb_history(log)
+    assert [shown[step]["loss"] for step in sorted(shown)] == losses(runs.dir("run"))
+    assert {"grad_norm", "lr/vit", "tokens_per_s"} <= set(shown[1])
+
+
+def wandb_history(log: Path) -> dict[int, dict]:
+    """Step -> what was logged, from an offline log: protocol buffers in LevelDB's log format.
+
+    After 7 bytes come blocks of 32 KiB of fragments: checksum, length, kind, content. Kind 1 is a
+    whole record, 2 its first, 3 a middle and 4 its last fragment.
+    """
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, shown, data, place = log.read_bytes(), {}, b"", 7
+    while place + 7 <= len(content):
+        if 32768 - place % 32768 < 7:  # too little is left of the block for a fragment
+            place += 32768 - place % 32768
+            continue
+        length, kind = struct.unpack_from("<HB", content, place + 4)
+        fragment = content[place + 7 : place + 7 + length]
+        data = fragment if kind in (1, 2) else data + fragment
+        place += 7 + length
+        if kind in (1, 4) and (record := Record.FromString(data)).HasField("history"):
+            items = {item.key or "/".join(item.nested_key): item for item in record.history.item}
+            shown[record.history.step.num] = {
+                key: json.loads(item.value_json) for key, item in items.items()
+            }
+    return shown

@@ -1,0 +1,159 @@
+"""Stages: what trains, how fast, for how long; what is frozen costs nothing."""
+
+import math
+
+import pytest
+import torch
+
+from triptych.configs.compose import load_config
+from triptych.configs.schema import Decay, PartConfig, StageConfig
+from triptych.models.parameters import Part, part_of
+from triptych.parallel.mesh import build_mesh
+from triptych.tests.helpers.layouts import (
+    TRAINED,
+    Layout,
+    LayoutCase,
+    config_of,
+    draw_weights,
+    make_step,
+)
+from triptych.tests.helpers.runs import LAYOUTS, Runs, metrics
+from triptych.train.batches import to_device
+from triptych.train.engine import build_engine
+from triptych.train.stages.parameter_counts import ParameterCounts, check_trained_parts
+from triptych.train.stages.stage import Stage, learning_rate
+
+distributed = pytest.mark.distributed
+
+TRAINS = {
+    "1": {Part.VIT, Part.ADAPTER},
+    "1 stage.adapter.train=false": {Part.VIT},
+    "2": {Part.VIT, Part.ADAPTER, Part.LLM},
+    "3": {Part.ADAPTER, Part.LLM},
+    "warmup": {Part.LLM},
+}
+
+
+@pytest.mark.parametrize("choice", TRAINS)
+def test_a_stage_trains_its_parts(choice):
+    stage = Stage(load_config(f"stage={choice}".split()).stage)
+    assert stage.trained_parts == TRAINS[choice]
+    rates = stage.learning_rates(stage.token_budget // 2)
+    assert {part for part in Part if rates[part.value] > 0} == TRAINS[choice]
+
+
+def test_a_stage_that_is_not_as_declared_is_refused():
+    stage = Stage(load_config(["stage=3"]).stage)
+    good = ParameterCounts(
+        {Part.VIT: 0, Part.ADAPTER: 5, Part.LLM: 7}, {Part.VIT: 3, Part.ADAPTER: 0, Part.LLM: 0}
+    )
+    check_trained_parts(stage, good)
+    half_frozen = ParameterCounts(good.trained, {**good.frozen, Part.LLM: 1})
+    with pytest.raises(AssertionError, match="stage3: llm is not as declared"):
+        check_trained_parts(stage, half_frozen)
+
+
+@pytest.mark.parametrize("decay", Decay)
+@pytest.mark.parametrize("warmup", [0.0, 0.1, 1.0])
+def test_learning_rates_warm_up_and_decay(decay, warmup):
+    part = PartConfig(train=True, lr=3e-4, min_lr=1e-5, warmup=warmup, decay=decay)
+    rates = [learning_rate(part, i / 1000) for i in range(1001)]
+    peak = round(1000 * warmup)
+    assert rates[:peak] == pytest.approx([3e-4 * i / 1000 / (warmup or 1) for i in range(peak)])
+    assert max(rates) <= 3e-4 * (1 + 1e-12)
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+    if warmup < 1:
+        assert rates[peak] == pytest.approx(3e-4)
+        assert rates[-1] == pytest.approx(3e-4 if decay is Decay.constant else 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("decay", "wanted"),
+    [
+        (Decay.constant, 1e-3),
+        (Decay.linear, 1e-4 + 9e-4 * 0.75),
+        (Decay.cosine, 1e-4 + 9e-4 * (0.5 + 0.5 * math.cos(math.pi / 4))),
+    ],
+)
+def test_a_quarter_of_the_way_down(decay, wanted):
+    part = PartConfig(train=True, lr=1e-3, min_lr=1e-4, warmup=0.2, decay=decay)
+    assert learning_rate(part, 0.4) == pytest.approx(wanted)
+
+
+def test_past_its_budget_a_stage_keeps_the_last_rate_and_is_finished():
+    part = PartConfig(train=True, lr=1e-3, min_lr=1e-4)
+    off = PartConfig(train=False)
+    stage = Stage(StageConfig(name="x", token_budget=100, vit=part, adapter=off, llm=part))
+    assert stage.learning_rates(130) == stage.learning_rates(100)
+    assert stage.learning_rates(100)["vit"] == pytest.approx(1e-4)
+    assert [stage.is_finished(tokens) for tokens in (0, 99, 100, 130)] == [False, False, True, True]
+
+
+@distributed
+def test_rates_follow_consumed_tokens(pool, digits, tmp_path):
+    """Not steps: a step's rate is that of the tokens before it, across a change of layout too."""
+    runs = Runs(pool, digits, tmp_path)
+    runs.train("run", "single", "train.num_steps=3")
+    runs.train("run", "dp2", "train.num_steps=6")
+    stage = Stage(load_config(runs.words("run", "single")).stage)
+    consumed = 0
+    for line in metrics(runs.dir("run")):
+        assert line["lr"] == stage.learning_rates(consumed)
+        consumed = line["consumed_tokens"]
+
+
+@distributed
+@pytest.mark.parametrize(
+    "stage",
+    ["1", pytest.param("2", marks=pytest.mark.slow), pytest.param("3", marks=pytest.mark.slow)],
+)
+def test_the_table_is_the_same_in_every_layout(stage, pool, digits, tmp_path):
+    """Replicated and tied parameters count once; a stage of the pipeline may train nothing."""
+    runs = Runs(pool, digits, tmp_path)
+    tables = {}
+    for layout in LAYOUTS:
+        told = runs.train(layout, layout, f"stage={stage}", "train.num_steps=1").splitlines()
+        start = next(i for i, line in enumerate(told) if line.startswith("part "))
+        tables[layout] = [line.split() for line in told[start : start + 5]]
+    assert all(table == tables["single"] for table in tables.values())
+    head, *rows, total = tables["single"]
+    assert head == ["part", "trained", "frozen"]
+    for (name, trained, frozen), part in zip(rows, Part, strict=True):
+        assert name == part.value
+        assert (trained == "0") == (part not in TRAINS[stage])
+        assert (frozen == "0") == (part in TRAINS[stage])
+    assert total[0] == "total"
+
+
+@distributed
+@pytest.mark.parametrize("layout", [Layout(), Layout(pp=2, layers=(1, 3))], ids=str)
+@pytest.mark.parametrize("stage", TRAINED)
+def test_what_is_frozen_builds_no_graph(stage, layout, pool):
+    """And has no gradient buffer; what trains before it still gets its gradient through it."""
+    for graphs, parts in pool(layout.world_size).run(graph_of, layout=layout, stage=stage):
+        trains = set(TRAINED[stage])
+        assert parts <= trains
+        if graphs is not None:
+            assert graphs == ("vit" in trains, bool(trains & {"vit", "adapter"}))
+
+
+def graph_of(layout: Layout, stage: str) -> tuple[tuple[bool, bool] | None, set[str]]:
+    """Whether ViT's and merger's outputs have a graph, where they are; parts with a buffer."""
+    mesh = build_mesh(layout.tp, layout.pp, seed=0, timeout_s=60)
+    engine = build_engine(config_of(LayoutCase(layout, stage)), mesh)
+    draw_weights(engine)
+    buffered = {
+        part_of(name).value
+        for name, parameter in engine.parameters.items()
+        if hasattr(parameter, "main_grad")
+    }
+    if not mesh.is_first_pp_stage:
+        return None, buffered
+    outputs: list[torch.Tensor] = []
+    [model] = engine.bare_chunks
+    for module in (model.vision, model.merger):
+        module.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    batch = to_device(make_step("some", mesh, 1).microbatches[0], mesh, is_first=True)
+    model(batch)
+    vit, merged = outputs
+    return (vit.requires_grad, merged.requires_grad), buffered
