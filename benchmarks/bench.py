@@ -1,7 +1,7 @@
 """Every claim, measured one after the other, and a table of all at the end: ``make bench``.
 
 python benchmarks/bench.py            # all
-python benchmarks/bench.py plan       # some of CLAIMS
+python benchmarks/bench.py packing    # some of CLAIMS
 """
 
 import importlib
@@ -14,7 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 from triptych.benchmarks.table import Row, print_rows
 
-CLAIMS = ("startup", "plan", "planned", "messages", "bubble", "speed", "gpu")
+CLAIMS = ("startup", "packing", "planner", "messages", "bubble", "speed", "gpu")
 """Scripts of this folder whose ``main`` prints what it finds, as Markdown, and returns rows."""
 
 
