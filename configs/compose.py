@@ -145,7 +145,9 @@ def _compose(overrides: Sequence[str], own_folders: Sequence[Path]) -> Config:
 
 def _typed(composed: Any) -> Config:
     """The dataclasses of a merged configuration."""
-    config = OmegaConf.to_object(composed)
+    resolved = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
+    # merged again: what an interpolation gives has not been checked against the schema
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), resolved))
     assert isinstance(config, Config)
     config.data.mixtures = _as_floats(config.data.mixtures)
     return config

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from omegaconf import II, MISSING
+from omegaconf import MISSING
 
 
 class Precision(Enum):
@@ -156,10 +156,6 @@ class StageConfig:
     """Names the mixture in ``data.mixtures`` and the run folder."""
     token_budget: int = MISSING
     """LLM tokens, text and vision, padding not counted, after which the stage is finished."""
-    seq_len: int = 8192
-    """Tokens in a pack."""
-    global_batch_size: int = 512
-    """Packs per optimizer step."""
     vit: PartConfig = field(default_factory=PartConfig)
     adapter: PartConfig = field(default_factory=PartConfig)
     llm: PartConfig = field(default_factory=PartConfig)
@@ -171,11 +167,11 @@ class TrainConfig:
 
     num_steps: int | None = None
     """Caps the steps of the stage; the token budget decides when null."""
-    global_batch_size: int = II("stage.global_batch_size")
+    global_batch_size: int = 512
     """Packs per step, over all data-parallel ranks and microbatches."""
     micro_batch_size: int = 1
     """Packs that go through the model together, joined into one sequence of segments."""
-    seq_len: int = II("stage.seq_len")
+    seq_len: int = 8192
     """Tokens in a pack."""
     precision: Precision = Precision.bf16
     kernels: Kernels = Kernels.auto

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from triptych.configs.problems import Problem, refusal
 from triptych.configs.rules.architecture import check_model
 from triptych.configs.rules.bounds import check_bounds
-from triptych.configs.rules.cluster import check_cluster, check_size
+from triptych.configs.rules.cluster import check_cluster, check_measured, check_size
 from triptych.configs.rules.datasets import check_data, check_images
 from triptych.configs.rules.parallel import (
     check_batch,
@@ -39,6 +39,7 @@ def validate(config: Config, world_size: int) -> None:
         *check_data(config),
         *check_hooks(config),
         *check_recompute(config),
+        *check_measured(config),
         *check_size(config, world_size),
     ]
     if not out_of_range:  # the other rules divide by these values
@@ -57,6 +58,7 @@ def validate_plan(config: Config) -> None:
     problems = [
         *out_of_range,
         *check_cluster(config),
+        *check_measured(config),
         *check_stage(config),
         *check_hooks(config),
         *check_recompute(config),

@@ -128,7 +128,8 @@ def _run(
     while len(events) < num_passes:
         before = len(events)
         for stage, order in enumerate(orders):
-            for todo in order[position[stage] :]:
+            while position[stage] < len(order):
+                todo = order[position[stage]]
                 source = _input_of(stage, todo, pp=pp, vpp=vpp)
                 if source is not None and source not in finished:
                     break

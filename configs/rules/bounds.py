@@ -25,6 +25,7 @@ AT_LEAST = {
         "model.language.head_dim",
         "model.language.intermediate_size",
         "model.language.vocab_size",
+        "model.language.max_position_embeddings",
         "stage.token_budget",
         "train.num_steps",
         "train.global_batch_size",
@@ -59,6 +60,58 @@ AT_LEAST = {
 }
 """Least value -> the keys it holds for; null is accepted where the schema accepts it."""
 
+AT_MOST = {
+    64: ("model.vision.spatial_merge_size", "model.vision.temporal_patch_size"),
+    1024: (
+        "model.vision.patch_size",
+        "model.vision.in_channels",
+        "train.micro_batch_size",
+        "data.num_workers",
+        "data.prefetch_steps",
+        "cluster.gpus_per_node",
+    ),
+    4096: (
+        "model.vision.depth",
+        "model.language.num_layers",
+        "model.language.head_dim",
+        "parallel.tp",
+        "parallel.pp",
+        "parallel.vpp",
+    ),
+    16_384: (
+        "model.vision.num_heads",
+        "model.language.num_heads",
+        "model.language.num_kv_heads",
+        "train.validation_packs",
+    ),
+    65_536: ("train.global_batch_size",),
+    1_048_576: (
+        "model.vision.hidden_size",
+        "model.vision.intermediate_size",
+        "model.language.hidden_size",
+        "model.language.intermediate_size",
+        "data.window",
+        "cluster.gpus",
+    ),
+    2_592_000: ("cluster.timeout_s",),
+    16_777_216: (
+        "model.language.vocab_size",
+        "model.language.max_position_embeddings",
+        "train.seq_len",
+    ),
+    2**31: ("data.min_pixels", "data.max_pixels", "data.max_patches", "data.image_patches"),
+    10**15: (
+        "stage.token_budget",
+        "train.num_steps",
+        "train.validate_every",
+        "run.checkpoint_every",
+        "run.keep",
+        "log.every",
+    ),
+}
+"""Largest value -> the keys it holds for: ten times what anybody has asked for, and still answered.
+Far above, a typing error would end in a traceback, in a full memory, or in hours of planning."""
+
 ABOVE_0 = {
     "optimizer.eps": "1e-8",
     "cluster.peak_tflops": "989",
@@ -92,6 +145,11 @@ def check_bounds(config: Config) -> Iterator[Problem]:
             value = attrgetter(key)(config)
             if value is not None and value < least:
                 yield Problem(f"{key}={value} must be at least {least}", f"{key}={least}")
+    for most, keys in AT_MOST.items():
+        for key in keys:
+            value = attrgetter(key)(config)
+            if value is not None and value > most:
+                yield Problem(f"{key}={value} must be at most {most}", f"{key}={most}")
     for key, default in {"optimizer.beta1": 0.9, "optimizer.beta2": 0.95}.items():
         value = attrgetter(key)(config)
         if not 0 <= value < 1:

@@ -31,6 +31,10 @@ def check_cluster(config: Config) -> Iterator[Problem]:
         yield Problem(
             f"cluster.{name}=null: a plan needs it", f"cluster.{name}={NEEDED[name]}{group}"
         )
+
+
+def check_measured(config: Config) -> Iterator[Problem]:
+    """What is said to be measured is something that else is assumed."""
     unknown = [name for name in config.cluster.measured if name not in UNMEASURED]
     if unknown:
         known = [name for name in config.cluster.measured if name in UNMEASURED]

@@ -6,6 +6,7 @@ from pathlib import Path
 from triptych.configs.problems import Problem, either, typed_list
 from triptych.configs.schema import PARTS, Config, Recompute
 
+NOT_IN_WANDB_PROJECT = "/\\#?%:"
 WANDB_MODES = ("online", "offline", "disabled")
 RECOMPUTABLE = ("core_attn", "mlp")
 
@@ -38,6 +39,9 @@ def check_stage(config: Config) -> Iterator[Problem]:
 def check_start(config: Config) -> Iterator[Problem]:
     """There are weights to start from, unless random ones are asked for."""
     init, resume = config.init, config.resume
+    if not resume:
+        yield Problem("resume is empty", "resume=auto, resume=never or a path")
+        return
     if resume not in ("auto", "never"):
         if not Path(resume).exists():
             yield Problem(f"resume={resume} does not exist", "resume=auto, resume=never or a path")
@@ -52,6 +56,11 @@ def check_start(config: Config) -> Iterator[Problem]:
             "init.optimizer_state=true needs init.checkpoint to take it from",
             "init.checkpoint=PATH or init.optimizer_state=false",
         )
+    if init.checkpoint == "":
+        yield Problem(
+            "init.checkpoint is empty", "init.checkpoint=PATH, or init.checkpoint=null for none"
+        )
+        return
     resumes = resume == "auto" and (Path(config.run.dir) / "checkpoints").exists()
     if init.checkpoint is not None and not resumes and not Path(init.checkpoint).exists():
         yield Problem(
@@ -64,6 +73,12 @@ def check_hooks(config: Config) -> Iterator[Problem]:
     """Where the run writes, and what it logs to."""
     if not config.run.dir:
         yield Problem("run.dir is empty", "run.dir=FOLDER")
+    project = config.log.wandb_project
+    if not project or set(project) & set(NOT_IN_WANDB_PROJECT):
+        yield Problem(
+            f"log.wandb_project={project} must be a name without any of {NOT_IN_WANDB_PROJECT}",
+            "log.wandb_project=triptych",
+        )
     if config.log.wandb_mode not in WANDB_MODES:
         yield Problem(
             f"log.wandb_mode={config.log.wandb_mode} must be {either(WANDB_MODES)}",

@@ -122,7 +122,7 @@ def test_overrides_of_every_type() -> None:
             "train.precision=bf16",
             "train.num_steps=null",
             "stage.llm.decay=linear",
-            "stage.seq_len=128",
+            "train.seq_len=128",
             "train.global_batch_size=4",
             "init.checkpoint=runs/a/b",
             "run.dir='runs/a=b, c'",
@@ -140,7 +140,7 @@ def test_overrides_of_every_type() -> None:
 
 
 def test_the_command_line_wins_over_the_debug_model() -> None:
-    config = load_config(["stage.seq_len=64", "train.num_steps=3", "data.window=8"])
+    config = load_config(["train.seq_len=64", "train.num_steps=3", "data.window=8"])
     assert (config.train.seq_len, config.train.num_steps, config.data.window) == (64, 3, 8)
 
 
@@ -235,6 +235,8 @@ def test_a_config_dir_that_shadows_a_choice(tmp_path: Path) -> None:
         ),
         ("data.mixtures.stage2.text=x", "weights are numbers, one source at a time"),
         ("data.validation=heldout", "-> try data.validation.SOURCE=1.0"),
+        ("data.sources=${seed}", "data.sources: Cannot assign int to Dict[str, SourceConfig]"),
+        ("model.language.mrope_section=${seed}", "model.language.mrope_section: Invalid value"),
         ("run.dir=${nothing}", "run.dir: Interpolation key 'nothing' not found"),
         ("model.name=???", "Missing mandatory value: model.name"),
         ("data.tokenizer=???", "data.tokenizer is missing  -> try data.tokenizer=VALUE"),

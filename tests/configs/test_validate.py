@@ -2,6 +2,7 @@
 
 import re
 from copy import deepcopy
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from triptych.configs.compose import load_config
+from triptych.configs.overrides import schema_keys
 from triptych.configs.problems import Problem, either, refusal
-from triptych.configs.rules.bounds import AT_LEAST
+from triptych.configs.rules.bounds import AT_LEAST, AT_MOST
 from triptych.configs.validate import validate
 from triptych.errors import ConfigError
 
@@ -32,6 +34,22 @@ def test_bounds(key: str) -> None:
     assert f"-> try {key}={least}" in text
 
 
+@pytest.mark.parametrize("value", ["{}", "99999999999999999999"])
+@pytest.mark.parametrize("key", [key for keys in AT_MOST.values() for key in keys])
+def test_upper_bounds(key: str, value: str) -> None:
+    most = next(most for most, keys in AT_MOST.items() if key in keys)
+    text = refused([f"{key}={value.format(most + 1)}"], f"must be at most {most}")
+    assert f"-> try {key}={most}" in text
+
+
+def test_every_count_has_an_upper_bound() -> None:
+    """Token ids are below the vocabulary, the seed below 2**32; booleans are no counts."""
+    config = load_config(["cluster=h100", "cluster.gpus=8", "train.num_steps=1"])
+    counts = {key for key in schema_keys() if type(attrgetter(key)(config)) is int}
+    bounded = {key for keys in AT_MOST.values() for key in keys}
+    assert counts - bounded == {"seed", *(key for key in counts if "model.tokens." in key)}
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -45,6 +63,12 @@ def test_bounds(key: str) -> None:
         ("parallel.recompute.modules=[layernorm]", "parallel.recompute.modules=[layernorm] must name core_attn or mlp, or both  -> try parallel.recompute.modules=[core_attn]"),
         ("parallel.recompute.modules=[attn,mlp]", "parallel.recompute.modules=[attn,mlp] must name core_attn or mlp, or both  -> try parallel.recompute.modules=[mlp]"),
         ("parallel.recompute.modules=[]", "must name core_attn or mlp, or both  -> try parallel.recompute.modules=[core_attn]"),
+        ("log.wandb_project=../../x", "log.wandb_project=../../x must be a name without any of /\\#?%:  -> try log.wandb_project=triptych"),
+        ("log.wandb_project=''", "log.wandb_project= must be a name without any of /\\#?%:  -> try log.wandb_project=triptych"),
+        ("cluster.measured=[1,2]", "cluster.measured=[1,2] may name efficiency, link_efficiency, latency_us or reserved_gib  -> try cluster.measured=[]"),
+        ("cluster.measured=[efficiency,x]", "-> try cluster.measured=[efficiency]"),
+        ("resume=''", "resume is empty  -> try resume=auto, resume=never or a path"),
+        ("init.checkpoint=''", "init.checkpoint is empty  -> try init.checkpoint=PATH, or init.checkpoint=null for none"),
         ("resume=runs/nowhere", "resume=runs/nowhere does not exist  -> try resume=auto, resume=never or a path"),
     ],
 )  # fmt: skip
