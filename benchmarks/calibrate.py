@@ -25,7 +25,6 @@ from torch import Tensor
 from triptych.configs.compose import load_config
 from triptych.configs.schema import Config, ModelConfig, ParallelConfig
 from triptych.costs.flops import (
-    Workload,
     adapter_flops,
     head_flops,
     layer_flops,
@@ -88,17 +87,6 @@ def make_batches(config: Config) -> Batches:
         long=batch(np.tile(text, count), 1),
         supervised=batch(text, count, target=1),
         images=batch(shown, count, image=True),
-    )
-
-
-def load_of(batch: Batch) -> Workload:
-    """What a batch counts, for the formulas."""
-    return Workload(
-        batch.num_tokens,
-        batch.token_pairs,
-        batch.num_patches,
-        batch.patch_pairs,
-        num_targets=int(batch.loss_mask.sum()),
     )
 
 
@@ -166,13 +154,13 @@ def calibrate(config: Config, mesh: Mesh) -> tuple[float, dict[str, float]]:
         multiply,
     ]
     one_layer, short, long, supervised, images, gemm = medians(tasks)
-    few, many, shown = (load_of(b) for b in (batches.short, batches.long, batches.images))
+    few, many, shown = (b.workload for b in (batches.short, batches.long, batches.images))
     layer = layer_flops(sizes.language, few)
     pairs = layer_flops(sizes.language, many).attention - layer.attention
     attention = rate(3 * pairs, (long - short) / DEPTH, "attention")
     in_attention = 3 * layer.attention / attention
     linear_s = (short - one_layer) / (DEPTH - 1) - in_attention
-    head = head_flops(sizes, load_of(batches.supervised)).total
+    head = head_flops(sizes, batches.supervised.workload).total
     vision = vit_flops(sizes.vision, shown).total + adapter_flops(sizes, shown).total
     rates = {
         "vit": rate(3 * vision, images - short, "vit"),

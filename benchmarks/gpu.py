@@ -27,7 +27,7 @@ from triptych.benchmarks.arms import (
     in_turns,
     require_same_loss,
 )
-from triptych.benchmarks.calibrate import load_of, product
+from triptych.benchmarks.calibrate import product
 from triptych.benchmarks.samples import Mix, draw_samples, num_tokens
 from triptych.benchmarks.table import Row, print_rows, spread
 from triptych.configs.compose import load_config
@@ -78,7 +78,7 @@ def seconds(task: Callable[[], object]) -> float:
 def model_flops(config: Config, batches: Sequence[Batch]) -> float:
     """Of the step; the same for every arm, whatever it computes in vain."""
     return sum(
-        training_flops(config.model, load_of(batch), vit=True, adapter=True, llm=True)
+        training_flops(config.model, batch.workload, vit=True, adapter=True, llm=True)
         for batch in batches
     )
 
@@ -88,7 +88,7 @@ def planned_bytes(config: Config, batches: Sequence[Batch]) -> int:
     largest = max(batches, key=lambda batch: batch.num_tokens)
     layers = layers_per_chunk(config)
     [stage] = pp_stage_memory(
-        Activations(config, load_of(largest), GPU),
+        Activations(config, largest.workload, GPU),
         layers,
         pp_stage_shards(config, layers),
         dp=1,

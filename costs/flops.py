@@ -28,6 +28,21 @@ class Workload:
     num_targets: int | None = None
     """Tokens that logits and loss are computed of; None: all but those that come from the ViT."""
 
+    def __add__(self, other: "Workload") -> "Workload":
+        """Both together; targets that one of them does not count, the sum does not count either."""
+        counted = self.num_targets is not None and other.num_targets is not None
+        return Workload(
+            self.num_tokens + other.num_tokens,
+            self.token_pairs + other.token_pairs,
+            self.num_patches + other.num_patches,
+            self.patch_pairs + other.patch_pairs,
+            num_targets=(self.num_targets or 0) + (other.num_targets or 0) if counted else None,
+        )
+
+
+NO_WORK = Workload(0, 0, 0, 0, num_targets=0)
+"""Where a sum of workloads begins."""
+
 
 @dataclass(frozen=True, slots=True)
 class PartFlops:

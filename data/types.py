@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from triptych.costs.flops import Workload
+
 
 class MediaKind(IntEnum):
     """What a media item is, as stored in ``media.idx``."""
@@ -142,16 +144,17 @@ class Batch:
         return bounds
 
     @property
-    def token_pairs(self) -> int:
-        """Sum over the segments, padding excepted, of the squared number of tokens."""
+    def workload(self) -> Workload:
+        """What the FLOPs of the batch follow from, padding excepted, targets as they stand now."""
         lengths = self.cu_seqlens.long().diff()[: len(self.sample_ids)]
-        return int(lengths.square().sum())
-
-    @property
-    def patch_pairs(self) -> int:
-        """Sum over the frames of the squared number of patches."""
         frames, height, width = self.grid_thw.unbind(dim=1)
-        return int((frames * (height * width).square()).sum())
+        return Workload(
+            num_tokens=self.num_tokens,
+            token_pairs=int(lengths.square().sum()),
+            num_patches=self.num_patches,
+            patch_pairs=int((frames * (height * width).square()).sum()),
+            num_targets=int(self.loss_mask.sum()),
+        )
 
     @property
     def target_index(self) -> Tensor:

@@ -26,7 +26,9 @@ def train(
         result = train_step(engine.optimizer, step, lr, engine.mesh, number=state.step + 1)
         totals = result.totals
         state = state.after(
-            num_tokens=totals.num_tokens, num_samples=totals.num_samples, cursor=loader.cursor
+            num_tokens=totals.workload.num_tokens,
+            num_samples=totals.num_samples,
+            cursor=loader.cursor,
         )
         elapsed_s = time.perf_counter() - start
         metrics = step_metrics(config, state, result, elapsed_s, engine.mesh.dims.world_size)

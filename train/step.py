@@ -5,13 +5,13 @@ The summed loss of the global batch, divided by its number of supervised tokens,
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from triptych.costs.flops import Workload
+from triptych.costs.flops import NO_WORK, Workload
 from triptych.data.types import Batch, Step
 from triptych.errors import TrainingError
 from triptych.parallel.mesh import Mesh
@@ -24,25 +24,17 @@ from triptych.train.batches import drop_unreadable, to_device
 class Totals:
     """Counts over the global batch."""
 
-    num_supervised_tokens: int
-    num_tokens: int
-    num_patches: int
+    workload: Workload
+    """What the FLOPs of the step follow from."""
     num_samples: int
-    token_pairs: int
-    patch_pairs: int
     num_unreadable: int
     """Samples whose media could not be read; known to the ranks that read, 0 on the others."""
 
     @property
-    def load(self) -> Workload:
-        """What the FLOPs of the step follow from."""
-        return Workload(
-            self.num_tokens,
-            self.token_pairs,
-            self.num_patches,
-            self.patch_pairs,
-            num_targets=self.num_supervised_tokens,
-        )
+    def num_supervised_tokens(self) -> int:
+        """Tokens that the loss is the mean over."""
+        assert self.workload.num_targets is not None, "batches count their targets"
+        return self.workload.num_targets
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,22 +127,14 @@ def counted(loss_sum: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 def count(step: Step, mesh: Mesh) -> Totals:
     """Add up the batches of all data-parallel ranks. Every rank must call this."""
-    batches = step.microbatches
-    totals = torch.tensor(
-        [
-            sum(int(batch.loss_mask.sum()) for batch in batches),
-            sum(batch.num_tokens for batch in batches),
-            sum(batch.num_patches for batch in batches),
-            sum(len(batch.sample_ids) for batch in batches),
-            sum(batch.token_pairs for batch in batches),
-            sum(batch.patch_pairs for batch in batches),
-            len(step.bad),
-        ],
-        dtype=torch.int64,
-        device=mesh.device,
+    workload = sum((batch.workload for batch in step.microbatches), NO_WORK)
+    num_samples = sum(len(batch.sample_ids) for batch in step.microbatches)
+    counts = torch.tensor(
+        [*astuple(workload), num_samples, len(step.bad)], dtype=torch.int64, device=mesh.device
     )
-    dist.all_reduce(totals, group=mesh.dp_group)
-    return Totals(*totals.tolist())
+    dist.all_reduce(counts, group=mesh.dp_group)
+    *loads, num_samples, num_unreadable = counts.tolist()
+    return Totals(Workload(*loads), num_samples, num_unreadable)
 
 
 def _mean_loss(loss_sum: Tensor, totals: Totals, mesh: Mesh) -> float:

@@ -142,7 +142,12 @@ class Plan:
             source = self.sources[number]
             token_pairs += source.num_tokens.item(i) ** 2
             patch_pairs += source.num_patch_pairs.item(i)
-        return Workload(pack.num_tokens, token_pairs, pack.num_patches, patch_pairs)
+        return Workload(
+            num_tokens=pack.num_tokens,
+            token_pairs=token_pairs,
+            num_patches=pack.num_patches,
+            patch_pairs=patch_pairs,
+        )
 
     def _window_at(self, cursor: Cursor) -> _Window:
         if len(cursor.drawn) != len(self.sources) or len(cursor.skipped) != len(self.sources):

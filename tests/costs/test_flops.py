@@ -6,6 +6,7 @@ import pytest
 
 from triptych.configs.schema import LanguageConfig, ModelConfig
 from triptych.costs.flops import (
+    NO_WORK,
     Workload,
     forward_flops,
     head_flops,
@@ -128,3 +129,10 @@ def test_what_is_frozen_costs_less():
     assert stage_3 == pytest.approx(3 * forward.total - 2 * forward.vit.total)
     nothing = training_flops(QWEN2_VL_2B, LOAD, vit=False, adapter=False, llm=False)
     assert nothing == pytest.approx(forward.total)
+
+
+def test_workloads_add_up():
+    first, second = Workload(5, 25, 8, 64, num_targets=2), Workload(3, 9, 4, 16, num_targets=3)
+    assert first + second == Workload(8, 34, 12, 80, num_targets=5)
+    assert sum([first, second], NO_WORK) == first + second
+    assert (first + replace(second, num_targets=None)).num_targets is None

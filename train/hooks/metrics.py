@@ -26,9 +26,10 @@ def step_metrics(
     recomputation not counted. ``mfu`` is their rate over what the ranks could do at
     ``cluster.peak_tflops``.
     """
-    totals, peak = result.totals, config.cluster.peak_tflops
+    totals, load = result.totals, result.totals.workload
+    peak = config.cluster.peak_tflops
     skipped = result.loss is None
-    flops = 0.0 if skipped else stage_flops(config.model, config.stage, totals.load)
+    flops = 0.0 if skipped else stage_flops(config.model, config.stage, load)
     flops_per_s = flops / step_time_s
     return {
         "step": state.step,
@@ -36,18 +37,18 @@ def step_metrics(
         "loss": result.loss,
         "grad_norm": result.grad_norm,
         "lr": result.lr,
-        "num_tokens": totals.num_tokens,
+        "num_tokens": load.num_tokens,
         "num_supervised_tokens": totals.num_supervised_tokens,
-        "num_patches": totals.num_patches,
+        "num_patches": load.num_patches,
         "num_unreadable": totals.num_unreadable,
         "consumed_tokens": state.consumed_tokens,
         "consumed_samples": state.consumed_samples,
         "step_time_s": step_time_s,
-        "tokens_per_s": totals.num_tokens / step_time_s,
+        "tokens_per_s": load.num_tokens / step_time_s,
         "flops": flops,
         "flops_per_s": flops_per_s,
         "mfu": None if peak is None else flops_per_s / (num_ranks * peak * 1e12),
-        "fill": totals.num_tokens / (config.train.global_batch_size * config.train.seq_len),
+        "fill": load.num_tokens / (config.train.global_batch_size * config.train.seq_len),
     }
 
 

@@ -24,7 +24,7 @@ class Progress:
     def after_step(self, event: StepEvent) -> None:
         """Print every ``log.every`` steps, and at the last."""
         self._times.append(time.perf_counter())
-        self._tokens.append(event.result.totals.num_tokens)
+        self._tokens.append(event.result.totals.workload.num_tokens)
         self._flops.append(event.metrics["flops"])
         if event.state.step % self._config.log.every == 0 or event.is_last:
             say(self._mesh, self._line(event))
