@@ -36,6 +36,7 @@ from triptych.data.types import Batch, SampleId
 from triptych.models.build import build_model
 from triptych.models.init import init_parameters
 from triptych.models.qwen_vl.model import Qwen2VL
+from triptych.models.qwen_vl.sharding_table import sharding_table
 from triptych.parallel.device import HAS_CUDA, synchronize
 from triptych.parallel.dtypes import DTYPES
 from triptych.parallel.mesh import Mesh, build_mesh, init_distributed, shutdown
@@ -98,7 +99,7 @@ def make_model(config: Config, num_layers: int, mesh: Mesh) -> tuple[ModelConfig
         language=replace(config.model.language, num_layers=num_layers),
     )
     chunks = build_model(model, ParallelConfig(), config.train.precision, [num_layers], mesh)
-    init_parameters(chunks, mesh, 0, tied=model.language.tie_word_embeddings)
+    init_parameters(chunks, sharding_table(model), mesh, 0)
     return model, chunks[0]
 
 

@@ -30,6 +30,7 @@ from triptych.checkpoints.sharded import (
 )
 from triptych.configs.schema import ModelConfig
 from triptych.errors import CheckpointError
+from triptych.models.sharding import ShardingTable
 from triptych.parallel.device import HAS_CUDA
 from triptych.parallel.mesh import Mesh
 from triptych.parallel.zero.protocol import STATE_KINDS, ParamState, ShardedOptimizer
@@ -44,7 +45,7 @@ class RunTensors:
     parameters: Mapping[str, nn.Parameter]
     optimizer: ShardedOptimizer | None
     """None where only weights matter: conversion and sampling."""
-    tied: bool
+    sharding: ShardingTable
     mesh: Mesh
 
 
@@ -67,7 +68,7 @@ def save_state(folder: Path, run: RunTensors, numbers: Mapping[str, Any]) -> Non
         num_updates = run.optimizer.num_updates
         for kind in STATE_KINDS:
             kinds[kind] = {name: tensors[kind] for name, tensors in state.items()}
-    save_tensors(folder / "shards", kinds, run.mesh, tied=run.tied)
+    save_tensors(folder / "shards", kinds, run.mesh, run.sharding)
 
     def write_the_rest() -> None:
         random_state = io.BytesIO()  # written at once, a full disk is an OSError
@@ -103,7 +104,7 @@ def refuse_other_model(folder: Path, model: ModelConfig, run: RunTensors) -> Non
     """
     kinds = {WEIGHTS: run.parameters}
     problems = differences(folder, model)
-    problems += tensor_problems(folder / "shards", kinds, run.mesh, tied=run.tied, strict=WEIGHTS)
+    problems += tensor_problems(folder / "shards", kinds, run.mesh, run.sharding, strict=WEIGHTS)
     if problems:
         raise CheckpointError(
             f"{folder} is of another model:\n  "
@@ -118,7 +119,7 @@ def load_weights(folder: Path, run: RunTensors) -> None:
     The model is that of the checkpoint: ``refuse_other_model`` comes before, or it was built by the
     checkpoint's ``model.json``.
     """
-    load_tensors(folder / "shards", {WEIGHTS: run.parameters}, run.mesh, tied=run.tied)
+    load_tensors(folder / "shards", {WEIGHTS: run.parameters}, run.mesh, run.sharding)
     if run.optimizer is not None:
         run.optimizer.refresh_master_weights()
 
@@ -142,12 +143,12 @@ def load_optimizer(folder: Path, run: RunTensors, *, partly: bool) -> None:
         state = {
             name: tensors
             for name, tensors in state.items()
-            if stored_keys(STATE_KINDS[0], name, tied=run.tied)[0] in stored
+            if stored_keys(STATE_KINDS[0], name, run.sharding)[0] in stored
         }
     kinds = {kind: {name: t[kind] for name, t in state.items()} for kind in STATE_KINDS}
     strict = None if partly else STATE_KINDS[0]
-    check_tensors(shards, kinds, run.mesh, tied=run.tied, strict=strict)
-    load_tensors(shards, kinds, run.mesh, tied=run.tied)
+    check_tensors(shards, kinds, run.mesh, run.sharding, strict=strict)
+    load_tensors(shards, kinds, run.mesh, run.sharding)
     run.optimizer.load_state_by_param(state, load_numbers(folder)["num_updates"])
 
 

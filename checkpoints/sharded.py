@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from triptych.checkpoints.comm import ProcessGroupComm
 from triptych.errors import CheckpointError
 from triptych.models.init import EMBEDDING, HEAD
-from triptych.models.parameters import TensorSharding, sharding_of
+from triptych.models.sharding import ShardingTable, TensorSharding
 from triptych.parallel.mesh import Mesh
 
 from megatron.core import dist_checkpointing
@@ -44,19 +44,21 @@ HALVES = ("gate", "up")
 filesystem_async._results_queue = queue.Queue()
 
 
-def save_tensors(folder: Path, kinds: Mapping[str, Tensors], mesh: Mesh, *, tied: bool) -> None:
+def save_tensors(
+    folder: Path, kinds: Mapping[str, Tensors], mesh: Mesh, table: ShardingTable
+) -> None:
     """Write this rank's tensors, each byte by one of its replicas. Every rank must call this.
 
     Args:
         folder: an empty folder.
         kinds: kind -> global name -> this rank's piece, whole over dp.
         mesh: this rank's place.
-        tied: the head is the embedding.
+        table: how the model's parameters lie over the ranks.
 
     Raises:
         CheckpointError: on every rank alike, where some could not write; names them.
     """
-    state = _sharded_state(kinds, mesh, tied=tied)
+    state = _sharded_state(kinds, mesh, table)
     strategy = get_default_save_sharded_strategy("torch_dist", 1)
     strategy = FullyParallelSaveStrategyWrapper(strategy, mesh.dp_group)
     try:
@@ -66,7 +68,9 @@ def save_tensors(folder: Path, kinds: Mapping[str, Tensors], mesh: Mesh, *, tied
         raise CheckpointError("\n".join(ProcessGroupComm().all_gather(failures)[0])) from error
 
 
-def load_tensors(folder: Path, kinds: Mapping[str, Tensors], mesh: Mesh, *, tied: bool) -> None:
+def load_tensors(
+    folder: Path, kinds: Mapping[str, Tensors], mesh: Mesh, table: ShardingTable
+) -> None:
     """Fill the given tensors, whatever layout wrote them.
 
     Every rank must call this. ``tensor_problems`` found none, or the tensors were made from the
@@ -76,16 +80,16 @@ def load_tensors(folder: Path, kinds: Mapping[str, Tensors], mesh: Mesh, *, tied
         folder: what ``save_tensors`` wrote.
         kinds: kind -> global name -> this rank's piece, overwritten.
         mesh: this rank's place.
-        tied: the head is the embedding.
+        table: how the model's parameters lie over the ranks.
     """
-    state = _sharded_state(kinds, mesh, tied=tied)
+    state = _sharded_state(kinds, mesh, table)
     strategy = get_default_load_sharded_strategy(str(folder))
     strategy = FullyParallelLoadStrategyWrapper(strategy, mesh.dp_group)
     loaded: dict[str, Any] = dist_checkpointing.load(state, str(folder), strategy)
     with torch.no_grad():
         for kind, tensors in kinds.items():
             for name, tensor in tensors.items():
-                for key, piece in _stored_pieces(kind, name, tensor, tied=tied):
+                for key, piece in _stored_pieces(kind, name, tensor, table):
                     piece.copy_(loaded[key])
 
 
@@ -103,19 +107,29 @@ def weights_dtype(folder: Path) -> torch.dtype:
 
 
 def check_tensors(
-    folder: Path, kinds: Mapping[str, Tensors], mesh: Mesh, *, tied: bool, strict: str | None
+    folder: Path,
+    kinds: Mapping[str, Tensors],
+    mesh: Mesh,
+    table: ShardingTable,
+    *,
+    strict: str | None,
 ) -> None:
     """Compare what is stored with what this model has. Every rank must call this.
 
     Raises:
         CheckpointError: on every rank; lists all ``tensor_problems``.
     """
-    if problems := tensor_problems(folder, kinds, mesh, tied=tied, strict=strict):
+    if problems := tensor_problems(folder, kinds, mesh, table, strict=strict):
         raise CheckpointError(f"{folder} is of another model:\n  " + "\n  ".join(problems))
 
 
 def tensor_problems(
-    folder: Path, kinds: Mapping[str, Tensors], mesh: Mesh, *, tied: bool, strict: str | None
+    folder: Path,
+    kinds: Mapping[str, Tensors],
+    mesh: Mesh,
+    table: ShardingTable,
+    *,
+    strict: str | None,
 ) -> list[str]:
     """Every missing, unexpected and mis-shaped tensor, a line for all layers that share one.
 
@@ -125,12 +139,12 @@ def tensor_problems(
         folder: what ``save_tensors`` wrote.
         kinds: as for ``load_tensors``.
         mesh: this rank's place.
-        tied: the head is the embedding.
+        table: how the model's parameters lie over the ranks.
         strict: the kind of which nothing may be stored that this model does not have, if any.
     """
     mine = {
         key: tuple(tensor.global_shape)
-        for key, tensor in _sharded_state(kinds, mesh, tied=tied).items()
+        for key, tensor in _sharded_state(kinds, mesh, table).items()
     }
     everyone: list[dict[str, tuple[int, ...]]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, mine)
@@ -150,10 +164,10 @@ def tensor_problems(
     )
 
 
-def stored_keys(kind: str, name: str, *, tied: bool) -> list[str]:
+def stored_keys(kind: str, name: str, table: ShardingTable) -> list[str]:
     """The keys under which a parameter, or its optimizer state, is stored."""
-    stored_as = EMBEDDING if tied and name == HEAD else name
-    halves = HALVES if sharding_of(name) is TensorSharding.GATED_ROWS else ("",)
+    stored_as = EMBEDDING if table.tied and name == HEAD else name
+    halves = HALVES if table[name] is TensorSharding.GATED_ROWS else ("",)
     return [".".join(filter(None, (kind, stored_as, half))) for half in halves]
 
 
@@ -168,30 +182,32 @@ def _one_line_for_all_layers(problems: Sequence[str]) -> list[str]:
 
 
 def _sharded_state(
-    kinds: Mapping[str, Tensors], mesh: Mesh, *, tied: bool
+    kinds: Mapping[str, Tensors], mesh: Mesh, table: ShardingTable
 ) -> dict[str, ShardedTensor]:
     """This rank's sharded tensors by key."""
     return {
-        key: _sharded_tensor(key, name, piece, mesh, tied=tied)
+        key: _sharded_tensor(key, name, piece, mesh, table)
         for kind, tensors in kinds.items()
         for name, tensor in tensors.items()
-        for key, piece in _stored_pieces(kind, name, tensor, tied=tied)
+        for key, piece in _stored_pieces(kind, name, tensor, table)
     }
 
 
 def _stored_pieces(
-    kind: str, name: str, tensor: Tensor, *, tied: bool
+    kind: str, name: str, tensor: Tensor, table: ShardingTable
 ) -> Iterator[tuple[str, Tensor]]:
     """Views of the tensor, each a block of one stored tensor, with its key."""
-    pieces = tensor.chunk(2) if sharding_of(name) is TensorSharding.GATED_ROWS else (tensor,)
-    return zip(stored_keys(kind, name, tied=tied), pieces, strict=True)
+    pieces = tensor.chunk(2) if table[name] is TensorSharding.GATED_ROWS else (tensor,)
+    return zip(stored_keys(kind, name, table), pieces, strict=True)
 
 
-def _sharded_tensor(key: str, name: str, piece: Tensor, mesh: Mesh, *, tied: bool) -> ShardedTensor:
-    sharding = sharding_of(name)
+def _sharded_tensor(
+    key: str, name: str, piece: Tensor, mesh: Mesh, table: ShardingTable
+) -> ShardedTensor:
+    sharding = table[name]
     offsets, tp_replica = [], mesh.tp_rank
     if sharding is not TensorSharding.REPLICATED:
         offsets = [(1 if sharding is TensorSharding.COLUMNS else 0, mesh.tp_rank, mesh.dims.tp)]
         tp_replica = 0
-    replica = (int(tied and name == HEAD), tp_replica, mesh.dp_rank)
+    replica = (int(table.tied and name == HEAD), tp_replica, mesh.dp_rank)
     return ShardedTensor.from_rank_offsets(key, piece.detach(), *offsets, replica_id=replica)

@@ -9,7 +9,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from triptych.models.parameters import full_shape, global_parameters, shard, sharding_of
+from triptych.models.parameters import global_parameters
+from triptych.models.sharding import ShardingTable, full_shape, shard
 from triptych.parallel.mesh import Mesh
 
 EMBEDDING = "language.embedding.word_embeddings.weight"
@@ -17,7 +18,9 @@ HEAD = "language.output_layer.weight"
 EMBEDDING_STD = 0.02
 
 
-def init_parameters(chunks: Iterable[nn.Module], mesh: Mesh, seed: int, *, tied: bool) -> None:
+def init_parameters(
+    chunks: Iterable[nn.Module], table: ShardingTable, mesh: Mesh, seed: int
+) -> None:
     """Draw every parameter of this rank.
 
     Matrices are normal with deviation 1 / sqrt(fan_in), norm weights are 1, biases 0.
@@ -26,14 +29,14 @@ def init_parameters(chunks: Iterable[nn.Module], mesh: Mesh, seed: int, *, tied:
 
     Args:
         chunks: this rank's pieces of the model.
+        table: how the model's parameters lie over the ranks.
         mesh: this rank's place.
         seed: decides every weight.
-        tied: the head is the embedding, also where both lie on different pipeline stages.
     """
     with torch.no_grad():
         for name, parameter in global_parameters(chunks):
-            sharding = sharding_of(name)
-            drawn_as = EMBEDDING if tied and name == HEAD else name
+            sharding = table[name]
+            drawn_as = EMBEDDING if table.tied and name == HEAD else name
             full = _draw(drawn_as, full_shape(parameter, sharding, mesh.dims.tp), seed)
             parameter.copy_(shard(full, sharding, mesh.tp_rank, mesh.dims.tp))
 

@@ -10,6 +10,8 @@ from triptych.configs.schema import Config, Zero
 from triptych.costs.layer_split import layers_per_chunk
 from triptych.models.build import build_model
 from triptych.models.parameters import global_parameters, part_of
+from triptych.models.qwen_vl.sharding_table import sharding_table
+from triptych.models.sharding import ShardingTable
 from triptych.parallel.mesh import Mesh
 from triptych.parallel.zero.protocol import ShardedOptimizer
 from triptych.train.stages.parameter_counts import (
@@ -31,7 +33,8 @@ class Engine:
     parameters: Mapping[str, nn.Parameter]
     optimizer: ShardedOptimizer
     parameter_counts: ParameterCounts
-    tied: bool
+    sharding: ShardingTable
+    """How the parameters lie over the ranks."""
 
     @property
     def chunks(self) -> Sequence[nn.Module]:
@@ -41,7 +44,7 @@ class Engine:
     @property
     def tensors(self) -> RunTensors:
         """What a checkpoint holds."""
-        return RunTensors(self.parameters, self.optimizer, tied=self.tied, mesh=self.mesh)
+        return RunTensors(self.parameters, self.optimizer, self.sharding, self.mesh)
 
 
 def build_engine(config: Config, mesh: Mesh) -> Engine:
@@ -61,14 +64,14 @@ def build_engine(config: Config, mesh: Mesh) -> Engine:
     parameters = dict(global_parameters(chunks))
     stage = Stage(config.stage)
     stage.freeze(parameters)
-    counts = count_parameters(parameters, mesh)
+    sharding = sharding_table(config.model)
+    counts = count_parameters(parameters, sharding, mesh)
     check_trained_parts(stage, counts)
     parts = {name: part_of(name).value for name in parameters}
     zero = _zero_of(config.optimizer.zero)
     overlap, precision = config.parallel.overlap, config.train.precision
     optimizer = zero(chunks, parameters, parts, config.optimizer, overlap, precision, mesh)
-    tied = config.model.language.tie_word_embeddings
-    return Engine(mesh, stage, chunks, parameters, optimizer, counts, tied)
+    return Engine(mesh, stage, chunks, parameters, optimizer, counts, sharding)
 
 
 def _zero_of(choice: Zero) -> Callable[..., ShardedOptimizer]:

@@ -92,7 +92,7 @@ def _on_new_plan(folder: Path, state: TrainState, config: Config, plan: Plan) ->
 def _init_weights(config: Config, engine: Engine, comm: Comm) -> None:
     mesh = engine.mesh
     if config.init.checkpoint is None:
-        init_parameters(engine.bare_chunks, mesh, config.seed, tied=engine.tied)
+        init_parameters(engine.bare_chunks, engine.sharding, mesh, config.seed)
         engine.optimizer.refresh_master_weights()
         say(mesh, f"weights: random, drawn from seed={config.seed} (init.allow_random=true)")
         return

@@ -12,7 +12,7 @@ import torch
 from triptych.checkpoints.comm import ProcessGroupComm, SingleProcess
 from triptych.checkpoints.hf.folder import HFReader, HFWriter
 from triptych.checkpoints.hf.model_config import model_config_from_hf
-from triptych.checkpoints.hf.name_table import Entry, name_table
+from triptych.checkpoints.hf.name_table import name_table
 from triptych.checkpoints.model_file import read_model, write_model
 from triptych.checkpoints.run_state import WEIGHTS
 from triptych.checkpoints.sharded import load_tensors, save_tensors, weights_dtype
@@ -22,7 +22,7 @@ from triptych.configs.schema import DataConfig, ModelConfig
 from triptych.data.tokenizer import load_tokenizer
 from triptych.data.types import PixelLimits
 from triptych.errors import CheckpointError, ConfigError
-from triptych.models.init import HEAD
+from triptych.models.qwen_vl.sharding_table import sharding_table
 from triptych.parallel.mesh import build_mesh, init_distributed
 
 TIMEOUT_S = 600
@@ -51,14 +51,14 @@ def import_hf(source: Path, output: Path) -> Path:
     reader = HFReader(source, model)
     tp = init_distributed(TIMEOUT_S)
     mesh = build_mesh(tp, 1, seed=0, timeout_s=TIMEOUT_S)
-    tied = model.language.tie_word_embeddings
     weights = {
         name: reader.read(name, mesh.tp_rank, tp)
-        for name in _own_names(name_table(model), tied=tied)
+        for name, entry in name_table(model).items()
+        if entry.exported
     }
     store = CheckpointStore(output / "checkpoints", ProcessGroupComm())
     folder = store.begin(0)
-    save_tensors(folder / "shards", {WEIGHTS: weights}, mesh, tied=tied)
+    save_tensors(folder / "shards", {WEIGHTS: weights}, mesh, sharding_table(model))
     if mesh.is_main:
         write_model(folder, model)
     return store.commit(folder, {"stage": "imported", "from": source.name})
@@ -86,13 +86,12 @@ def export_hf(source: Path, output: Path, tokenizer: Path) -> Path:
     writer = HFWriter(output, model)
     init_distributed(TIMEOUT_S)
     mesh = build_mesh(1, 1, seed=0, timeout_s=TIMEOUT_S)
-    tied = model.language.tie_word_embeddings
-    table = name_table(model)
-    names = _own_names(table, tied=tied)
-    dtype = weights_dtype(folder / "shards")
-    for name in names:
-        weight = torch.empty(table[name].shape, dtype=dtype)
-        load_tensors(folder / "shards", {WEIGHTS: {name: weight}}, mesh, tied=tied)
+    sharding, dtype = sharding_table(model), weights_dtype(folder / "shards")
+    for name, entry in name_table(model).items():
+        if not entry.exported:
+            continue
+        weight = torch.empty(entry.shape, dtype=dtype)
+        load_tensors(folder / "shards", {WEIGHTS: {name: weight}}, mesh, sharding)
         writer.add(name, weight)
     writer.finish(tokenizer, _limits_of(folder))
     return folder
@@ -126,8 +125,3 @@ def _refuse_other_tokenizer(tokenizer: Path, model: ModelConfig) -> None:
     if problems:
         listed = "\n  ".join(problems)
         raise ConfigError(f"{tokenizer} is the tokenizer of another model:\n  {listed}")
-
-
-def _own_names(table: dict[str, Entry], *, tied: bool) -> list[str]:
-    """What one process holds: a tied head is no tensor of its own."""
-    return [name for name in table if not (tied and name == HEAD)]

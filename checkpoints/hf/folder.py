@@ -29,7 +29,7 @@ from triptych.checkpoints.hf.name_table import HF_EMBEDDING, HF_HEAD, hub_name, 
 from triptych.configs.schema import ModelConfig
 from triptych.data.types import PixelLimits
 from triptych.errors import CheckpointError
-from triptych.models.parameters import TensorSharding
+from triptych.models.sharding import TensorSharding
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

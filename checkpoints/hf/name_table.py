@@ -15,7 +15,8 @@ from triptych.checkpoints.hf.transforms import (
 )
 from triptych.configs.schema import LanguageConfig, ModelConfig, VisionConfig
 from triptych.models.init import EMBEDDING, HEAD
-from triptych.models.parameters import TensorSharding, sharding_of
+from triptych.models.qwen_vl.sharding_table import sharding_table
+from triptych.models.sharding import TensorSharding
 
 TensorShape = tuple[int, ...]
 Row = tuple[str, dict[str, TensorShape], Transform]
@@ -35,7 +36,7 @@ class Entry:
     shape: TensorShape
     sharding: TensorSharding
     """How tp shards ours."""
-    exported: bool = True
+    exported: bool
     """False for the copy of a tied embedding that the last pipeline stage holds."""
 
 
@@ -46,12 +47,14 @@ def name_table(model: ModelConfig) -> dict[str, Entry]:
     pipeline parallelism, read from the embedding and never exported.
     """
     rows = [*_vision(model.vision), *_merger(model), *_language(model.language)]
-    table = {ours: _entry(ours, theirs, transform) for ours, theirs, transform in rows}
     tied = model.language.tie_word_embeddings
     shape = (model.language.vocab_size, model.language.hidden_size)
-    source: dict[str, TensorShape] = {HF_EMBEDDING if tied else HF_HEAD: shape}
-    table[HEAD] = _entry(HEAD, source, Same(), exported=not tied)
-    return table
+    rows.append((HEAD, {HF_EMBEDDING if tied else HF_HEAD: shape}, Same()))
+    sharding = sharding_table(model)
+    return {
+        ours: _entry(theirs, how, sharding[ours], exported=not (tied and ours == HEAD))
+        for ours, theirs, how in rows
+    }
 
 
 def hub_name(name: str) -> str:
@@ -62,10 +65,10 @@ def hub_name(name: str) -> str:
 
 
 def _entry(
-    ours: str, theirs: dict[str, TensorShape], how: Transform, *, exported: bool = True
+    theirs: dict[str, TensorShape], how: Transform, sharding: TensorSharding, *, exported: bool
 ) -> Entry:
     on_meta = [torch.empty(shape, device="meta") for shape in theirs.values()]
-    return Entry(theirs, how, tuple(how.to_ours(on_meta).shape), sharding_of(ours), exported)
+    return Entry(theirs, how, tuple(how.to_ours(on_meta).shape), sharding, exported)
 
 
 def _vision(config: VisionConfig) -> Iterator[Row]:

@@ -21,6 +21,7 @@ from triptych.data.types import Media, MediaKind, PixelLimits, Sample, SampleId
 from triptych.models.build import build_model
 from triptych.models.generate import greedy
 from triptych.models.parameters import global_parameters
+from triptych.models.qwen_vl.sharding_table import sharding_table
 from triptych.parallel.mesh import build_mesh, init_distributed
 
 TIMEOUT_S = 600
@@ -72,10 +73,8 @@ class Answerer:
         [model] = build_model(
             sizes, ParallelConfig(), config.train.precision, [sizes.language.num_layers], mesh
         )
-        tied = sizes.language.tie_word_embeddings
-        load_weights(
-            folder, RunTensors(dict(global_parameters([model])), None, tied=tied, mesh=mesh)
-        )
+        parameters = dict(global_parameters([model]))
+        load_weights(folder, RunTensors(parameters, None, sharding_table(sizes), mesh))
         limits = PixelLimits(config.data.min_pixels, config.data.max_pixels)
         return cls(model.eval(), loaded, limits)
 

@@ -21,6 +21,7 @@ from triptych.models.parameters import mark_sharding
 from triptych.models.qwen_vl.language import LanguageModel
 from triptych.models.qwen_vl.layers import language_block
 from triptych.models.qwen_vl.merger import Merger
+from triptych.models.qwen_vl.sharding_table import sharding_table
 from triptych.models.qwen_vl.transformer_configs import language_transformer
 from triptych.models.qwen_vl.vision import VisionTower
 from triptych.parallel.device import upload
@@ -79,7 +80,7 @@ class Qwen2VL(MegatronModule):
             scatter_embedding_sequence_parallel=False,
             vp_stage=chunk if parallel.vpp > 1 else None,
         )
-        mark_sharding(self)
+        mark_sharding(self, sharding_table(config))
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """Take the previous stage's output; called by megatron-core's schedule."""

@@ -30,7 +30,7 @@ from triptych.data.prepare.build_dataset import build_dataset
 from triptych.data.tokenizer import load_tokenizer, train_tokenizer
 from triptych.errors import CheckpointError, ConfigError
 from triptych.launch import convert
-from triptych.models.init import HEAD
+from triptych.models.qwen_vl.sharding_table import sharding_table
 from triptych.parallel.mesh import build_mesh
 from triptych.tests.helpers.reference import save_reference, small_model, transformers_model
 from triptych.train.data import Mixture
@@ -139,14 +139,13 @@ def weights_of(run: Path) -> dict[str, Tensor]:
     """Every tensor of an imported checkpoint, whole."""
     folder = run / "checkpoints" / "step_000000000.0"
     model = read_model(folder)
-    tied = model.language.tie_word_embeddings
     weights = {
         name: torch.full(entry.shape, torch.nan)
         for name, entry in name_table(model).items()
-        if not (tied and name == HEAD)
+        if entry.exported
     }
     mesh = build_mesh(1, 1, seed=0, timeout_s=60)
-    load_tensors(folder / "shards", {WEIGHTS: weights}, mesh, tied=tied)
+    load_tensors(folder / "shards", {WEIGHTS: weights}, mesh, sharding_table(model))
     return weights
 
 

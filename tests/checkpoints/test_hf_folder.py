@@ -24,7 +24,7 @@ from triptych.configs.schema import LanguageConfig, ModelConfig, TokensConfig, V
 from triptych.data.tokenizer import train_tokenizer
 from triptych.data.types import PixelLimits
 from triptych.errors import CheckpointError, ConfigError
-from triptych.models.parameters import shard, unshard
+from triptych.models.sharding import shard, unshard
 
 LIMITS = PixelLimits(min_pixels=784, max_pixels=28224)
 TOKENS = TokensConfig(

@@ -13,8 +13,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from triptych.checkpoints.hf.name_table import name_table
 from triptych.configs.compose import load_config
 from triptych.configs.schema import ModelConfig, ParallelConfig, Precision
-from triptych.models.parameters import Part, full_shape, global_parameters, part_of, sharding_of
+from triptych.models.parameters import Part, global_parameters, part_of
 from triptych.models.qwen_vl.model import Qwen2VL
+from triptych.models.qwen_vl.sharding_table import sharding_table
+from triptych.models.sharding import full_shape
 from triptych.parallel.mesh import Mesh, build_mesh, shutdown
 
 NUM_PARAMETERS = {
@@ -85,14 +87,14 @@ def test_debug_by_hand():
 def test_the_pieces_of_all_stages_make_up_the_model(name, tp, pp, device):
     """Each tensor lies whole on the tp ranks of one stage; a tied head on first and last stage."""
     model = model_named(name)
-    table = name_table(model)
+    table, sharding = name_table(model), sharding_table(model)
     found: list[str] = []
     for pp_rank, tp_rank in product(range(pp), {0, tp - 1}):
         with as_rank(pp_rank * tp + tp_rank, tp, pp) as mesh:
             assert (mesh.pp_rank, mesh.tp_rank) == (pp_rank, tp_rank)
             piece = build(model, ParallelConfig(tp=tp, pp=pp), mesh, device)
         for parameter_name, parameter in global_parameters([piece]):
-            shape = full_shape(parameter, sharding_of(parameter_name), tp)
+            shape = full_shape(parameter, sharding[parameter_name], tp)
             assert shape == table[parameter_name].shape, parameter_name
             if tp_rank == 0:
                 found.append(parameter_name)

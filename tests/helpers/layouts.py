@@ -32,7 +32,8 @@ from triptych.configs.schema import (
 from triptych.data.loading.collate import Segment, collate
 from triptych.data.types import Batch, SampleId, Step
 from triptych.models.init import EMBEDDING, HEAD
-from triptych.models.parameters import TensorSharding, full_shape, shard, sharding_of, unshard
+from triptych.models.qwen_vl.sharding_table import sharding_table
+from triptych.models.sharding import TensorSharding, full_shape, shard, unshard
 from triptych.parallel.mesh import Mesh, build_mesh
 from triptych.tests.helpers.reference import TOKENS, conversation, small_model
 from triptych.train.engine import Engine, build_engine
@@ -263,8 +264,8 @@ def draw_weights(engine: Engine) -> None:
     mesh = engine.mesh
     with torch.no_grad():
         for name, parameter in engine.parameters.items():
-            drawn_as = EMBEDDING if engine.tied and name == HEAD else name
-            sharding = sharding_of(name)
+            drawn_as = EMBEDDING if engine.sharding.tied and name == HEAD else name
+            sharding = engine.sharding[name]
             full = _draw(drawn_as, full_shape(parameter, sharding, mesh.dims.tp))
             parameter.copy_(shard(full, sharding, mesh.tp_rank, mesh.dims.tp))
     engine.optimizer.refresh_master_weights()
@@ -340,13 +341,14 @@ def _join(
         for name, tensor in tensors_of(piece).items():
             found.setdefault(name, {}).setdefault(piece.tp_rank, []).append(tensor)
     joined: dict[str, list[Tensor]] = {}
+    table = sharding_table(config_of(case).model)
     for name, by_tp in found.items():
         rows = [by_tp[tp_rank] for tp_rank in sorted(by_tp)]
-        if sharding_of(name) is TensorSharding.REPLICATED:
+        if table[name] is TensorSharding.REPLICATED:
             copies = [tensor for row in rows for tensor in row]
         else:
             columns = zip(*rows, strict=True)
-            copies = [unshard(column, sharding_of(name)) for column in columns]
+            copies = [unshard(column, table[name]) for column in columns]
         known_as = EMBEDDING if case.tied and name == HEAD else name
         joined.setdefault(known_as, []).extend(copies)
     return {name: torch.stack(copies) for name, copies in joined.items()}

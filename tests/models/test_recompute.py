@@ -18,6 +18,7 @@ from triptych.models.build import build_model
 from triptych.models.fake_rank import saved_storages
 from triptych.models.init import init_parameters
 from triptych.models.parameters import Part, part_of
+from triptych.models.qwen_vl.sharding_table import sharding_table
 from triptych.parallel.mesh import Mesh
 from triptych.tests.helpers.reference import conversations, small_model
 from triptych.tests.helpers.single import alone, pack
@@ -52,7 +53,7 @@ def run(
     parallel = ParallelConfig(recompute=recompute)
     layers = [model.language.num_layers]
     [piece] = chunks = build_model(model, parallel, Precision.fp32, layers, mesh)
-    init_parameters(chunks, mesh, 0, tied=False)
+    init_parameters(chunks, sharding_table(model), mesh, 0)
     freeze(piece, trained)
     with saved_storages(piece) as kept:
         loss = piece(pack(conversations(0)))

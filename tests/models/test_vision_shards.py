@@ -7,17 +7,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from triptych.configs.schema import Kernels, ParallelConfig, Precision, VisionConfig
+from triptych.configs.schema import Kernels, ModelConfig, ParallelConfig, Precision, VisionConfig
 from triptych.data.media.image import PATCH_DIM
 from triptych.models.fake_rank import saved_storages
 from triptych.models.init import init_parameters
 from triptych.models.kernels import Installed, choose
-from triptych.models.parameters import TensorSharding, sharding_of, unshard
+from triptych.models.qwen_vl.sharding_table import sharding_table
 from triptych.models.qwen_vl.vision import VisionTower
+from triptych.models.sharding import TensorSharding, unshard
 from triptych.parallel.mesh import build_mesh
 from triptych.tests.helpers.single import alone
 
 VISION = VisionConfig(depth=2, hidden_size=96, num_heads=12, intermediate_size=384)
+SHARDING = sharding_table(ModelConfig(name="small", vision=VISION))
 GRIDS = {"4 patches": [(1, 2, 2)], "56 patches": [(1, 4, 6), (2, 2, 4), (1, 8, 2)]}
 """Neither number is a multiple of 3."""
 BAR = 5e-6
@@ -33,7 +35,7 @@ def measure(tp: int, sharded: bool, grids: list[tuple[int, int, int]]) -> Measur
     parallel = ParallelConfig(tp=tp, sequence_parallel=sharded)
     tower = VisionTower(VISION, parallel, Precision.fp32, table)
     chunk = nn.ModuleDict({"vision": tower})
-    init_parameters([chunk], mesh, 0, tied=False)
+    init_parameters([chunk], SHARDING, mesh, 0)
     generator = torch.Generator().manual_seed(0)
     num_patches = sum(starmap(lambda t, h, w: t * h * w, grids))
     pixels = torch.randint(256, (num_patches, PATCH_DIM), dtype=torch.uint8, generator=generator)
@@ -61,9 +63,9 @@ def test_equals_one_rank(tp, sharded, grids, pool):
         assert apart(output, want) <= BAR
     for name, want_grad in want_grads.items():
         own = [grads[name] for _, grads, _ in pieces]
-        if sharding_of(name) is TensorSharding.REPLICATED:
+        if SHARDING[name] is TensorSharding.REPLICATED:
             assert all(torch.equal(grad, own[0]) for grad in own), "replicas get one gradient"
-        assert apart(unshard(own, sharding_of(name)), want_grad) <= BAR, name
+        assert apart(unshard(own, SHARDING[name]), want_grad) <= BAR, name
 
 
 def apart(got: Tensor, want: Tensor) -> float:

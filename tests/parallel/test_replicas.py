@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from triptych.models.parameters import TensorSharding, sharding_of
+from triptych.models.sharding import TensorSharding
 from triptych.parallel.mesh import build_mesh
 from triptych.parallel.replicas import Drift, reduce_replicas
 from triptych.tests.helpers.layouts import (
@@ -43,7 +43,9 @@ def tensors(engine: Engine) -> dict[str, torch.Tensor]:
 
 def reduce(engine: Engine) -> Drift:
     replicas = {
-        n: p for n, p in engine.parameters.items() if sharding_of(n) is TensorSharding.REPLICATED
+        n: p
+        for n, p in engine.parameters.items()
+        if engine.sharding[n] is TensorSharding.REPLICATED
     }
     return reduce_replicas(replicas, engine.optimizer, engine.mesh)
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from triptych.configs.schema import OptimizerConfig, Zero
-from triptych.models.parameters import TensorSharding, sharding_of, unshard
+from triptych.models.qwen_vl.sharding_table import sharding_table
+from triptych.models.sharding import TensorSharding, unshard
 from triptych.parallel.mesh import build_mesh
 from triptych.tests.helpers.layouts import (
     KINDS,
@@ -137,13 +138,14 @@ def run_plain(case: LayoutCase) -> tuple[list[float], dict[str, Tensor], int]:
 
 def joined(ranks: list[tuple[list[float | None], int, dict[str, Tensor]]]) -> dict[str, Tensor]:
     """Full tensors by name."""
+    table = sharding_table(config_of(LayoutCase(Layout())).model)
     pieces: dict[str, dict[int, Tensor]] = {}
     for _, tp_rank, parameters in ranks:
         for name, tensor in parameters.items():
             pieces.setdefault(name, {})[tp_rank] = tensor
     full = {}
     for name, by_rank in pieces.items():
-        sharding = sharding_of(name)
+        sharding = table[name]
         rows = (
             [by_rank[0]]
             if sharding is TensorSharding.REPLICATED

@@ -9,7 +9,7 @@ from triptych.checkpoints.store import CheckpointStore
 from triptych.configs.compose import save_config
 from triptych.configs.schema import Config
 from triptych.errors import CheckpointError
-from triptych.models.parameters import TensorSharding, sharding_of
+from triptych.models.sharding import TensorSharding
 from triptych.parallel.replicas import reduce_replicas
 from triptych.train.console import say
 from triptych.train.engine import Engine
@@ -25,7 +25,7 @@ class Checkpointing:
         self._replicas = {
             name: parameter
             for name, parameter in engine.parameters.items()
-            if sharding_of(name) is TensorSharding.REPLICATED
+            if engine.sharding[name] is TensorSharding.REPLICATED
         }
 
     def after_step(self, event: StepEvent) -> None:

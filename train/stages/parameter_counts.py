@@ -8,7 +8,8 @@ import torch.distributed as dist
 from torch import nn
 
 from triptych.models.init import HEAD
-from triptych.models.parameters import Part, TensorSharding, part_of, sharding_of
+from triptych.models.parameters import Part, part_of
+from triptych.models.sharding import ShardingTable, TensorSharding
 from triptych.parallel.mesh import Mesh
 from triptych.train.stages.stage import Stage
 
@@ -27,7 +28,9 @@ class ParameterCounts:
         return "\n".join([head, *(f"{name:<10}{t:>18,}{f:>18,}" for name, t, f in rows)])
 
 
-def count_parameters(parameters: Mapping[str, nn.Parameter], mesh: Mesh) -> ParameterCounts:
+def count_parameters(
+    parameters: Mapping[str, nn.Parameter], sharding: ShardingTable, mesh: Mesh
+) -> ParameterCounts:
     """Count over all stages and tensor-parallel ranks.
 
     Every rank of ``model_group`` must call this.
@@ -35,7 +38,7 @@ def count_parameters(parameters: Mapping[str, nn.Parameter], mesh: Mesh) -> Para
     counts = torch.zeros(2, len(Part), dtype=torch.int64, device=mesh.device)
     for name, parameter in parameters.items():
         is_copy = name == HEAD and not mesh.is_first_pp_stage and _is_shared(parameter)
-        if is_copy or (mesh.tp_rank > 0 and sharding_of(name) is TensorSharding.REPLICATED):
+        if is_copy or (mesh.tp_rank > 0 and sharding[name] is TensorSharding.REPLICATED):
             continue
         row = 0 if parameter.requires_grad else 1
         counts[row, list(Part).index(part_of(name))] += parameter.numel()
