@@ -120,7 +120,7 @@ def medians(tasks: Sequence[Callable[[], object]]) -> list[float]:
 
 def step(model: Qwen2VL, batch: Batch, mesh: Mesh) -> Callable[[], None]:
     """Forward and backward pass; the batch is already on the device."""
-    placed = to_device(batch, mesh, is_first=True)
+    placed = to_device(batch, mesh, mesh.places(1)[0])
 
     def run() -> None:
         model(placed).backward()

@@ -20,8 +20,8 @@ def build_model(
     Draw them or load them.
     """
     chunks = [
-        Qwen2VL(model, parallel, precision, layers, mesh, chunk, kernels)
-        for chunk in range(parallel.vpp)
+        Qwen2VL(model, parallel, precision, layers, place, kernels)
+        for place in mesh.places(parallel.vpp)
     ]
     for piece in chunks:
         piece.to(mesh.device)

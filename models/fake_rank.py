@@ -23,7 +23,7 @@ from triptych.data.types import Batch
 from triptych.models.parameters import Part, global_parameters, part_of
 from triptych.models.qwen_vl.model import Qwen2VL
 from triptych.parallel.dtypes import DTYPES
-from triptych.parallel.mesh import Mesh, build_mesh, shutdown
+from triptych.parallel.mesh import ChunkPlace, Mesh, build_mesh, shutdown
 
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 
@@ -58,8 +58,8 @@ def count_rank(
     batch = _microbatch(config, load)
     with _alone_as(rank, world_size, config) as mesh, _without_values():
         return [
-            _count(_chunk(config, layers, mesh, chunk), config, batch, mesh)
-            for chunk in range(config.parallel.vpp)
+            _count(_chunk(config, layers, place), config, batch, mesh)
+            for place in mesh.places(config.parallel.vpp)
         ]
 
 
@@ -88,9 +88,9 @@ def _without_values() -> Iterator[None]:
         yield
 
 
-def _chunk(config: Config, layers: Sequence[int], mesh: Mesh, chunk: int) -> Qwen2VL:
+def _chunk(config: Config, layers: Sequence[int], place: ChunkPlace) -> Qwen2VL:
     """As ``build_model`` and ``Stage.freeze`` make it."""
-    model = Qwen2VL(config.model, config.parallel, config.train.precision, layers, mesh, chunk)
+    model = Qwen2VL(config.model, config.parallel, config.train.precision, layers, place)
     for name, parameter in global_parameters([model]):
         parameter.requires_grad_(getattr(config.stage, part_of(name).value).train)
     return model

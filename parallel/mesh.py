@@ -16,6 +16,30 @@ from triptych.parallel.dims import Dims
 
 
 @dataclass(frozen=True, slots=True)
+class ChunkPlace:
+    """Where a model chunk lies: along the pipeline, and across its tensor-parallel ranks."""
+
+    number: int
+    """From 0, among the pp * vpp chunks that the microbatches go through in order."""
+    num_chunks: int
+    """Chunks of the whole model."""
+    vpp_rank: int | None
+    """Which of its rank's chunks it is; None where a rank has one."""
+    tp_rank: int
+    tp: int
+
+    @property
+    def is_first(self) -> bool:
+        """Holds ViT, merger and embedding: takes pixels and tokens."""
+        return self.number == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Holds the head: takes labels, gives the loss."""
+        return self.number == self.num_chunks - 1
+
+
+@dataclass(frozen=True, slots=True)
 class Mesh:
     """This rank's place, and its process groups (megatron-core's)."""
 
@@ -36,10 +60,19 @@ class Mesh:
         """Holds the ViT and the embedding."""
         return self.pp_rank == 0
 
-    @property
-    def is_last_pp_stage(self) -> bool:
-        """Holds the head and computes the loss."""
-        return self.pp_rank == self.dims.pp - 1
+    def places(self, vpp: int) -> list[ChunkPlace]:
+        """The places of this rank's ``vpp`` model chunks, in the order in which it holds them."""
+        pp = self.dims.pp
+        return [
+            ChunkPlace(
+                number=vpp_rank * pp + self.pp_rank,
+                num_chunks=vpp * pp,
+                vpp_rank=vpp_rank if vpp > 1 else None,
+                tp_rank=self.tp_rank,
+                tp=self.dims.tp,
+            )
+            for vpp_rank in range(vpp)
+        ]
 
     @property
     def reads_media(self) -> bool:

@@ -11,7 +11,7 @@ import torch
 from triptych.data.media.image import PATCH_DIM
 from triptych.data.types import Batch, Step
 from triptych.parallel.device import upload
-from triptych.parallel.mesh import Mesh, broadcast_from_source
+from triptych.parallel.mesh import ChunkPlace, Mesh, broadcast_from_source
 
 
 def drop_unreadable(step: Step, mesh: Mesh) -> None:
@@ -34,15 +34,15 @@ def drop_unreadable(step: Step, mesh: Mesh) -> None:
         batch.loss_mask[batch.segments[segment] : batch.segments[segment + 1]] = False
 
 
-def to_device(batch: Batch, mesh: Mesh, *, is_first: bool) -> Batch:
-    """What this rank needs of a batch, on its device.
+def to_device(batch: Batch, mesh: Mesh, place: ChunkPlace) -> Batch:
+    """What a chunk of this rank needs of a batch, on its device.
 
-    Tokens and pixels, read here or received, go to the chunk that ``is_first`` of the whole model,
-    labels to the last stage, positions everywhere.
+    Tokens and pixels, read here or received, go to the model's first chunk, labels to its last,
+    positions to all.
     Every rank of ``tp_group`` must call this, in the same order of microbatches.
     """
     pixels = None
-    if is_first and batch.num_patches:
+    if place.is_first and batch.num_patches:
         pixels = batch.pixel_values
         if pixels is None:
             pixels = torch.empty(
@@ -50,7 +50,7 @@ def to_device(batch: Batch, mesh: Mesh, *, is_first: bool) -> Batch:
             )
         pixels = broadcast_from_source(upload(pixels, mesh.device), mesh.tp_group)
     fields = ["position_ids"]
-    fields += ["input_ids", "vision_index"] if is_first else []
-    fields += ["labels"] if mesh.is_last_pp_stage else []
+    fields += ["input_ids", "vision_index"] if place.is_first else []
+    fields += ["labels"] if place.is_last else []
     moved: dict[str, Any] = {name: upload(getattr(batch, name), mesh.device) for name in fields}
     return replace(batch, pixel_values=pixels, **moved)

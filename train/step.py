@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from triptych.costs.flops import NO_WORK, Workload
 from triptych.data.types import Batch, Step
 from triptych.errors import TrainingError
-from triptych.parallel.mesh import Mesh
+from triptych.parallel.mesh import ChunkPlace, Mesh
 from triptych.parallel.schedule import LossFunction, run_microbatches
 from triptych.parallel.zero.protocol import ShardedOptimizer
 from triptych.train.batches import drop_unreadable, to_device
@@ -99,9 +99,9 @@ def sum_losses(
     """
 
     def forward(
-        chunk: nn.Module, batch: Batch, is_first: bool
+        chunk: nn.Module, batch: Batch, place: ChunkPlace
     ) -> tuple[Tensor, LossFunction[Tensor]]:
-        batch = to_device(batch, mesh, is_first=is_first)
+        batch = to_device(batch, mesh, place)
         return chunk(batch), lambda loss_sum: counted(loss_sum, batch.loss_mask)
 
     lengths = [len(batch.input_ids) for batch in batches]

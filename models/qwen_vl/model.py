@@ -1,4 +1,4 @@
-"""Qwen2-VL as one pipeline stage sees it, or one of the stage's chunks.
+"""Qwen2-VL, one chunk of it: what a pipeline stage holds, or a part of that.
 
 The first one holds ViT, merger, embedding and the first decoder layers; the last one holds the
 head. In between there are decoder layers only. megatron-core's GPTModel is the language model; what
@@ -25,7 +25,7 @@ from triptych.models.qwen_vl.sharding_table import sharding_table
 from triptych.models.qwen_vl.transformer_configs import language_transformer
 from triptych.models.qwen_vl.vision import VisionTower
 from triptych.parallel.device import upload
-from triptych.parallel.mesh import Mesh
+from triptych.parallel.mesh import ChunkPlace
 
 from megatron.core.enums import ModelType
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
@@ -36,7 +36,7 @@ DUMMY_GRID = torch.tensor([[1, 2, 2]])
 
 
 class Qwen2VL(MegatronModule):
-    """One of this rank's chunks of the model."""
+    """One chunk of the model."""
 
     def __init__(
         self,
@@ -44,29 +44,27 @@ class Qwen2VL(MegatronModule):
         parallel: ParallelConfig,
         precision: Precision,
         layers_per_chunk: Sequence[int],
-        mesh: Mesh,
-        chunk: int = 0,
+        place: ChunkPlace,
         kernels: Kernels = Kernels.auto,
     ) -> None:
-        """Build chunk number ``chunk`` of ``parallel.vpp``; ``layers_per_chunk`` counts chunks."""
+        """Build the chunk of one place, its weights not yet set."""
         table = choose(kernels, precision, Installed.here())
         transformer = language_transformer(
             config.language, parallel, precision, layers_per_chunk, table
         )
         super().__init__(config=transformer)
         self.model_type = ModelType.encoder_or_decoder  # megatron-core's schedule asks for it
-        self.pre_process = mesh.is_first_pp_stage and chunk == 0
-        self.post_process = mesh.is_last_pp_stage and chunk == parallel.vpp - 1
+        self.pre_process, self.post_process = place.is_first, place.is_last
         overlap = parallel.overlap
         self.runs_dummy_image = overlap.grad_reduce or overlap.param_gather
         self.share_embeddings_and_output_weights = config.language.tie_word_embeddings
         if self.pre_process:
-            self.vision = VisionTower(config.vision, parallel, precision, table)
+            self.vision = VisionTower(config.vision, parallel, precision, place, table)
             self.merger = Merger(config.vision, config.language, precision)
         self.language = LanguageModel(
             transformer,
             language_block(
-                layers_per_chunk[chunk * mesh.dims.pp + mesh.pp_rank],
+                layers_per_chunk[place.number],
                 table,
                 overlap_tp_comm=overlap.tp_comm,
             ),
@@ -78,16 +76,16 @@ class Qwen2VL(MegatronModule):
             rotary_base=config.language.rope_theta,
             share_embeddings_and_output_weights=config.language.tie_word_embeddings,
             scatter_embedding_sequence_parallel=False,
-            vp_stage=chunk if parallel.vpp > 1 else None,
+            vp_stage=place.vpp_rank,
         )
         mark_sharding(self, sharding_table(config))
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
-        """Take the previous stage's output; called by megatron-core's schedule."""
+        """Take the previous chunk's output; called by megatron-core's schedule."""
         self.language.set_input_tensor(input_tensor)
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
-        """The tied embedding, where this stage has it.
+        """The tied embedding, where this chunk has it.
 
         Megatron-core sums its gradient over first and last stage.
         """
@@ -95,17 +93,17 @@ class Qwen2VL(MegatronModule):
         return weight
 
     def forward(self, batch: Batch, *, with_loss: bool = True) -> Tensor:
-        """Run this stage.
+        """Run this chunk.
 
         Args:
-            batch: on the device; ``pixel_values`` is needed on the first stage only, ``labels`` on
+            batch: on the device; ``pixel_values`` is needed by the first chunk only, ``labels`` by
                 the last only.
             with_loss: False gives logits.
 
         Returns:
-            Last stage: 0-d float64, the summed loss of the tokens that count, or
+            Last chunk: 0-d float64, the summed loss of the tokens that count, or
             (1, T, vocab / tp) logits.
-            Other stages: (T, 1, H) hidden states (T / tp with sequence parallelism).
+            Other chunks: (T, 1, H) hidden states (T / tp with sequence parallelism).
         """
         device = batch.position_ids.device
         hidden_T1H: Tensor = self.language(

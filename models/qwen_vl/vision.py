@@ -22,8 +22,8 @@ from triptych.models.qwen_vl.layers import vision_block
 from triptych.models.qwen_vl.transformer_configs import vision_transformer
 from triptych.parallel.device import upload
 from triptych.parallel.dtypes import DTYPES
+from triptych.parallel.mesh import ChunkPlace
 
-from megatron.core.parallel_state import get_tensor_model_parallel_rank
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
@@ -43,6 +43,7 @@ class VisionTower(MegatronModule):
         config: VisionConfig,
         parallel: ParallelConfig,
         precision: Precision,
+        place: ChunkPlace,
         table: KernelTable,
     ) -> None:
         transformer = vision_transformer(config, parallel, precision, table)
@@ -50,8 +51,8 @@ class VisionTower(MegatronModule):
         self.merge = config.spatial_merge_size
         self.head_dim = config.hidden_size // config.num_heads
         self.dtype = DTYPES[precision]
-        self.num_shards = parallel.tp if transformer.sequence_parallel else 1
-        self.shard = get_tensor_model_parallel_rank() if transformer.sequence_parallel else 0
+        self.num_shards = place.tp if transformer.sequence_parallel else 1
+        self.shard = place.tp_rank if transformer.sequence_parallel else 0
         self.patch_embed = nn.Linear(
             patch_dim(config), config.hidden_size, bias=False, dtype=self.dtype
         )

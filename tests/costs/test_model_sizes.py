@@ -47,7 +47,7 @@ def build(
 ) -> Qwen2VL:
     layers = [model.language.num_layers // parallel.pp] * parallel.pp
     with torch.device(device):
-        piece = Qwen2VL(model, parallel, Precision.bf16, layers, mesh)
+        piece = Qwen2VL(model, parallel, Precision.bf16, layers, mesh.places(1)[0])
     assert {p.device.type for p in piece.parameters()} == {device}
     assert {p.dtype for p in piece.parameters()} == {torch.bfloat16}
     return piece

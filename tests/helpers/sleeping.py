@@ -19,7 +19,7 @@ from triptych.configs.schema import Kernels, ParallelConfig, Precision
 from triptych.costs.pipeline_schedule import Event
 from triptych.models.kernels import Installed, choose
 from triptych.models.qwen_vl.transformer_configs import language_transformer
-from triptych.parallel.mesh import Mesh, build_mesh
+from triptych.parallel.mesh import ChunkPlace, Mesh, build_mesh
 from triptych.parallel.schedule import run_microbatches
 from triptych.tests.helpers.reference import small_model
 
@@ -118,7 +118,7 @@ def measured_bubble(stages: Sequence[Sequence[Event]]) -> float:
 
 
 def _step(chunks: Sequence[SleepingChunk], num_microbatches: int, mesh: Mesh) -> None:
-    def forward(chunk: SleepingChunk, microbatch: int, _is_first: bool) -> tuple[Tensor, Any]:
+    def forward(chunk: SleepingChunk, microbatch: int, _place: ChunkPlace) -> tuple[Tensor, Any]:
         one = torch.ones((), dtype=torch.int32)
         return chunk(microbatch), lambda output: (output.sum(), one, None)
 

@@ -33,7 +33,7 @@ def measure(tp: int, sharded: bool, grids: list[tuple[int, int, int]]) -> Measur
     mesh = build_mesh(tp, 1, seed=0, timeout_s=60)
     table = choose(Kernels.auto, Precision.fp32, Installed.here())
     parallel = ParallelConfig(tp=tp, sequence_parallel=sharded)
-    tower = VisionTower(VISION, parallel, Precision.fp32, table)
+    tower = VisionTower(VISION, parallel, Precision.fp32, mesh.places(1)[0], table)
     chunk = nn.ModuleDict({"vision": tower})
     init_parameters([chunk], SHARDING, mesh, 0)
     generator = torch.Generator().manual_seed(0)

@@ -249,10 +249,10 @@ def loss_averaged_by_microbatch():
 
 
 def images_dropped_on_dp_rank_1():
-    def drop(batch, mesh, *, is_first):
+    def drop(batch, mesh, place):
         if mesh.dp_rank == 1:
             batch = dataclasses.replace(batch, pixel_values=None, num_patches=0)
-        return to_device(batch, mesh, is_first=is_first)
+        return to_device(batch, mesh, place)
 
     return mock.patch("triptych.train.step.to_device", drop)
 

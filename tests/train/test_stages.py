@@ -153,7 +153,7 @@ def graph_of(layout: Layout, stage: str) -> tuple[tuple[bool, bool] | None, set[
     [model] = engine.bare_chunks
     for module in (model.vision, model.merger):
         module.register_forward_hook(lambda module, inputs, output: outputs.append(output))
-    batch = to_device(make_step("some", mesh, 1).microbatches[0], mesh, is_first=True)
+    batch = to_device(make_step("some", mesh, 1).microbatches[0], mesh, mesh.places(1)[0])
     model(batch)
     vit, merged = outputs
     return (vit.requires_grad, merged.requires_grad), buffered
