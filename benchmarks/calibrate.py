@@ -56,9 +56,9 @@ class Batches:
     long: Batch
     """The same in one segment."""
     supervised: Batch
-    """As ``short``, every token supervised."""
+    """The load of ``short``, every token supervised."""
     images: Batch
-    """As ``short``, most tokens of each segment those of an image."""
+    """The load of ``short``, most tokens of each segment those of an image."""
 
 
 def make_batches(config: Config) -> Batches:

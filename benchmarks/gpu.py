@@ -47,7 +47,7 @@ from triptych.train.step import train_step
 NUM_ROUNDS = 7
 MIX = Mix(num_samples=64, sides=(16, 72), text=(256, 2048))
 ROWS = 4
-"""Of a padded batch."""
+"""Samples in a padded batch."""
 SAME_LOSS = 5e-3
 """Relative, in bf16."""
 LEAST_RATIO, LEAST_OVER_PADDED, LEAST_SHARE, MEMORY_BAND = 1.0, 1.7, 0.5, 0.1
@@ -67,7 +67,7 @@ def give_kernels(model: nn.Module) -> str:
 
 
 def seconds(task: Callable[[], object]) -> float:
-    """By the clock, until the device is done."""
+    """Seconds by the clock, until the device is done."""
     synchronize()
     begin = time.perf_counter()
     task()
@@ -76,7 +76,7 @@ def seconds(task: Callable[[], object]) -> float:
 
 
 def model_flops(config: Config, batches: Sequence[Batch]) -> float:
-    """Of the step; the same for every arm, whatever it computes in vain."""
+    """FLOPs of the step; the same for every arm, whatever it computes in vain."""
     return sum(
         training_flops(config.model, batch.workload, vit=True, adapter=True, llm=True)
         for batch in batches

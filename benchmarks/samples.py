@@ -23,7 +23,7 @@ class Mix:
 
 
 def draw_samples(mix: Mix, model: ModelConfig, seed: int = 0) -> list[Segment]:
-    """As many as the mix has; the same for the same seed."""
+    """Samples in the numbers of the mix; the same for the same seed."""
     rng = np.random.default_rng(seed)
     return [_draw(rng, SampleId(0, index), mix, model) for index in range(mix.num_samples)]
 
@@ -64,5 +64,5 @@ def first_fit(samples: Sequence[Segment], pack_tokens: int) -> list[list[Segment
 
 
 def num_tokens(sample: Segment) -> int:
-    """Of a sample, text and vision."""
+    """Tokens of a sample, text and vision."""
     return len(sample.input_ids)

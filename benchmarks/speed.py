@@ -74,7 +74,7 @@ def product() -> tuple[float, Callable[[], None]]:
 
 
 def cpu_seconds(task: Callable[[], object]) -> float:
-    """Of this process."""
+    """CPU-seconds of this process."""
     begin = time.process_time()
     task()
     return time.process_time() - begin

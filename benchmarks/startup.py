@@ -65,7 +65,7 @@ def main() -> list[Row]:
 
 
 def cpu_seconds(start: Start) -> float:
-    """Of one run of the command, children included."""
+    """CPU-seconds of one run of the command, children included."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     _run([sys.executable, *start.words])
     after = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -23,7 +23,7 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 
 
 def print_rows(rows: Sequence[Row]) -> None:
-    """As Markdown."""
+    """The row as Markdown."""
     print("\n| claim | measured | bar | | command |\n|---|---|---|---|---|")
     for row in rows:
         verdict = "met" if row.met else "NOT MET"

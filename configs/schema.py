@@ -335,9 +335,9 @@ class ClusterConfig:
     """Devices of a run that is planned; a run that is started has as many as it has ranks."""
     gpus_per_node: int | None = None
     memory_gib: float | None = None
-    """Of one device, as its driver reports it."""
+    """Memory of one device, as its driver reports it."""
     reserved_gib: float | None = None
-    """Of ``memory_gib``, what is not ours: context, NCCL's buffers, fragmentation."""
+    """The part of ``memory_gib`` that is not ours: context, NCCL's buffers, fragmentation."""
     intra_node_gb_s: float | None = None
     """Line rate between devices of a node: 10^9 bytes per second, per device and direction."""
     inter_node_gb_s: float | None = None

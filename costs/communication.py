@@ -60,7 +60,7 @@ class Links:
 
     @classmethod
     def of(cls, cluster: ClusterConfig, *, tp: int, pp: int, dp: int) -> "Links":
-        """By which axes stay within a node; the cluster must be described.
+        """The links that axes get, which stay within a node or leave it; the cluster is described.
 
         A dp ring that spans nodes leaves a node through the ports of all its ranks there.
         """

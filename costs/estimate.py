@@ -37,11 +37,11 @@ class StepShape:
     dp: int
     num_microbatches: int
     load: Workload
-    """Of a microbatch."""
+    """What a microbatch holds."""
 
     @classmethod
     def of(cls, config: Config) -> "StepShape":
-        """For ``cluster.gpus`` devices; validated before."""
+        """The shape of a step on ``cluster.gpus`` devices; validated before."""
         assert config.cluster.gpus is not None
         dp = config.cluster.gpus // (config.parallel.tp * config.parallel.pp)
         packs = config.train.micro_batch_size * dp
@@ -50,7 +50,7 @@ class StepShape:
 
 @dataclass(frozen=True, slots=True)
 class Seconds:
-    """Of each pass, by chunk, as pipeline stages take them; waiting for tp included."""
+    """Seconds of each pass, by chunk, as pp stages take them; waiting for tp included."""
 
     forward: Sequence[float]
     backward: Sequence[float]
@@ -104,7 +104,7 @@ class Estimate:
 
     @property
     def tokens_per_step(self) -> int:
-        """Of full packs."""
+        """Tokens of a step whose packs are full."""
         return self.config.train.global_batch_size * self.config.train.seq_len
 
     @property
@@ -114,7 +114,7 @@ class Estimate:
 
     @property
     def days(self) -> float:
-        """For the stage's token budget."""
+        """Days that the stage's token budget takes."""
         return self.config.stage.token_budget / self.tokens_per_day
 
     @property
@@ -173,7 +173,7 @@ def estimate(config: Config) -> Estimate:
 
 
 def usable_bytes(config: Config) -> float:
-    """Of one device's memory, what a run can have."""
+    """Bytes of one device's memory that a run can have."""
     cluster = config.cluster
     assert cluster.memory_gib is not None
     assert cluster.reserved_gib is not None
@@ -223,7 +223,7 @@ def replica_exchange(
 def _tensor_exchange(
     config: Config, shape: StepShape, layers: tuple[int, ...], links: Links
 ) -> Exchange:
-    """Of the stage that waits longest."""
+    """What the pp stage that waits longest exchanges."""
     chunks = tensor_communication(config, shape.load).of_chunks(layers)
     stages = []
     for stage in range(config.parallel.pp):

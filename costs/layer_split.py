@@ -33,7 +33,7 @@ class PlannedBubble:
     """Shares of all stages' time in which they wait, messages not counted."""
 
     planned: float
-    """Of full packs with the expected share of vision."""
+    """The share for full packs with the expected share of vision."""
     ideal: float
     """If every chunk cost the same."""
 

@@ -21,11 +21,11 @@ class PPStageMemory:
 
     weights: int
     gradients: int
-    """Of what trains, fp32."""
+    """Gradients of what trains, fp32."""
     optimizer: int
-    """Of what trains, sharded over dp: ``bytes_of_state`` of each parameter."""
+    """State of what trains, sharded over dp: ``bytes_of_state`` for each parameter."""
     activations: int
-    """Of all microbatches between forward and backward pass; interleaved, with their outputs."""
+    """All microbatches between forward and backward pass; interleaved, with their outputs."""
     working: int
     """While a layer or the head computes."""
 
@@ -43,7 +43,7 @@ def pp_stage_memory(
     dp: int,
     num_microbatches: int,
 ) -> list[PPStageMemory]:
-    """Of each pipeline stage.
+    """The bytes that each pp stage holds.
 
     Args:
         activations: of a microbatch.

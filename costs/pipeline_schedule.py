@@ -48,7 +48,7 @@ class Timeline:
     bubble: float
     """Share of all stages' time within the makespan in which they idle."""
     events: tuple[Event, ...]
-    """Of all stages; those of a stage in the order in which it runs them."""
+    """The passes of all stages; those of a stage in the order in which it runs them."""
 
 
 def simulate(

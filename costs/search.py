@@ -25,11 +25,11 @@ from triptych.costs.memory import pp_stage_memory
 from triptych.costs.parameter_shards import pp_stage_shards
 
 DEGREES = (1, 2, 4, 8, 16)
-"""Of tp, within a node, and of pp."""
+"""Degrees of tp, within a node, and of pp."""
 CHUNKS = (1, 2, 4)
 MICRO_BATCH_SIZES = (1, 2, 4)
 RECOMPUTE = (Recompute.none, Recompute.selective, Recompute.full)
-"""Of the language model, from fast to small."""
+"""What the language model recomputes, from fast to small."""
 MODULES = ["mlp"]
 """What is recomputed selectively: flash attention leaves core_attn nothing to save."""
 
@@ -95,7 +95,7 @@ def _recomputing(config: Config) -> Iterator[Config]:
 
 
 def _seconds_if_it_fits(config: Config) -> float | None:
-    """Of a step: the slowest stage's passes, and its share of filling and draining the pipeline."""
+    """Seconds of a step: the slowest stage's passes, and its share of filling the pipeline."""
     shape, layers = StepShape.of(config), layers_per_chunk(config)
     shards = pp_stage_shards(config, layers)
     memory = pp_stage_memory(

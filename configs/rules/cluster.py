@@ -20,7 +20,7 @@ NEEDED = {
 """What a plan needs of ``cluster`` -> a value that makes sense; those of H100 nodes."""
 
 UNMEASURED = ("efficiency", "link_efficiency", "latency_us", "reserved_gib")
-"""Of ``cluster``, what stands on no data sheet: assumed unless ``cluster.measured`` names it."""
+"""Keys of ``cluster`` that stand on no data sheet: assumed unless ``cluster.measured`` names it."""
 
 
 def check_cluster(config: Config) -> Iterator[Problem]:

@@ -56,7 +56,7 @@ class Scores:
     swapped: float
 
     def line(self) -> str:
-        """As ``accuracy=0.93 n=400 ...``."""
+        """One line, ``accuracy=0.93 n=400 ...``."""
         return " ".join(
             f"{name}={value:.2f}" if isinstance(value, float) else f"{name}={value}"
             for name, value in asdict(self).items()

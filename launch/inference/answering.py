@@ -40,7 +40,7 @@ class Question:
     """Names the image in errors."""
 
     def messages(self) -> list[dict[str, object]]:
-        """As a chat."""
+        """The question as a chat."""
         content = [{"type": "image", "image": self.where}, {"type": "text", "text": self.prompt}]
         return [{"role": "user", "content": content}]
 

@@ -12,7 +12,7 @@ from triptych.costs.parameter_shards import chunk_shards
 from triptych.launch.planner.report import GIB, table
 
 TOLERANCE = 0.05
-"""Of the bytes kept for the backward pass; parameters must be equal."""
+"""Largest difference of the bytes kept for the backward pass; parameters must be equal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,14 +22,14 @@ class Comparison:
     stage: int
     chunk: int
     planned_parameters: tuple[int, ...]
-    """By part."""
+    """Parameters by part."""
     counted_parameters: tuple[int, ...]
     planned_bytes: int
     counted_bytes: int
 
     @property
     def difference(self) -> float:
-        """Of the planned bytes, relative to those counted."""
+        """Planned bytes over those counted, minus 1."""
         return self.planned_bytes / self.counted_bytes - 1
 
     @property

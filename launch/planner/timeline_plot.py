@@ -10,7 +10,7 @@ from triptych.errors import ConfigError
 
 FORWARD = ("#1f4e8c", "#5b8ac4", "#9db7d5", "#cfdcec")
 BACKWARD = ("#a3541d", "#cf8147", "#e3ab80", "#f2d5bd")
-"""By model chunk, the first one darkest."""
+"""Colours by model chunk, the first one darkest."""
 DP, LINE = "#6b7280", "#ffffff"
 MOST_NUMBERED = 400
 """Passes; above, their microbatches would not be readable."""
