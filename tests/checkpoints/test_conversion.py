@@ -32,6 +32,7 @@ from triptych.errors import CheckpointError, ConfigError
 from triptych.launch import convert
 from triptych.models.qwen_vl.sharding_table import sharding_table
 from triptych.parallel.mesh import build_mesh
+from triptych.tests.helpers.limits import HANG_S
 from triptych.tests.helpers.reference import save_reference, small_model, transformers_model
 from triptych.train.data import Mixture
 from triptych.train.run import pretrain
@@ -98,7 +99,6 @@ def command(launcher: list[str], script: str, *words: object) -> subprocess.Comp
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
-        timeout=300,
         check=False,
     )
 
@@ -144,7 +144,7 @@ def weights_of(run: Path) -> dict[str, Tensor]:
         for name, entry in name_table(model).items()
         if entry.exported
     }
-    mesh = build_mesh(1, 1, seed=0, timeout_s=60)
+    mesh = build_mesh(1, 1, seed=0, timeout_s=HANG_S)
     load_tensors(folder / "shards", {WEIGHTS: weights}, mesh, sharding_table(model))
     return weights
 

@@ -19,6 +19,7 @@ from triptych.checkpoints.comm import SingleProcess
 from triptych.checkpoints.manifest import COMMIT, MANIFEST, read_manifest, verify, writer_of
 from triptych.checkpoints.store import CheckpointStore, locate, step_folders
 from triptych.errors import CheckpointError
+from triptych.tests.helpers.limits import HANG_S
 
 INFO = {"plan": "c0ffee", "stage": 2, "layout": {"tp": 2, "pp": 1}}
 
@@ -365,9 +366,9 @@ class ThreadComm:
 
     def all_gather(self, value: Any) -> list[Any]:
         self._board[self.rank] = value
-        self._barrier.wait(timeout=30)
+        self._barrier.wait(timeout=HANG_S)
         values = [self._board[rank] for rank in range(self.world_size)]
-        self._barrier.wait(timeout=30)
+        self._barrier.wait(timeout=HANG_S)
         return values
 
 
@@ -446,18 +447,13 @@ class BlindRank1(ThreadComm):
 
 GLOO_RANK = """
 import os, sys
-from datetime import timedelta
 from pathlib import Path
 import torch.distributed as dist
 from triptych.checkpoints.comm import ProcessGroupComm
 from triptych.checkpoints.store import CheckpointStore
 folder, rank, world_size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 dist.init_process_group(
-    "gloo",
-    f"file://{folder}/rendezvous",
-    rank=rank,
-    world_size=world_size,
-    timeout=timedelta(seconds=60),
+    "gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world_size
 )
 comm = ProcessGroupComm()
 store = CheckpointStore(folder / "checkpoints", comm)
@@ -485,6 +481,6 @@ def test_gloo_processes_fall_back_together(tmp_path):
         )
         for rank in range(2)
     ]
-    outputs = [process.communicate(timeout=120) for process in ranks]
+    outputs = [process.communicate() for process in ranks]
     assert [out for out, _ in outputs] == ["step_000000001.0\n"] * 2, outputs
     assert "__1_0.distcp has 7 bytes" in outputs[0][1]

@@ -18,6 +18,7 @@ from triptych.models.qwen_vl.model import Qwen2VL
 from triptych.models.qwen_vl.sharding_table import sharding_table
 from triptych.models.sharding import full_shape
 from triptych.parallel.mesh import Mesh, build_mesh, shutdown
+from triptych.tests.helpers.limits import HANG_S
 
 NUM_PARAMETERS = {
     "debug": {"vit and adapter": 1_106_752, "all": 2_830_336},
@@ -33,7 +34,7 @@ def as_rank(rank: int, tp: int, pp: int) -> Iterator[Mesh]:
     """This process as one of tp * pp ranks; the others do not exist."""
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=tp * pp)
     try:
-        yield build_mesh(tp, pp, seed=0, timeout_s=60)
+        yield build_mesh(tp, pp, seed=0, timeout_s=HANG_S)
     finally:
         shutdown()
 

@@ -35,6 +35,7 @@ from triptych.models.init import EMBEDDING, HEAD
 from triptych.models.qwen_vl.sharding_table import sharding_table
 from triptych.models.sharding import TensorSharding, full_shape, shard, unshard
 from triptych.parallel.mesh import Mesh, build_mesh
+from triptych.tests.helpers.limits import HANG_S
 from triptych.tests.helpers.reference import TOKENS, conversation, small_model
 from triptych.train.engine import Engine, build_engine
 from triptych.train.step import count, sum_losses, train_step
@@ -178,7 +179,7 @@ def measure(layout: Layout, cases: Sequence[LayoutCase], num_steps: int = 0) -> 
     Each gives the gradients of every kind of global batch, then makes ``num_steps`` steps. Every
     rank must call this.
     """
-    mesh = build_mesh(layout.tp, layout.pp, vpp=layout.vpp, seed=0, timeout_s=60)
+    mesh = build_mesh(layout.tp, layout.pp, vpp=layout.vpp, seed=0, timeout_s=HANG_S)
     return [_measure(case, mesh, num_steps) for case in cases]
 
 

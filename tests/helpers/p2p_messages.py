@@ -9,6 +9,7 @@ from triptych.parallel import schedule
 from triptych.parallel.mesh import build_mesh
 from triptych.parallel.p2p import PlannedP2P
 from triptych.tests.helpers.layouts import Layout, LayoutCase, config_of, draw_weights, make_step
+from triptych.tests.helpers.limits import HANG_S
 from triptych.train.engine import build_engine
 from triptych.train.step import sum_losses
 
@@ -28,7 +29,7 @@ def handshake(pp_group, config, shapes, num_chunks):
 
 def count_messages(layout: Layout, planned: bool) -> tuple[float, int, set[int], float]:
     """Loss sum, tensors sent by this rank, their lengths, and the gradient norm."""
-    mesh = build_mesh(layout.tp, layout.pp, seed=0, timeout_s=60)
+    mesh = build_mesh(layout.tp, layout.pp, seed=0, timeout_s=HANG_S)
     engine = build_engine(config_of(LayoutCase(layout)), mesh)
     draw_weights(engine)
     step = make_step("some", mesh, 1)

@@ -30,13 +30,15 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from triptych.tests.helpers.limits import HANG_S
 from triptych.tests.helpers.pool_rank import FORGET, PoolCall, Raised, Returned, serve
 
 PRELOAD = ["pytest", "triptych.tests.helpers.pool_preload"]
-START_TIMEOUT_S = 120.0
 GRACE_S = 1.0
 """How long the others may go on after one rank has failed: enough to fail for the same reason."""
-STACK_TIMEOUT_S = 2.0
+STACK_TIMEOUT_S = 60.0
+STACK_ENDS = ("in <module>\n", "...\n")
+"""How faulthandler's stack ends: with its outermost frame, or cut off."""
 OUTPUT_TAIL_CHARS = 4000
 
 
@@ -72,7 +74,7 @@ class Rank:
                 return outcome
         except (EOFError, ConnectionError):
             pass
-        self.process.join(timeout=GRACE_S)
+        self.process.join(timeout=HANG_S)  # it is ending: on a busy machine that takes a while
         return RankDied(self.process.exitcode)
 
     def dump_stack(self) -> str:
@@ -80,7 +82,9 @@ class Rank:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.process.pid, signal.SIGUSR2)
         deadline = time.monotonic() + STACK_TIMEOUT_S
-        while self.stack.stat().st_size == 0 and time.monotonic() < deadline:
+        while self.process.is_alive() and time.monotonic() < deadline:
+            if self.stack.read_text().endswith(STACK_ENDS):
+                break
             time.sleep(0.01)
         return self.stack.read_text() or "  (no stack: the process does not answer signals)\n"
 
@@ -106,13 +110,20 @@ class RankPool:
         atexit.register(self.stop)
 
     def run(
-        self, function: Callable[..., Any], /, *, timeout_s: float = 120.0, **kwargs: Any
+        self,
+        function: Callable[..., Any],
+        /,
+        *,
+        timeout_s: float = HANG_S,
+        grace_s: float = GRACE_S,
+        **kwargs: Any,
     ) -> list[Any]:
         """Call ``function(**kwargs)`` on every rank.
 
         Args:
             function: a module-level function; the default process group is up when it is called.
             timeout_s: how long the case may take, on all ranks together.
+            grace_s: how long the others may go on after one rank has failed.
             **kwargs: picklable arguments, the same for every rank.
 
         Returns:
@@ -132,7 +143,8 @@ class RankPool:
                     BrokenPipeError
                 ):  # it died after its last answer: _collect says so
                     rank.connection.send_bytes(message)
-            results = self._collect(f"{Path(case.file).name}::{case.qualname}", timeout_s)
+            task = f"{Path(case.file).name}::{case.qualname}"
+            results = self._collect(task, timeout_s, grace_s)
         except BaseException:  # a failed case, or pytest-timeout or Ctrl-C in the middle of one
             self.stop()
             raise
@@ -162,7 +174,7 @@ class RankPool:
             for index in range(self.world_size):
                 self._ranks.append(self._start_rank(context, index))
         try:
-            self._collect("the start of the pool", START_TIMEOUT_S)
+            self._collect("the start of the pool", HANG_S, GRACE_S)
         except BaseException:
             self.stop()
             raise
@@ -178,8 +190,8 @@ class RankPool:
         theirs.close()  # so that the death of the rank closes the connection
         return Rank(index, process, ours, log, stack)
 
-    def _collect(self, task: str, timeout_s: float) -> list[Any]:
-        """Wait for every rank's answer; once one has failed, the others have ``GRACE_S`` left."""
+    def _collect(self, task: str, timeout_s: float, grace_s: float) -> list[Any]:
+        """Wait for every rank's answer; once one has failed, the others have ``grace_s`` left."""
         outcomes: dict[int, RankAnswer] = {}
         deadline = time.monotonic() + timeout_s
         while len(outcomes) < self.world_size:
@@ -195,7 +207,7 @@ class RankPool:
             for index in {handles[handle].index for handle in ready}:
                 outcomes[index] = self._ranks[index].receive()
                 if not isinstance(outcomes[index], Returned):
-                    deadline = min(deadline, time.monotonic() + GRACE_S)
+                    deadline = min(deadline, time.monotonic() + grace_s)
         returned = [
             outcomes[index] for index in sorted(outcomes) if isinstance(outcomes[index], Returned)
         ]

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from triptych.configs.compose import load_config
 from triptych.configs.validate import validate
 from triptych.errors import TriptychError
+from triptych.tests.helpers.limits import HANG_S
 from triptych.tests.helpers.pool import RankFailureError, RankPool
 from triptych.train.run import pretrain
 
@@ -33,6 +34,7 @@ SMALL = (
     "train.global_batch_size=4",
     "stage.token_budget=40000",
     "data.window=64",
+    f"cluster.timeout_s={HANG_S}",
 )
 """A tenth of the debug model, on packs of half the length."""
 
@@ -84,7 +86,7 @@ class Runs:
     def call(self, function: Callable[..., Any], name: str, layout: str, *more: str, **kwargs: Any):
         """``function(argv, **kwargs)`` on the ranks of the layout."""
         argv = self.words(name, layout, *more)
-        return self._pool(LAYOUTS[layout][0]).run(function, argv=argv, timeout_s=200, **kwargs)
+        return self._pool(LAYOUTS[layout][0]).run(function, argv=argv, **kwargs)
 
 
 def train(argv: Sequence[str]) -> str:

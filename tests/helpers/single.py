@@ -17,17 +17,18 @@ from triptych.data.types import Batch, SampleId
 from triptych.models.build import build_model
 from triptych.models.parameters import global_parameters
 from triptych.parallel.mesh import Mesh, build_mesh, init_distributed, shutdown
+from triptych.tests.helpers.limits import HANG_S
 from triptych.tests.helpers.reference import TOKENS, Conversation, Outcome
 
 
 @contextmanager
 def alone() -> Iterator[Mesh]:
     """A process group of this process only; one thread, as more only slow models this small."""
-    init_distributed(60)
+    init_distributed(HANG_S)
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield build_mesh(1, 1, seed=0, timeout_s=60)
+        yield build_mesh(1, 1, seed=0, timeout_s=HANG_S)
     finally:
         torch.set_num_threads(num_threads)
         shutdown()

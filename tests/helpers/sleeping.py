@@ -21,6 +21,7 @@ from triptych.models.kernels import Installed, choose
 from triptych.models.qwen_vl.transformer_configs import language_transformer
 from triptych.parallel.mesh import ChunkPlace, Mesh, build_mesh
 from triptych.parallel.schedule import run_microbatches
+from triptych.tests.helpers.limits import HANG_S
 from triptych.tests.helpers.reference import small_model
 
 from megatron.core.enums import ModelType
@@ -90,7 +91,7 @@ def run_sleeping(
     given = [np.asarray(seconds, dtype=np.float64) for seconds in (forward_s, backward_s)]
     by_pass = [s if s.ndim == 3 else np.broadcast_to(s[:, :, None], shape) for s in given]
     vpp, pp, _ = shape
-    mesh = build_mesh(1, pp, vpp=vpp, seed=0, timeout_s=60)
+    mesh = build_mesh(1, pp, vpp=vpp, seed=0, timeout_s=HANG_S)
     small = small_model(heads=2, kv_heads=2, tied=False).language
     language, parallel = replace(small, num_layers=pp * vpp), ParallelConfig(pp=pp, vpp=vpp)
     table = choose(Kernels.auto, Precision.fp32, Installed.here())

@@ -14,6 +14,7 @@ from torch import Tensor
 from triptych.models import linear
 from triptych.models.linear import OverlappedColumnParallelLinear, OverlappedRowParallelLinear
 from triptych.parallel.mesh import build_mesh
+from triptych.tests.helpers.limits import HANG_S
 
 pytestmark = pytest.mark.distributed
 
@@ -71,7 +72,7 @@ def layers(kind: str, *, bias: bool, skip_bias_add: bool) -> list[torch.nn.Modul
 def compare(kind: str, *, trains: bool, needs_input: bool) -> None:
     """Bit by bit, over biases and lengths, among them one token per rank."""
     tp = dist.get_world_size()
-    build_mesh(tp, 1, seed=0, timeout_s=60)
+    build_mesh(tp, 1, seed=0, timeout_s=HANG_S)
     generator = torch.Generator().manual_seed(100 + dist.get_rank())
     for bias, skip, pieces in itertools.product((False, True), (False, True), (1, 7)):
         pair = layers(kind, bias=bias, skip_bias_add=skip)
@@ -121,7 +122,7 @@ def test_overlapped_layers_compute_the_same(pool, tp, kind, trains, needs_input)
 def saved_bytes(kind: str, *, trains: bool) -> list[int]:
     """What each of the two keeps for the backward pass."""
     tp = dist.get_world_size()
-    build_mesh(tp, 1, seed=0, timeout_s=60)
+    build_mesh(tp, 1, seed=0, timeout_s=HANG_S)
     shape = (7, 1, 16) if kind == "column" else (7 * tp, 1, 24 // tp)
     kept = []
     for layer in layers(kind, bias=False, skip_bias_add=False):

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from triptych.models.loss import CHUNK_TOKENS, SummedLoss
 from triptych.parallel.mesh import Mesh, build_mesh
+from triptych.tests.helpers.limits import HANG_S
 from triptych.tests.helpers.single import alone
 
 H, V = 24, 64
@@ -73,7 +74,7 @@ def test_equals_torch(num_tokens, share, mesh):
 
 
 def measure(tp: int, sp: bool, num_tokens: int, share: float) -> tuple[Tensor, Tensor, Tensor]:
-    mesh = build_mesh(tp, 1, seed=0, timeout_s=60)
+    mesh = build_mesh(tp, 1, seed=0, timeout_s=HANG_S)
     loss, hidden_grad, weight_grad = ours(*make(num_tokens, share), mesh, sp=sp)
     if not sp:
         others = [torch.empty_like(hidden_grad) for _ in range(tp)]

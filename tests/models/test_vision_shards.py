@@ -16,6 +16,7 @@ from triptych.models.qwen_vl.sharding_table import sharding_table
 from triptych.models.qwen_vl.vision import VisionTower
 from triptych.models.sharding import TensorSharding, unshard
 from triptych.parallel.mesh import build_mesh
+from triptych.tests.helpers.limits import HANG_S
 from triptych.tests.helpers.single import alone
 
 VISION = VisionConfig(depth=2, hidden_size=96, num_heads=12, intermediate_size=384)
@@ -30,7 +31,7 @@ Measured = tuple[Tensor, dict[str, Tensor], int]
 
 def measure(tp: int, sharded: bool, grids: list[tuple[int, int, int]]) -> Measured:
     """Output, gradients as megatron-core sums them, bytes kept for the backward pass."""
-    mesh = build_mesh(tp, 1, seed=0, timeout_s=60)
+    mesh = build_mesh(tp, 1, seed=0, timeout_s=HANG_S)
     table = choose(Kernels.auto, Precision.fp32, Installed.here())
     parallel = ParallelConfig(tp=tp, sequence_parallel=sharded)
     tower = VisionTower(VISION, parallel, Precision.fp32, mesh.places(1)[0], table)

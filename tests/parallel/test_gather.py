@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from triptych.parallel.mesh import build_mesh
 from triptych.parallel.zero import gather
+from triptych.tests.helpers.limits import HANG_S
 
 SHAPES = ((3, 4), (1,), (5,), (40,), (2, 2, 2))
 
@@ -19,7 +20,7 @@ def value(index: int) -> torch.Tensor:
 
 def gather_on_this_rank(bucket_numel: int) -> tuple[int, int]:
     """How many tensors came out right, and how many sums that took."""
-    mesh = build_mesh(1, 1, seed=0, timeout_s=60)
+    mesh = build_mesh(1, 1, seed=0, timeout_s=HANG_S)
     shards = []
     for index, shape in enumerate(SHAPES):
         numel = value(index).numel()

@@ -126,9 +126,7 @@ def outcomes(pool) -> Measure:
     """``outcomes(layout, cases)``: what they give, on ranks of the pool."""
 
     def of(layout: Layout, cases: list[LayoutCase], **options: int) -> list[LayoutOutcome]:
-        ranks = pool(layout.world_size).run(
-            measure, layout=layout, cases=cases, timeout_s=60 + 30 * len(cases), **options
-        )
+        ranks = pool(layout.world_size).run(measure, layout=layout, cases=cases, **options)
         return [join(pieces, case) for case, *pieces in zip(cases, *ranks, strict=True)]
 
     return of

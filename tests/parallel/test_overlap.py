@@ -18,6 +18,7 @@ from triptych.tests.helpers.layouts import (
     draw_weights,
     make_step,
 )
+from triptych.tests.helpers.limits import HANG_S
 from triptych.tests.helpers.pool import RankFailureError
 from triptych.train.engine import build_engine
 from triptych.train.step import train_step, validation_loss
@@ -41,7 +42,7 @@ LAYOUTS = [
 def losses(case: LayoutCase, order: tuple[str, ...]) -> list[float]:
     """Of one step for each kind of global batch, and of a validation after each."""
     layout = case.layout
-    mesh = build_mesh(layout.tp, layout.pp, vpp=layout.vpp, seed=0, timeout_s=60)
+    mesh = build_mesh(layout.tp, layout.pp, vpp=layout.vpp, seed=0, timeout_s=HANG_S)
     engine = build_engine(config_of(case), mesh)
     draw_weights(engine)
     rates = dict.fromkeys(("vit", "adapter", "llm"), LR)

@@ -14,6 +14,7 @@ from triptych.tests.helpers.layouts import (
     draw_weights,
     make_step,
 )
+from triptych.tests.helpers.limits import HANG_S
 from triptych.train.engine import Engine, build_engine
 from triptych.train.step import train_step
 
@@ -24,7 +25,7 @@ LAYOUT = Layout(tp=2, dp=2, sequence_parallel=True)
 
 
 def trained_engine(zero: str, layout: Layout) -> Engine:
-    mesh = build_mesh(layout.tp, layout.pp, seed=0, timeout_s=60)
+    mesh = build_mesh(layout.tp, layout.pp, seed=0, timeout_s=HANG_S)
     engine = build_engine(config_of(LayoutCase(layout, zero=zero)), mesh)
     draw_weights(engine)
     rates = dict.fromkeys(("vit", "adapter", "llm"), LR)

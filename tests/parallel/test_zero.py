@@ -22,6 +22,7 @@ from triptych.tests.helpers.layouts import (
     draw_weights,
     make_step,
 )
+from triptych.tests.helpers.limits import HANG_S
 from triptych.train.engine import Engine, build_engine
 from triptych.train.step import count, sum_losses, train_step
 
@@ -43,7 +44,7 @@ LAYOUTS = [
 
 def engine_of(case: LayoutCase, zero: Zero) -> Engine:
     layout = case.layout
-    mesh = build_mesh(layout.tp, layout.pp, seed=0, timeout_s=60)
+    mesh = build_mesh(layout.tp, layout.pp, seed=0, timeout_s=HANG_S)
     config = config_of(case)
     config.optimizer.zero = zero
     engine = build_engine(config, mesh)

@@ -19,14 +19,14 @@ from triptych.tests.helpers.runs import Runs, losses
 from triptych.train.lock import NAME, lock_run_dir
 
 HOLDER = """
-import os, sys, time
+import os, sys
 from pathlib import Path
 from triptych.checkpoints.comm import SingleProcess
 from triptych.train.lock import lock_run_dir
 with lock_run_dir(Path(sys.argv[1]), SingleProcess()):
     if os.fork() == 0:  # as megatron-core's writers of checkpoints are
         print("held", os.getpid(), flush=True)  # the child: it has let go of the lock by now
-    time.sleep(100)
+    sys.stdin.read()  # until killed, or left alone
 """
 
 
@@ -40,6 +40,7 @@ def test_the_second_process_is_told_of_the_first_and_may_run_after_its_death(tmp
     run_dir = tmp_path / "run"
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(run_dir)],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "SLURM_JOB_ID": "77"},
@@ -108,11 +109,10 @@ def test_never_two_at_a_time(tmp_path):
     """Threads take and leave the lock as fast as they can: it is removed under the others."""
     inside, most, taken = 0, 0, 0
     counting = threading.Lock()
-    end = time.monotonic() + 60.0
 
     def take(_: int) -> None:
         nonlocal inside, most, taken
-        while taken < 300 and time.monotonic() < end:
+        while taken < 300:
             try:
                 with lock_run_dir(tmp_path, SingleProcess()):
                     with counting:
@@ -127,5 +127,4 @@ def test_never_two_at_a_time(tmp_path):
 
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(take, range(4)))
-    assert taken >= 300
     assert most == 1

@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 
+from triptych.tests.helpers.processes import wait_until_dead
 from triptych.tests.helpers.runs import (
     LAYOUTS,
     OVERLAP,
@@ -82,7 +83,7 @@ def test_killed_torchrun_goes_on_bit_for_bit(moment, runs):
         ),
     )
     assert 4 <= len(metrics(folder)) <= 7
-    assert torchrun(words).wait(timeout=200) == 0
+    assert torchrun(words).wait() == 0
     runs.train("whole", "pp2", *options)
     assert without_times(folder) == without_times(runs.dir("whole"))
     assert packs(folder) == packs(runs.dir("whole"))
@@ -103,7 +104,7 @@ def kill_torchrun(words: list[str], when) -> None:
     for pid in (agent.pid, *(rank.pid for rank in ranks)):
         os.kill(pid, signal.SIGKILL)
     agent.wait()
-    psutil.wait_procs(ranks, timeout=5)  # a container may have nobody who reaps them
+    wait_until_dead(rank.pid for rank in ranks)
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from triptych.tests.helpers.layouts import (
     draw_weights,
     make_step,
 )
+from triptych.tests.helpers.limits import HANG_S
 from triptych.tests.helpers.runs import LAYOUTS, Runs, metrics
 from triptych.train.batches import to_device
 from triptych.train.engine import build_engine
@@ -139,7 +140,7 @@ def test_what_is_frozen_builds_no_graph(stage, layout, pool):
 
 def graph_of(layout: Layout, stage: str) -> tuple[tuple[bool, bool] | None, set[str]]:
     """Whether ViT's and merger's outputs have a graph, where they are; parts with a buffer."""
-    mesh = build_mesh(layout.tp, layout.pp, seed=0, timeout_s=60)
+    mesh = build_mesh(layout.tp, layout.pp, seed=0, timeout_s=HANG_S)
     engine = build_engine(config_of(LayoutCase(layout, stage)), mesh)
     draw_weights(engine)
     buffered = {

@@ -91,8 +91,10 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0,sched_min_interval=0
-SlurmdTimeout=10
-SlurmctldTimeout=10
+SlurmdTimeout=1800
+SlurmctldTimeout=1800
+MessageTimeout=100
+BatchStartTimeout=600
 InactiveLimit=0
 KillWait=5
 MinJobAge=3600
@@ -105,10 +107,9 @@ CONF
 
 wait_until_idle() {
   local idle=0
-  for _ in $(seq 300); do
+  while kill -0 "$controller" 2>/dev/null; do
     idle=$(sinfo --noheader --Node --states=idle --format=%N 2>/dev/null | wc -l) || idle=0
     [ "$idle" = "$num_nodes" ] && return
-    kill -0 "$controller" 2>/dev/null || break
     sleep 0.1
   done
   echo "with_slurm.sh: $idle of $num_nodes nodes came up" >&2
