@@ -162,6 +162,17 @@ class Batch:
         return torch.from_numpy(np.flatnonzero(self.loss_mask.numpy()))
 
 
+@dataclass(frozen=True, slots=True)
+class UnreadableSample:
+    """A sample of a step whose media could not all be read; its pixels are zeros."""
+
+    microbatch: int
+    """Index in ``Step.microbatches``."""
+    segment: int
+    """Index in the microbatch's ``sample_ids``."""
+    reason: str
+
+
 @dataclass(slots=True)
 class Step:
     """All that one data-parallel rank trains on in one optimizer step."""
@@ -169,8 +180,5 @@ class Step:
     microbatches: Sequence[Batch]
     packs: tuple[int, ...]
     """Numbers of this rank's packs, in the order of the microbatches."""
-    bad: list[tuple[int, int, str]]
-    """(microbatch, segment, reason) of samples whose media could not be read here.
-
-    Their pixels are zeros.
-    """
+    unreadable: list[UnreadableSample]
+    """Samples whose media this rank could not read; empty where it reads none."""

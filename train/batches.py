@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from triptych.data.media.image import PATCH_DIM
 from triptych.data.types import Batch, Step
@@ -14,24 +15,28 @@ from triptych.parallel.device import upload
 from triptych.parallel.mesh import ChunkPlace, Mesh, broadcast_from_source
 
 
-def drop_unreadable(step: Step, mesh: Mesh) -> None:
+def drop_unreadable(step: Step, mesh: Mesh, *, asks_to_stop: bool = False) -> bool:
     """Take samples whose media could not be read out of the loss, on every rank of the replica.
 
-    Only the reading rank knows of them. Every rank of ``model_group`` must call this, once per
-    step.
+    Only the reading rank knows of them. Whether a rank asks to stop travels along: returns whether
+    any rank of the replica does. Every rank of ``model_group`` must call this, once per step.
     """
-    spots = [(microbatch, segment) for microbatch, segment, _ in step.bad]
+    spots = [(sample.microbatch, sample.segment) for sample in step.unreadable]
     if mesh.dims.tp * mesh.dims.pp > 1:
-        count = torch.tensor([len(spots)], device=mesh.device)
-        broadcast_from_source(count, mesh.model_group)
-        if count.item():
-            table = torch.zeros(int(count), 2, dtype=torch.int64, device=mesh.device)
+        # Summed: who does not read adds no sample, and a request may come from any rank.
+        counts = torch.tensor([len(spots), asks_to_stop], dtype=torch.int64, device=mesh.device)
+        dist.all_reduce(counts, group=mesh.model_group)
+        num_spots, num_asking = counts.tolist()
+        asks_to_stop = num_asking > 0
+        if num_spots:
+            table = torch.zeros(num_spots, 2, dtype=torch.int64, device=mesh.device)
             if mesh.reads_media:
                 table.copy_(torch.tensor(spots))
             spots = [tuple(row) for row in broadcast_from_source(table, mesh.model_group).tolist()]
     for microbatch, segment in spots:
         batch = step.microbatches[microbatch]
         batch.loss_mask[batch.segments[segment] : batch.segments[segment + 1]] = False
+    return asks_to_stop
 
 
 def to_device(batch: Batch, mesh: Mesh, place: ChunkPlace) -> Batch:

@@ -1,41 +1,48 @@
 """The loop."""
 
 import time
-from collections.abc import Sequence
 
 from triptych.configs.schema import Config
 from triptych.data.loading.loader import Loader
 from triptych.train.engine import Engine
-from triptych.train.hooks.hook import Hook, StepEvent
-from triptych.train.hooks.metrics import step_metrics
+from triptych.train.hooks.chain import HookChain
+from triptych.train.hooks.hook import StepEvent
+from triptych.train.metrics import StepTimes, step_metrics
 from triptych.train.state import TrainState
 from triptych.train.step import train_step
+from triptych.train.stop import StopReason
 
 
 def train(
-    config: Config, engine: Engine, loader: Loader, state: TrainState, hooks: Sequence[Hook]
-) -> TrainState:
-    """Train until the stage's token budget is used up, or ``train.num_steps`` is reached.
+    config: Config, engine: Engine, loader: Loader, state: TrainState, hooks: HookChain
+) -> tuple[TrainState, StopReason | None]:
+    """Train until the budget is used up, ``train.num_steps`` is reached, or the ranks stop.
 
-    Every rank must call this.
+    Returns where training stands, and why this rank asked to stop, if it did. Every rank must call
+    this.
     """
-    while not is_finished(config, engine, state):
+    asked, stops = None, False
+    while not (stops or is_finished(config, engine, state)):
+        hooks.before_step(state)
         start = time.perf_counter()
         step = next(loader)
+        has_data = time.perf_counter()
         lr = engine.stage.learning_rates(state.consumed_tokens)
-        result = train_step(engine.optimizer, step, lr, engine.mesh, number=state.step + 1)
-        totals = result.totals
+        number = state.step + 1
+        result = train_step(
+            engine.optimizer, step, lr, engine.mesh, number=number, asks_to_stop=asked is not None
+        )
+        totals, stops = result.totals, result.totals.num_asking_to_stop > 0
         state = state.after(
             num_tokens=totals.workload.num_tokens,
             num_samples=totals.num_samples,
             cursor=loader.cursor,
         )
-        elapsed_s = time.perf_counter() - start
-        metrics = step_metrics(config, state, result, elapsed_s, engine.mesh.dims.world_size)
-        event = StepEvent(state, result, step, is_finished(config, engine, state), metrics)
-        for hook in hooks:
-            hook.after_step(event)
-    return state
+        times = StepTimes(data_s=has_data - start, compute_s=time.perf_counter() - has_data)
+        metrics = step_metrics(config, state, result, times, engine.mesh.dims.world_size)
+        is_last = stops or is_finished(config, engine, state)
+        asked = hooks.after_step(StepEvent(state, result, step, is_last, metrics)) or asked
+    return state, asked
 
 
 def is_finished(config: Config, engine: Engine, state: TrainState) -> bool:

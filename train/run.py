@@ -2,7 +2,6 @@
 
 import contextlib
 import gc
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,16 +19,20 @@ from triptych.parallel.mesh import Mesh, build_mesh, init_distributed, shutdown
 from triptych.train.console import say
 from triptych.train.data import Mixture, generate_samples
 from triptych.train.engine import Engine, build_engine
+from triptych.train.hooks.chain import HookChain
 from triptych.train.hooks.checkpoint import Checkpointing
 from triptych.train.hooks.hook import Hook
-from triptych.train.hooks.metrics import Ledger, MetricsFile, Quarantine, keep_until
+from triptych.train.hooks.ledger import LEDGER, Ledger
 from triptych.train.hooks.progress import Progress
-from triptych.train.hooks.trackers import TensorBoardTracker, WandbTracker
+from triptych.train.hooks.quarantine import QUARANTINE, Quarantine
+from triptych.train.hooks.trackers import METRICS, MetricsFile, TensorBoardTracker, WandbTracker
 from triptych.train.hooks.validation import Validation
+from triptych.train.json_lines import keep_until
 from triptych.train.lock import lock_run_dir
 from triptych.train.loop import is_finished, train
 from triptych.train.start import start
 from triptych.train.state import TrainState
+from triptych.train.stop import gather_reasons
 
 
 def pretrain(config: Config) -> TrainState:
@@ -62,17 +65,19 @@ def _run_stage(config: Config, mesh: Mesh, comm: Comm) -> TrainState:
     if is_finished(config, engine, state):
         say(mesh, _finished(config, state))
         return state
-    _open_run_folder(config, mesh)
+    _open_run_folder(config, mesh, state)
     loader = data.loader(config, mesh, state.cursor)
     with contextlib.closing(loader), contextlib.ExitStack() as stack:
-        hooks = _hooks(config, engine, store, state)
-        for hook in hooks:
-            stack.callback(hook.close)
+        hooks = _hooks(config, engine, store)
+        stack.enter_context(hooks.running(state))
         gc.collect()
         gc.freeze()  # what is there stays: no rank shall keep the others waiting to look it through
         stack.callback(gc.unfreeze)
-        state = train(config, engine, loader, state, hooks)
-    say(mesh, _finished(config, state))
+        state, asked = train(config, engine, loader, state, hooks)
+    if is_finished(config, engine, state):
+        say(mesh, _finished(config, state))
+    else:
+        say(mesh, _stopped(config, state, gather_reasons(asked)))
     return state
 
 
@@ -82,15 +87,19 @@ def leave() -> None:
     shutdown()
 
 
-def _open_run_folder(config: Config, mesh: Mesh) -> None:
-    """Make ``run.dir`` and write the resolved configuration into it.
+def _open_run_folder(config: Config, mesh: Mesh, state: TrainState) -> None:
+    """Make ``run.dir``, write the resolved configuration, and cut records of steps back to here.
 
-    Only a run that will train does: what was refused leaves no trace.
+    Only a run that will train does: what was refused leaves no trace. All files of an earlier start
+    are cut, of however many ranks, before any rank appends to its own.
     """
     run_dir = Path(config.run.dir)
     if mesh.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
         save_config(config, run_dir / "config.yaml")
+        for pattern in (METRICS, f"{LEDGER}/*.jsonl", f"{QUARANTINE}/*.jsonl"):
+            for record in run_dir.glob(pattern):
+                keep_until(record, state.step)
     dist.barrier()
 
 
@@ -146,31 +155,29 @@ def _kernels(config: Config) -> str:
     )
 
 
-def _hooks(
-    config: Config, engine: Engine, store: CheckpointStore, state: TrainState
-) -> Sequence[Hook]:
-    """In the order in which they are called.
-
-    What adds metrics before what writes them, saving last.
-    """
+def _hooks(config: Config, engine: Engine, store: CheckpointStore) -> HookChain:
+    """Everything optional. Saving comes last: a checkpoint's steps have been written down then."""
     mesh, run_dir = engine.mesh, Path(config.run.dir)
     hooks: list[Hook] = []
     if config.train.validate_every:
         held_out = Mixture.open(config, config.data.validation, once=True)
         hooks.append(Validation(config, engine, held_out.validation_step(config, mesh)))
     if mesh.is_main:
-        for record in (*run_dir.glob("ledger/*.jsonl"), *run_dir.glob("quarantine.jsonl")):
-            keep_until(record, state.step)
-        hooks.append(MetricsFile(run_dir / "metrics.jsonl", state.step))
+        hooks.append(MetricsFile(run_dir))
         if config.log.wandb:
             hooks.append(WandbTracker(config, run_dir))
         if config.log.tensorboard:
-            hooks.append(TensorBoardTracker(run_dir, state.step))
-    dist.barrier()
+            hooks.append(TensorBoardTracker(run_dir))
     if mesh.reads_media:
-        hooks.append(Ledger(run_dir / "ledger" / f"dp_{mesh.dp_rank:05d}.jsonl", state.step))
-        hooks.append(Quarantine(run_dir / "quarantine.jsonl", mesh))
-    return [*hooks, Progress(config, mesh), Checkpointing(config, engine, store)]
+        hooks += [Ledger(run_dir, mesh), Quarantine(run_dir, mesh)]
+    return HookChain([*hooks, Progress(config, mesh), Checkpointing(config, engine, store)])
+
+
+def _stopped(config: Config, state: TrainState, reasons: str) -> str:
+    return (
+        f"{config.stage.name} stops after step {state.step}, as asked by {reasons}"
+        "  -> type the command again: the run resumes"
+    )
 
 
 def _finished(config: Config, state: TrainState) -> str:

@@ -29,6 +29,8 @@ class Totals:
     num_samples: int
     num_unreadable: int
     """Samples whose media could not be read; known to the ranks that read, 0 on the others."""
+    num_asking_to_stop: int
+    """Replicas in which a rank asks for the run to end after this step; the same on all ranks."""
 
     @property
     def num_supervised_tokens(self) -> int:
@@ -53,7 +55,13 @@ class StepResult:
 
 
 def train_step(
-    optimizer: ShardedOptimizer, step: Step, lr: dict[str, float], mesh: Mesh, *, number: int
+    optimizer: ShardedOptimizer,
+    step: Step,
+    lr: dict[str, float],
+    mesh: Mesh,
+    *,
+    number: int,
+    asks_to_stop: bool = False,
 ) -> StepResult:
     """Forward, backward, update. Every rank must call this.
 
@@ -63,12 +71,15 @@ def train_step(
         lr: by part.
         mesh: this rank's place.
         number: of the step, for messages.
+        asks_to_stop: whether this rank asks for the run to end after this step.
 
     Raises:
         TrainingError: loss or gradient is not finite; on every rank, before anything is updated.
     """
-    drop_unreadable(step, mesh)
-    totals = count(step, mesh)
+    # All ranks learn who asks to stop, without a collective for it: the first one adds over the
+    # replica (tp x pp), the next over dp, and every rank is in one replica and one dp group.
+    asks_to_stop = drop_unreadable(step, mesh, asks_to_stop=asks_to_stop)
+    totals = count(step, mesh, asks_to_stop=asks_to_stop)
     if totals.num_supervised_tokens == 0:
         return StepResult(None, 0.0, lr, totals)
     optimizer.zero_grad()
@@ -125,16 +136,21 @@ def counted(loss_sum: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor, Tensor
     return loss_sum, loss_mask.sum().int(), loss_sum.detach()
 
 
-def count(step: Step, mesh: Mesh) -> Totals:
-    """Add up the batches of all data-parallel ranks. Every rank must call this."""
+def count(step: Step, mesh: Mesh, *, asks_to_stop: bool = False) -> Totals:
+    """Add up the batches of all data-parallel ranks. Every rank must call this.
+
+    ``asks_to_stop`` must be the same on all ranks of a replica.
+    """
     workload = sum((batch.workload for batch in step.microbatches), NO_WORK)
     num_samples = sum(len(batch.sample_ids) for batch in step.microbatches)
     counts = torch.tensor(
-        [*astuple(workload), num_samples, len(step.bad)], dtype=torch.int64, device=mesh.device
+        [*astuple(workload), num_samples, len(step.unreadable), asks_to_stop],
+        dtype=torch.int64,
+        device=mesh.device,
     )
     dist.all_reduce(counts, group=mesh.dp_group)
-    *loads, num_samples, num_unreadable = counts.tolist()
-    return Totals(Workload(*loads), num_samples, num_unreadable)
+    *loads, num_samples, num_unreadable, num_asking = counts.tolist()
+    return Totals(Workload(*loads), num_samples, num_unreadable, num_asking)
 
 
 def _mean_loss(loss_sum: Tensor, totals: Totals, mesh: Mesh) -> float:

@@ -12,7 +12,15 @@ from triptych.configs.schema import TokensConfig
 from triptych.data.loading.collate import Segment, collate
 from triptych.data.media.image import PATCH_DIM, decode_image, image_grid, image_patches
 from triptych.data.tokens import expand
-from triptych.data.types import Media, Pack, PixelLimits, SampleId, Source, Step
+from triptych.data.types import (
+    Media,
+    Pack,
+    PixelLimits,
+    SampleId,
+    Source,
+    Step,
+    UnreadableSample,
+)
 from triptych.errors import DataError
 
 Grid = tuple[int, int, int]
@@ -56,28 +64,28 @@ class Reader:
         self._workers = ThreadPoolExecutor(num_workers, thread_name_prefix="read-media")
 
     def read(self, microbatches: Sequence[Sequence[Pack]]) -> Step:
-        """The batches of some packs; media that cannot be read are zeros and an entry in ``bad``.
+        """The batches of some packs; media that cannot be read are zeros, their samples listed.
 
         Raises:
             DataError: a sample's text and media do not fit each other, or it has a token that the
                 model does not know.
         """
         reads = deque([self._submit(packs) for packs in microbatches])
-        form, batches, bad = self._form, [], []
+        form, batches, unreadable = self._form, [], []
         for number, packs in enumerate(microbatches):
             samples = [future.result() for future in reads.popleft()]
             segments = [sample.segment for sample in samples]
             batch = collate(segments, form.tokens, pad_to=form.pad_to, with_pixels=form.read_pixels)
             assert batch.num_tokens == sum(pack.num_tokens for pack in packs)
             batches.append(batch)
-            bad += [
-                (number, position, "; ".join(sample.problems))
+            unreadable += [
+                UnreadableSample(number, position, "; ".join(sample.problems))
                 for position, sample in enumerate(samples)
                 if sample.problems
             ]
             self.num_decoded += sum(len(segment.pixels) for segment in segments)
         numbers = tuple(pack.number for packs in microbatches for pack in packs)
-        return Step(microbatches=batches, packs=numbers, bad=bad)
+        return Step(microbatches=batches, packs=numbers, unreadable=unreadable)
 
     def close(self) -> None:
         """End the threads; samples not yet begun are dropped."""

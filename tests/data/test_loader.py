@@ -138,7 +138,7 @@ def contents(step):
     tensors = ("input_ids", "labels", "loss_mask", "position_ids", "cu_seqlens", "pixel_values")
     return (
         step.packs,
-        step.bad,
+        step.unreadable,
         [
             (batch.sample_ids, [getattr(batch, name).tolist() for name in tensors])
             for batch in step.microbatches
@@ -285,14 +285,13 @@ def damaged(tmp_path, tokenizer):
 def test_unreadable_media_are_zeros_and_reported(open_loader, damaged, tokenizer):
     loader = open_loader(sources=(damaged,))
     steps = take(loader, 12)
-    spots = [(step, *bad) for step in steps for bad in step.bad]
+    spots = [(step, sample) for step in steps for sample in step.unreadable]
     found = set()
-    for step, microbatch, segment, reason in spots:
-        batch = step.microbatches[microbatch]
-        _, index = batch.sample_ids[segment]
+    for step, sample in spots:
+        _, index = step.microbatches[sample.microbatch].sample_ids[sample.segment]
         found.add(index)
-        assert f"mixed, sample {index}" in reason
-        assert "damaged" in reason
+        assert f"mixed, sample {index}" in sample.reason
+        assert "damaged" in sample.reason
     assert found == {0}
     blank = [patches for step in steps for b in step.microbatches for patches in [b.pixel_values]]
     assert sum(int((pixels.amax(1) == 0).sum()) for pixels in blank) == len(spots) * int(
@@ -304,7 +303,7 @@ def test_an_image_of_another_size_than_recorded_is_reported(open_loader, mixed, 
     larger = mixed.read_media(mixed.sample(1).media[0])
     monkeypatch.setattr(mixed, "read_media", lambda media: larger)
     (step,) = take(open_loader(sources=(mixed,)), 1)
-    assert any("but its dataset says" in reason for _, _, reason in step.bad)
+    assert any("but its dataset says" in sample.reason for sample in step.unreadable)
 
 
 def test_an_error_in_a_thread_is_raised_and_ends_all_threads(open_loader, mixed, monkeypatch):

@@ -289,7 +289,7 @@ def make_step(kind: str, mesh: Mesh, micro_batch_size: int) -> Step:
         _batch(kind, packs[start : start + micro_batch_size], mesh)
         for start in range(0, share, micro_batch_size)
     ]
-    return Step(microbatches=microbatches, packs=tuple(packs), bad=[])
+    return Step(microbatches=microbatches, packs=tuple(packs), unreadable=[])
 
 
 def _batch(kind: str, packs: Iterable[int], mesh: Mesh) -> Batch:

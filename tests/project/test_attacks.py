@@ -210,7 +210,7 @@ def test_the_first_picture_that_cannot_be_read_is_told_of(pool, digits, tmp_path
     shard.write_bytes(content)
     told = Runs(pool, tmp_path / "data", tmp_path).train("run", "dp2", "train.num_steps=3")
     assert told.count("samples that cannot be read are left out of the loss, ") == 1
-    assert f"{tmp_path / 'run'}/quarantine.jsonl names them and says why" in told
+    assert f"{tmp_path / 'run'}/quarantine names them and says why" in told
 
 
 @pytest.mark.distributed

@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 import struct
+import time
 from collections import Counter
 from pathlib import Path
 from unittest import mock
@@ -18,7 +19,7 @@ from triptych.costs.flops import Workload, forward_flops
 from triptych.data.dataset.dataset import Dataset
 from triptych.data.types import PixelLimits
 from triptych.tests.helpers.runs import LAYOUTS, Runs, losses, metrics, packs, refusal, train
-from triptych.train.hooks.metrics import JsonLines
+from triptych.train.json_lines import JsonLines, keep_until
 from triptych.train.step import counted
 
 distributed = pytest.mark.distributed
@@ -33,7 +34,8 @@ def runs(pool, digits, tmp_path) -> Runs:
 def test_a_resumed_file_has_every_step_once(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "lo')
-    lines = JsonLines(path, 2)
+    keep_until(path, 2)
+    lines = JsonLines(path)
     lines.write({"step": 3, "again": True})
     lines.close()
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3, "again": true}\n'
@@ -57,6 +59,38 @@ def test_metrics_and_ledger_agree(runs, digits):
     for line in metrics(runs.dir("run")):
         assert line["fill"] == line["num_tokens"] / (4 * 128)
         assert set(line["lr"]) == {"vit", "adapter", "llm"}
+
+
+@distributed
+def test_waiting_for_data_is_measured_apart(runs):
+    """One rank's loader is late in step 2: it waits for the data, the other for it."""
+    words = ("train.num_steps=3", "data.prefetch_steps=0")
+    told, *_ = runs.call(train_on_slow_media, "run", "dp2", *words, rank=0)
+    assert re.search(r"\| [0-9.]+ s/step, [0-9.]+ for data \|", told)
+    for line in metrics(runs.dir("run")):
+        assert line["step_time_s"] == pytest.approx(line["data_s"] + line["compute_s"])
+        assert (line["data_s"] >= SLOW_S) == (line["step"] == 2)
+    runs.call(train_on_slow_media, "other", "dp2", *words, rank=1)
+    assert metrics(runs.dir("other"))[1]["compute_s"] >= SLOW_S
+
+
+SLOW_S = 1.0
+
+
+def train_on_slow_media(argv: list[str], rank: int) -> str:
+    """Train with a loader that is late in step 2 on one rank."""
+    from triptych.data.loading.loader import Loader
+
+    calls, next_step = Counter(), Loader.__next__
+
+    def late(self):
+        calls["next"] += 1
+        if calls["next"] == 2 and dist.get_rank() == rank:
+            time.sleep(SLOW_S)
+        return next_step(self)
+
+    with mock.patch.object(Loader, "__next__", late):
+        return train(argv)
 
 
 @distributed
@@ -139,17 +173,20 @@ def test_unreadable_samples_are_left_out_on_every_rank(damaged, runs, pool, tmp_
 
 
 @distributed
-def test_a_killed_run_quarantines_every_sample_once(damaged, pool, tmp_path):
+@pytest.mark.parametrize("then", ["dp2", "single"])
+def test_a_killed_run_quarantines_every_sample_once(then, damaged, pool, tmp_path):
+    """Also where fewer ranks go on: what the others wrote of the steps to come is cut, too."""
     runs = Runs(pool, damaged, tmp_path)
     options = ("train.num_steps=5", "run.checkpoint_every=2")
     runs.train("whole", "dp2", *options)
     runs.kill("killed", "dp2", *options, target=PROGRESS, call=5)
-    runs.train("killed", "dp2", *options)
+    runs.train("killed", then, *options)
     assert quarantined(runs.dir("killed")) == quarantined(runs.dir("whole"))
 
 
 def quarantined(run_dir: Path) -> list[tuple[int, int, int, str]]:
-    lines = (run_dir / "quarantine.jsonl").read_text().splitlines()
+    files = (run_dir / "quarantine").glob("dp_*.jsonl")
+    lines = [line for file in files for line in file.read_text().splitlines()]
     return sorted(tuple(json.loads(line).values()) for line in lines)
 
 

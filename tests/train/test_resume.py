@@ -23,6 +23,7 @@ from triptych.tests.helpers.runs import (
     metrics,
     packs,
     train,
+    without_times,
 )
 
 pytestmark = pytest.mark.distributed
@@ -31,16 +32,11 @@ PRETRAIN = Path(__file__).parents[2] / "launch" / "pretrain.py"
 PROGRESS = "triptych.train.hooks.progress.Progress.after_step"
 SAVE_STATE = "triptych.train.hooks.checkpoint.save_state"
 COMMIT = "triptych.checkpoints.store.CheckpointStore.commit"
-TIMES = ("step_time_s", "tokens_per_s", "flops_per_s")
 
 
 @pytest.fixture
 def runs(pool, digits, tmp_path) -> Runs:
     return Runs(pool, digits, tmp_path)
-
-
-def without_times(run_dir: Path) -> list[dict]:
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in metrics(run_dir)]
 
 
 WIDEST = "tp2 pp2"

@@ -13,11 +13,11 @@ from triptych.models.sharding import TensorSharding
 from triptych.parallel.replicas import reduce_replicas
 from triptych.train.console import say
 from triptych.train.engine import Engine
-from triptych.train.hooks.hook import StepEvent
+from triptych.train.hooks.hook import Hook, StepEvent
 from triptych.train.state import TrainState
 
 
-class Checkpointing:
+class Checkpointing(Hook):
     """On every rank: each writes its share, rank 0 commits."""
 
     def __init__(self, config: Config, engine: Engine, store: CheckpointStore) -> None:
@@ -63,6 +63,3 @@ class Checkpointing:
 
         on_rank_0(ProcessGroupComm(), describe)
         return self._store.commit(folder, info)
-
-    def close(self) -> None:
-        """Nothing is pending: saves are synchronous."""

@@ -6,35 +6,40 @@ from collections import deque
 from triptych.configs.schema import Config
 from triptych.parallel.mesh import Mesh
 from triptych.train.console import say
-from triptych.train.hooks.hook import StepEvent
+from triptych.train.hooks.hook import Hook, StepEvent
+from triptych.train.state import TrainState
 
 RECENT_STEPS = 20
 """Rate and time left follow these."""
 
 
-class Progress:
+class Progress(Hook):
     """Prints on rank 0, from the training thread: silence means that training stands still."""
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
         self._config, self._mesh = config, mesh
-        self._times: deque[float] = deque([time.perf_counter()], maxlen=RECENT_STEPS + 1)
+        self._ends: deque[float] = deque(maxlen=RECENT_STEPS + 1)
+        self._waits: deque[float] = deque(maxlen=RECENT_STEPS)
         self._tokens: deque[int] = deque(maxlen=RECENT_STEPS)
         self._flops: deque[float] = deque(maxlen=RECENT_STEPS)
 
+    def on_start(self, state: TrainState) -> None:
+        """The first step counts from here."""
+        self._ends.append(time.perf_counter())
+
     def after_step(self, event: StepEvent) -> None:
         """Print every ``log.every`` steps, and at the last."""
-        self._times.append(time.perf_counter())
+        self._ends.append(time.perf_counter())
+        self._waits.append(event.metrics["data_s"])
         self._tokens.append(event.result.totals.workload.num_tokens)
         self._flops.append(event.metrics["flops"])
         if event.state.step % self._config.log.every == 0 or event.is_last:
             say(self._mesh, self._line(event))
 
-    def close(self) -> None:
-        """Nothing to close."""
-
     def _line(self, event: StepEvent) -> str:
-        elapsed = self._times[-1] - self._times[0]
+        elapsed = self._ends[-1] - self._ends[0]
         step_s, rate = elapsed / len(self._tokens), sum(self._tokens) / elapsed
+        data_s = sum(self._waits) / len(self._waits)
         loss = "none" if event.result.loss is None else f"{event.result.loss:.4f}"
         rates = [f"{part} {value:.1e}" for part, value in event.result.lr.items() if value]
         validation = event.metrics.get("validation_loss")
@@ -43,7 +48,8 @@ class Progress:
             f"{self._config.stage.name} step {event.state.step}{of} | loss {loss}"
             + (f" | validation {validation:.4f}" if validation is not None else "")
             + f" | norm {event.result.grad_norm:.3f} | lr {' '.join(rates) or 0}"
-            + f" | {rate:,.0f} tokens/s | {self._speed(elapsed)} | {step_s:.2f} s/step"
+            + f" | {rate:,.0f} tokens/s | {self._speed(elapsed)}"
+            + f" | {step_s:.2f} s/step, {data_s:.2f} for data"
             + f" | fill {event.metrics['fill']:.3f} | left {duration(steps_left * step_s)}"
         )
 

@@ -1,31 +1,57 @@
-"""Weights & Biases and TensorBoard; on rank 0."""
+"""``metrics.jsonl``, Weights & Biases and TensorBoard; on rank 0."""
 
 import json
 import secrets
+from collections.abc import Mapping
 from dataclasses import asdict
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from triptych.configs.schema import Config
-from triptych.train.hooks.hook import StepEvent
+from triptych.train.hooks.hook import Hook, StepEvent
+from triptych.train.json_lines import JsonLines
+from triptych.train.state import TrainState
+
+METRICS = "metrics.jsonl"
+"""The file in ``run.dir``."""
 
 
-class WandbTracker:
+class MetricsFile(Hook):
+    """Writes ``metrics.jsonl``."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._lines = JsonLines(run_dir / METRICS)
+
+    def after_step(self, event: StepEvent) -> None:
+        """Append the step's metrics."""
+        self._lines.write(event.metrics)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._lines.close()
+
+
+class WandbTracker(Hook):
     """Sends each step's metrics to Weights & Biases; a resumed run goes on under its id.
 
     ``log.wandb_mode=offline`` keeps them in the run folder.
     """
 
     def __init__(self, config: Config, run_dir: Path) -> None:
+        self._config, self._run_dir = config, run_dir
+
+    def on_start(self, state: TrainState) -> None:
+        """Open the run there, or open it again."""
         import wandb
 
+        config = self._config
         self._run = wandb.init(
             project=config.log.wandb_project,
             mode=config.log.wandb_mode,  # type: ignore[arg-type]  # validated
             name=f"{config.model.name}-{config.stage.name}",
-            dir=str(run_dir),
-            id=_own_id(run_dir / "wandb" / "id"),
+            dir=str(self._run_dir),
+            id=_own_id(self._run_dir / "wandb" / "id"),
             config=json.loads(json.dumps(asdict(config), default=lambda value: value.name)),
             resume="allow",
         )
@@ -39,14 +65,17 @@ class WandbTracker:
         self._run.finish()
 
 
-class TensorBoardTracker:
+class TensorBoardTracker(Hook):
     """Writes each step's metrics as TensorBoard scalars into ``run.dir/tensorboard``."""
 
-    def __init__(self, run_dir: Path, from_step: int) -> None:
-        """What was logged after ``from_step``, before the run died, will not be shown."""
+    def __init__(self, run_dir: Path) -> None:
+        self._folder = str(run_dir / "tensorboard")
+
+    def on_start(self, state: TrainState) -> None:
+        """Open the log; steps after this place, of a run that died, will not be shown."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=from_step + 1)
+        self._writer = SummaryWriter(self._folder, purge_step=state.step + 1)
 
     def after_step(self, event: StepEvent) -> None:
         """Write the step's numbers under their names."""
@@ -66,7 +95,7 @@ def _own_id(file: Path) -> str:
     return file.read_text()
 
 
-def flatten(metrics: dict[str, Any]) -> dict[str, float]:
+def flatten(metrics: Mapping[str, Any]) -> dict[str, float]:
     """Numbers by name.
 
     Those of a group as ``group/name``. Texts and missing values are left out.

@@ -1,0 +1,119 @@
+"""Any rank may ask a run to stop: all end after the same step, and it resumes bit for bit."""
+
+import json
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch.distributed as dist
+
+from triptych.parallel.mesh import build_mesh
+from triptych.tests.helpers.layouts import make_step
+from triptych.tests.helpers.runs import Runs, metrics, packs, train, without_times
+from triptych.train.batches import drop_unreadable
+from triptych.train.hooks.chain import HookChain
+from triptych.train.hooks.hook import Hook, StepEvent
+from triptych.train.step import count
+from triptych.train.stop import StopReason
+
+pytestmark = pytest.mark.distributed
+
+MESHES = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (1, 4)]
+"""(tp, pp); dp is what is left of four ranks."""
+ASKING = [(), (0,), (1,), (2,), (3,), (1, 2)]
+"""Ranks."""
+slow = pytest.mark.slow
+
+
+@pytest.fixture
+def runs(pool, digits, tmp_path) -> Runs:
+    return Runs(pool, digits, tmp_path)
+
+
+@pytest.mark.parametrize(("tp", "pp"), MESHES)
+def test_all_ranks_learn_of_any_that_asks(tp, pp, pool):
+    """In the two collectives that count samples and tokens anyway, no other."""
+    by_rank = pool(4).run(agreements, tp=tp, pp=pp)
+    for asking, *found in zip(ASKING, *by_rank, strict=True):
+        assert {stops for stops, _ in found} == {bool(asking)}
+        assert {collectives for _, collectives in found} == {1 if tp * pp == 1 else 2}
+
+
+def agreements(tp: int, pp: int) -> list[tuple[bool, int]]:
+    """Whether this rank stops, and how many collectives that took, whoever asks."""
+    mesh = build_mesh(tp, pp, seed=0, timeout_s=60)
+    step = make_step("some", mesh, 1)
+    names = ("all_reduce", "broadcast", "all_gather", "all_gather_object")
+    found = []
+    for asking in ASKING:
+        counting = {name: mock.Mock(wraps=getattr(dist, name)) for name in names}
+        with mock.patch.multiple(dist, **counting):
+            asks = drop_unreadable(step, mesh, asks_to_stop=mesh.rank in asking)
+            totals = count(step, mesh, asks_to_stop=asks)
+        num_collectives = sum(calls.call_count for calls in counting.values())
+        found.append((totals.num_asking_to_stop > 0, num_collectives))
+    return found
+
+
+class Asking(Hook):
+    """Asks after one step."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def after_step(self, event: StepEvent) -> StopReason | None:
+        return StopReason("it is enough") if event.state.step == self._step else None
+
+
+def train_and_ask(argv: list[str], rank: int, step: int) -> str:
+    """Run the command; one rank asks after ``step``."""
+    asking = [Asking(step)] if dist.get_rank() == rank else []
+    with mock.patch("triptych.train.run.HookChain", lambda hooks: HookChain([*asking, *hooks])):
+        return train(argv)
+
+
+@pytest.mark.parametrize(
+    ("layout", "rank"),
+    [
+        pytest.param("single", 0, marks=slow),
+        ("dp2", 1),
+        ("tp2 pp2", 3),
+        pytest.param("tp2", 1, marks=slow),
+        pytest.param("pp2", 0, marks=slow),
+        pytest.param("pp2", 1, marks=slow),
+        pytest.param("dp2 pp2 interleaved", 2, marks=slow),
+    ],
+)
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(layout, rank, runs):
+    """Asked for after step 2, the end comes after step 3, on every rank, with a checkpoint."""
+    runs.train("whole", layout, "train.num_steps=5")
+    told, *silent = runs.call(
+        train_and_ask, "stopped", layout, "train.num_steps=5", rank=rank, step=2
+    )
+    assert not any(silent)
+    assert f"stage2 stops after step 3, as asked by rank {rank}: it is enough  -> type the " in told
+    assert [line["step"] for line in metrics(runs.dir("stopped"))] == [1, 2, 3]
+    assert {max(steps) for steps in ledger_steps(runs.dir("stopped"))} == {3}
+    assert "step_000000003.0, step 3" in runs.train("stopped", layout, "train.num_steps=5")
+    assert without_times(runs.dir("stopped")) == without_times(runs.dir("whole"))
+    assert packs(runs.dir("stopped")) == packs(runs.dir("whole"))
+    assert last_shards(runs.dir("stopped")) == last_shards(runs.dir("whole"))
+
+
+def test_asked_at_the_end_it_is_finished(runs):
+    told, *_ = runs.call(train_and_ask, "run", "dp2", "train.num_steps=3", rank=1, step=2)
+    assert "stage2 is finished" in told
+    assert "stops after" not in told
+
+
+def ledger_steps(run_dir: Path) -> list[list[int]]:
+    """The steps that each data-parallel rank has written down."""
+    ledgers = (run_dir / "ledger").glob("*.jsonl")
+    return [[json.loads(line)["step"] for line in f.read_text().splitlines()] for f in ledgers]
+
+
+def last_shards(run_dir: Path) -> dict[str, str]:
+    """File -> hash of the newest checkpoint's tensors."""
+    newest = max((run_dir / "checkpoints").glob("step_*"))
+    files = json.loads((newest / "MANIFEST.json").read_text())["files"]
+    return {name: file["xxh3_128"] for name, file in files.items() if name.startswith("shards/_")}

@@ -1,0 +1,62 @@
+"""The numbers of a step, as ``metrics.jsonl`` and the trackers get them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from triptych.configs.schema import Config
+from triptych.costs.flops import stage_flops
+from triptych.train.state import TrainState
+from triptych.train.step import StepResult
+
+
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """Seconds of one step on this rank; what hooks do is not counted."""
+
+    data_s: float
+    """Waiting for the loader: 0 where it reads ahead fast enough."""
+    compute_s: float
+    """All else, so also waiting for ranks that wait for their loader."""
+
+    @property
+    def step_s(self) -> float:
+        """The whole step."""
+        return self.data_s + self.compute_s
+
+
+def step_metrics(
+    config: Config, state: TrainState, result: StepResult, times: StepTimes, num_ranks: int
+) -> dict[str, Any]:
+    """The numbers of one step, over all ranks; times are this rank's.
+
+    ``fill`` is the share of the packs' positions that hold tokens. ``flops`` are those of the model
+    (costs/flops.py): of the patches, segments and supervised tokens that were there, padding and
+    recomputation not counted. ``mfu`` is their rate over what the ranks could do at
+    ``cluster.peak_tflops``.
+    """
+    totals, load = result.totals, result.totals.workload
+    peak = config.cluster.peak_tflops
+    skipped = result.loss is None
+    flops = 0.0 if skipped else stage_flops(config.model, config.stage, load)
+    flops_per_s = flops / times.step_s
+    return {
+        "step": state.step,
+        "stage": config.stage.name,
+        "loss": result.loss,
+        "grad_norm": result.grad_norm,
+        "lr": result.lr,
+        "num_tokens": load.num_tokens,
+        "num_supervised_tokens": totals.num_supervised_tokens,
+        "num_patches": load.num_patches,
+        "num_unreadable": totals.num_unreadable,
+        "consumed_tokens": state.consumed_tokens,
+        "consumed_samples": state.consumed_samples,
+        "step_time_s": times.step_s,
+        "data_s": times.data_s,
+        "compute_s": times.compute_s,
+        "tokens_per_s": load.num_tokens / times.step_s,
+        "flops": flops,
+        "flops_per_s": flops_per_s,
+        "mfu": None if peak is None else flops_per_s / (num_ranks * peak * 1e12),
+        "fill": load.num_tokens / (config.train.global_batch_size * config.train.seq_len),
+    }
