@@ -31,7 +31,7 @@ from triptych.checkpoints.sharded import (
 from triptych.configs.schema import ModelConfig
 from triptych.errors import CheckpointError
 from triptych.models.sharding import ShardingTable
-from triptych.parallel.device import HAS_CUDA
+from triptych.parallel.device import HAS_CUDA, device_name, random_states, set_random_states
 from triptych.parallel.mesh import Mesh
 from triptych.parallel.zero.protocol import STATE_KINDS, ParamState, ShardedOptimizer
 
@@ -165,9 +165,7 @@ def load_random_state(folder: Path, mesh: Mesh) -> bool:
     state = torch.load(path, map_location="cpu", weights_only=True)
     if HAS_CUDA != ("cuda" in state):
         return False
-    torch.set_rng_state(state["cpu"])
-    if HAS_CUDA:
-        torch.cuda.set_rng_state(state["cuda"])
+    set_random_states(state)
     get_cuda_rng_tracker().set_states(state["megatron"])
     return True
 
@@ -175,8 +173,8 @@ def load_random_state(folder: Path, mesh: Mesh) -> bool:
 def _random_state() -> dict[str, Any]:
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-    state = {"cpu": torch.get_rng_state(), "megatron": get_cuda_rng_tracker().get_states()}
-    return state | ({"cuda": torch.cuda.get_rng_state()} if HAS_CUDA else {})
+    own, megatron = random_states(), get_cuda_rng_tracker().get_states()
+    return {"cpu": own.pop("cpu"), "megatron": megatron, **own}
 
 
 def _empty_state(parameter: nn.Parameter) -> ParamState:
@@ -191,7 +189,7 @@ def _environment(mesh: Mesh) -> dict[str, Any]:
         "platform": platform.platform(),
         "world_size": dist.get_world_size(),
         "layout": str(mesh.dims),
-        "device": torch.cuda.get_device_name() if HAS_CUDA else "cpu",
+        "device": device_name(),
         "packages": {name: version(name) for name in packages},
     }
 

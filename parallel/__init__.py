@@ -1,9 +1,10 @@
 """Device, process groups, schedule and sharded optimizer on megatron-core.
 
 Importing this package makes ``megatron.core`` importable on this device, so in every file the
-imports of megatron stand below those of ours.
+imports of megatron stand below those of ours. The package by itself imports neither torch nor
+megatron-core.
 """
 
-from triptych.parallel.device import prepare_megatron
+from triptych.parallel.megatron_finder import prepare_megatron
 
 prepare_megatron()

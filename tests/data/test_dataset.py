@@ -20,7 +20,7 @@ from triptych.data.tokenizer import train_tokenizer
 from triptych.data.tokens import encode_record, expand
 from triptych.data.types import Media, MediaKind, PixelLimits
 from triptych.errors import DataError, StorageError
-from triptych.parallel.device import prepare_megatron
+from triptych.parallel.megatron_finder import prepare_megatron
 
 LIMITS = PixelLimits(min_pixels=28 * 28, max_pixels=20 * 28 * 28)
 LARGE = PixelLimits(min_pixels=100 * 28 * 28, max_pixels=400 * 28 * 28)

@@ -7,7 +7,7 @@ Forking is safe because none of this starts a thread (OMP_NUM_THREADS=1) or touc
 import gc
 import importlib
 
-from triptych.parallel.device import prepare_megatron
+from triptych.parallel.megatron_finder import prepare_megatron
 
 MODULES = (
     "torch._dynamo",

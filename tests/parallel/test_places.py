@@ -6,8 +6,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from triptych.parallel.dims import Dims
-from triptych.parallel.mesh import Mesh
+from triptych.parallel.mesh import Dims, Mesh
 
 
 def mesh_at(pp_rank: int, tp_rank: int, *, pp: int, tp: int) -> Mesh:
