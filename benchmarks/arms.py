@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from triptych.benchmarks.samples import first_fit, num_tokens
 from triptych.checkpoints.hf.folder import HFReader
 from triptych.checkpoints.hf.model_config import hf_config
-from triptych.configs.schema import Config, TokensConfig
+from triptych.configs.schema import Config, ModelConfig
 from triptych.data.loading.collate import Segment, collate
 from triptych.data.media.image import normalize_patches
 from triptych.data.types import Batch
@@ -62,13 +62,13 @@ def build_arms(
     engine: Engine, model: nn.Module, config: Config, samples: Sequence[Segment], *, rows: int
 ) -> dict[str, Arm]:
     """Every way; padded batches have so many ``rows``, packs ``train.seq_len`` tokens."""
-    tokens, device = config.model.tokens, engine.mesh.device
+    sizes, device = config.model, engine.mesh.device
     by_length = sorted(samples, key=num_tokens)
     register_packed(config)
 
     def in_rows(samples: Sequence[Segment]) -> list[dict[str, Any]]:
         starts = range(0, len(samples), rows)
-        return [padded(samples[at : at + rows], tokens, device) for at in starts]
+        return [padded(samples[at : at + rows], sizes, device) for at in starts]
 
     return {
         "ours": ours(engine, batches_of(samples, config)),
@@ -76,7 +76,7 @@ def build_arms(
         "transformers, grouped by length": theirs(model, in_rows(by_length), "sdpa"),
         "transformers, packed": theirs(
             model,
-            [packed(pack, tokens, device) for pack in first_fit(samples, config.train.seq_len)],
+            [packed(pack, sizes, device) for pack in first_fit(samples, config.train.seq_len)],
             PACKED,
         ),
     }
@@ -85,7 +85,7 @@ def build_arms(
 def batches_of(samples: Sequence[Segment], config: Config) -> list[Batch]:
     """The packs of our arm."""
     packs = first_fit(samples, config.train.seq_len)
-    return [_joined(pack, config.model.tokens) for pack in packs]
+    return [_joined(pack, config.model) for pack in packs]
 
 
 def ours(engine: Engine, batches: Sequence[Batch]) -> Arm:
@@ -140,11 +140,9 @@ def register_packed(config: Config) -> None:
     AttentionInterface.register(PACKED, attention)
 
 
-def padded(
-    samples: Sequence[Segment], tokens: TokensConfig, device: torch.device
-) -> dict[str, Any]:
+def padded(samples: Sequence[Segment], model: ModelConfig, device: torch.device) -> dict[str, Any]:
     """A batch of rows, each padded to the longest."""
-    rows = [_joined([sample], tokens) for sample in samples]
+    rows = [_joined([sample], model) for sample in samples]
     width = max(map(num_tokens, samples))
 
     def fill(tensors: Sequence[Tensor], value: int) -> Tensor:
@@ -152,19 +150,17 @@ def padded(
         return torch.stack(pieces).to(device)
 
     return {
-        "input_ids": fill([row.input_ids for row in rows], tokens.endoftext),
+        "input_ids": fill([row.input_ids for row in rows], model.tokens.endoftext),
         "attention_mask": fill([torch.ones_like(row.input_ids) for row in rows], 0),
         "position_ids": fill([row.position_ids for row in rows], 0).transpose(0, 1),
         "labels": fill([_labels([sample]) for sample in samples], IGNORED),
-        **_media(_joined(samples, tokens), device),
+        **_media(_joined(samples, model), device),
     }
 
 
-def packed(
-    samples: Sequence[Segment], tokens: TokensConfig, device: torch.device
-) -> dict[str, Any]:
+def packed(samples: Sequence[Segment], model: ModelConfig, device: torch.device) -> dict[str, Any]:
     """One row of segments."""
-    pack = _joined(samples, tokens)
+    pack = _joined(samples, model)
     return {
         "input_ids": pack.input_ids[None].to(device),
         "attention_mask": {"full_attention": None},
@@ -175,8 +171,8 @@ def packed(
     }
 
 
-def _joined(samples: Sequence[Segment], tokens: TokensConfig) -> Batch:
-    return collate(samples, tokens, pad_to=1, with_pixels=True)
+def _joined(samples: Sequence[Segment], model: ModelConfig) -> Batch:
+    return collate(samples, model, pad_to=1, with_pixels=True)
 
 
 def _labels(samples: Sequence[Segment]) -> Tensor:

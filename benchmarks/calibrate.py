@@ -31,7 +31,6 @@ from triptych.costs.flops import (
     vit_flops,
 )
 from triptych.data.loading.collate import Segment, collate
-from triptych.data.media.image import PATCH_DIM
 from triptych.data.types import Batch, SampleId
 from triptych.models.build import build_model
 from triptych.models.init import init_parameters
@@ -68,7 +67,8 @@ def make_batches(config: Config) -> Batches:
     count = max(2, config.train.seq_len // length)
     grid = np.array([[1, side, side]], dtype=np.int64)
     none = np.empty((0, 3), dtype=np.int64)
-    pixels = np.random.default_rng(0).integers(0, 256, (side**2, PATCH_DIM), dtype=np.uint8)
+    shape = (side**2, config.model.vision.patch_dim)
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     text = np.ones(length, dtype=np.int32)
     shown = text.copy()
     shown[1 : 1 + side**2 // 4] = config.model.tokens.image_pad
@@ -81,7 +81,7 @@ def make_batches(config: Config) -> Batches:
             grid if image else none,
             (pixels,) if image else (),
         )
-        return collate([segment] * count, config.model.tokens, pad_to=1, with_pixels=True)
+        return collate([segment] * count, config.model, pad_to=1, with_pixels=True)
 
     return Batches(
         short=batch(text, count),

@@ -7,7 +7,6 @@ import numpy as np
 
 from triptych.configs.schema import ModelConfig
 from triptych.data.loading.collate import Segment
-from triptych.data.media.image import PATCH_DIM
 from triptych.data.types import SampleId
 
 
@@ -34,7 +33,7 @@ def _draw(rng: np.random.Generator, sample_id: SampleId, mix: Mix, model: ModelC
     sides = 2 * np.rint(np.exp(rng.uniform(least, most, (num_images, 2)))).astype(int)
     median, longest = mix.text
     length = int(np.clip(rng.lognormal(np.log(median), 0.8), 8, longest))
-    tokens = model.tokens
+    tokens, patch_dim = model.tokens, model.vision.patch_dim
     blocks = [
         [tokens.vision_start, *[tokens.image_pad] * (int(h * w) // 4), tokens.vision_end]
         for h, w in sides
@@ -46,7 +45,7 @@ def _draw(rng: np.random.Generator, sample_id: SampleId, mix: Mix, model: ModelC
         ids.astype(np.int32),
         np.concatenate([np.zeros(len(ids) - length), np.ones(length)]).astype(np.uint8),
         np.array([(1, h, w) for h, w in sides], np.int64).reshape(-1, 3),
-        (rng.integers(0, 256, (int(sides.prod(axis=1).sum()), PATCH_DIM), dtype=np.uint8),),
+        (rng.integers(0, 256, (int(sides.prod(axis=1).sum()), patch_dim), dtype=np.uint8),),
     )
 
 

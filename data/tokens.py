@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from triptych.configs.schema import TokensConfig
-from triptych.data.media.image import PATCHES_PER_TOKEN
+from triptych.configs.schema import ModelConfig, TokensConfig
+from triptych.data.media.kinds import KINDS, kind_of
 from triptych.data.tokenizer import SYSTEM_PROMPT, Tokenizer
 from triptych.data.types import MediaKind, Sample
 from triptych.errors import DataError
@@ -137,18 +137,30 @@ def _write_content(writer: "_Writer", content: Any, where: str, *, target: bool)
     if not isinstance(content, list | tuple):
         raise DataError(f"{where} must be a string or a list of parts")
     for i, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind == "video":
-            raise DataError(f"{where}[{i}] is a video: videos are not supported yet, images are")
-        if kind not in {"text", "image"}:
-            raise DataError(f"{where}[{i}].type is {kind!r}; it must be text or image")
-        value = part.get(kind)
+        name = part.get("type") if isinstance(part, Mapping) else None
+        kind = _media_kind(name, f"{where}[{i}]")
+        value = part.get(name)
         if not isinstance(value, str):
-            raise DataError(f"{where}[{i}] of type {kind} needs a string under the key {kind!r}")
-        if kind == "text":
+            raise DataError(f"{where}[{i}] of type {name} needs a string under the key {name!r}")
+        if kind is None:
             writer.text(value, target=target)
         else:
-            writer.image(value)
+            writer.media(kind, value)
+
+
+def _media_kind(name: Any, where: str) -> MediaKind | None:
+    """What a part of this type shows; None for text."""
+    if name == "text":
+        return None
+    kinds = {kind.name.lower(): kind for kind in MediaKind}
+    if not isinstance(name, str) or name not in kinds:
+        known = " or ".join(["text", *(kind.name for kind in KINDS.values())])
+        raise DataError(f"{where}.type is {name!r}; it must be {known}")
+    try:
+        kind_of(kinds[name])
+    except DataError as error:
+        raise DataError(f"{where} is of type {name}: {error}") from error
+    return kinds[name]
 
 
 class _Writer:
@@ -178,11 +190,11 @@ class _Writer:
         self._ids.append(token)
         self._targets.append(target)
 
-    def image(self, path: str) -> None:
+    def media(self, kind: MediaKind, path: str) -> None:
         self.special(self.tokens.vision_start)
-        self.special(self.tokens.image_pad)
+        self.special(_pads(self.tokens)[kind])
         self.special(self.tokens.vision_end)
-        self._media.append(MediaRef(MediaKind.IMAGE, path))
+        self._media.append(MediaRef(kind, path))
 
     def finish(self) -> Encoded:
         self._flush()
@@ -199,6 +211,11 @@ class _Writer:
         self._text = ""
 
 
+def _pads(tokens: TokensConfig) -> dict[MediaKind, int]:
+    """The placeholder of each kind of media."""
+    return {MediaKind.IMAGE: tokens.image_pad, MediaKind.VIDEO: tokens.video_pad}
+
+
 def placeholders(input_ids: NDArray[np.int32], tokens: TokensConfig) -> NDArray[np.bool_]:
     """Where the placeholders of images and videos are, (num_tokens,) bool."""
     mask: NDArray[np.bool_] = (input_ids == tokens.image_pad) | (input_ids == tokens.video_pad)
@@ -206,22 +223,22 @@ def placeholders(input_ids: NDArray[np.int32], tokens: TokensConfig) -> NDArray[
 
 
 def expand(
-    sample: Sample, grid_thw: ArrayLike, tokens: TokensConfig
+    sample: Sample, grid_thw: ArrayLike, model: ModelConfig
 ) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
     """Repeats each placeholder once per LLM token of its image or video.
 
     Args:
         sample: as stored.
         grid_thw: (num_media, 3), in unmerged patches, in order of appearance.
-        tokens: ids of the special tokens.
+        model: ids of its special tokens, and how many patches are one token.
     Returns:
         ``input_ids`` and ``targets`` of the sample, (num_tokens,) each.
     Raises:
         DataError: the placeholders are not those of the sample's media.
     """
     grids = np.asarray(grid_thw, dtype=np.int64).reshape(-1, 3)
-    is_media = placeholders(sample.input_ids, tokens)
-    pads = {MediaKind.IMAGE: tokens.image_pad, MediaKind.VIDEO: tokens.video_pad}
+    is_media = placeholders(sample.input_ids, model.tokens)
+    pads = _pads(model.tokens)
     expected = [pads[item.kind] for item in sample.media]
     found = sample.input_ids[is_media].tolist()
     if found != expected or len(grids) != len(expected):
@@ -230,5 +247,5 @@ def expand(
             "grids: as many of the same kinds are needed  -> prepare the dataset again"
         )
     repeats = np.ones(len(sample.input_ids), dtype=np.int64)
-    repeats[is_media] = grids.prod(axis=1) // PATCHES_PER_TOKEN
+    repeats[is_media] = grids.prod(axis=1) // model.vision.patches_per_token
     return np.repeat(sample.input_ids, repeats), np.repeat(sample.targets, repeats)

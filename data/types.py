@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from triptych.configs.schema import VisionConfig
 from triptych.costs.flops import Workload
 
 
@@ -51,6 +52,21 @@ class PixelLimits:
 
 
 @dataclass(frozen=True, slots=True)
+class Sizes:
+    """What every sample of a dataset counts, under one geometry of patches and its limits."""
+
+    num_tokens: NDArray[np.int64]
+    """(num_samples,) LLM tokens, placeholders repeated."""
+    num_patches: NDArray[np.int64]
+    """(num_samples,) ViT patches."""
+    num_patch_pairs: NDArray[np.int64]
+    """(num_samples,) sum over frames of squared patch counts: what ViT attention costs."""
+
+    def __len__(self) -> int:
+        return len(self.num_tokens)
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One sample as stored: text with one placeholder token per media item."""
 
@@ -89,14 +105,8 @@ class Source(Protocol):
     def __len__(self) -> int:
         """Number of samples."""
 
-    def num_tokens(self, limits: PixelLimits) -> NDArray[np.int64]:
-        """(num_samples,) LLM tokens of each sample, its placeholders repeated."""
-
-    def num_patches(self, limits: PixelLimits) -> NDArray[np.int64]:
-        """(num_samples,) ViT patches of each sample."""
-
-    def num_patch_pairs(self, limits: PixelLimits) -> NDArray[np.int64]:
-        """(num_samples,) sum over frames of squared patch counts: what ViT attention costs."""
+    def sizes(self, limits: PixelLimits, vision: VisionConfig) -> Sizes:
+        """What its samples count under these limits, cut into the patches of this tower."""
 
     def sample(self, index: int) -> Sample:
         """Text and media references of one sample; reads no pixels."""
@@ -125,12 +135,14 @@ class Batch:
     grid_thw: Tensor
     """(num_media, 3) int64, in unmerged patches, in order of appearance."""
     vision_index: Tensor
-    """(num_patches / 4,) int64: the positions in ``input_ids`` that the ViT's outputs take."""
+    """(num_merged,) int64: the positions in ``input_ids`` that the merged patches take."""
     pixel_values: Tensor | None
-    """(num_patches, 1176) uint8 in patch order, not yet normalised.
+    """(num_patches, patch_dim) uint8 in patch order, not yet normalised.
 
     None where no pixels are read.
     """
+    patch_dim: int
+    """Numbers in a patch, also where no pixels are read."""
     sample_ids: tuple[SampleId, ...]
     """One per segment, padding excepted."""
     num_tokens: int

@@ -18,7 +18,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from triptych.configs.schema import Config
 from triptych.costs.flops import Workload
-from triptych.data.media.image import PATCH_DIM
 from triptych.data.types import Batch
 from triptych.models.parameters import Part, global_parameters, part_of
 from triptych.models.qwen_vl.model import Qwen2VL
@@ -155,7 +154,8 @@ def _microbatch(config: Config, load: Workload) -> Batch:
     Its tensors have values, as code on the CPU reads lengths from them.
     """
     num_tokens, num_patches = load.num_tokens, load.num_patches
-    merge = config.model.vision.spatial_merge_size
+    vision = config.model.vision
+    merge, patch_dim = vision.spatial_merge_size, vision.patch_dim
     num_vision = num_patches // merge**2
     segment = load.token_pairs // num_tokens
     image = max(merge**2, load.patch_pairs // max(1, num_patches) // merge**2 * merge**2)
@@ -168,7 +168,8 @@ def _microbatch(config: Config, load: Workload) -> Batch:
         cu_seqlens=torch.tensor([*range(0, num_tokens, segment), num_tokens], dtype=torch.int32),
         grid_thw=torch.tensor([[1, merge, patches // merge] for patches in images]).view(-1, 3),
         vision_index=torch.arange(num_vision),
-        pixel_values=torch.zeros(num_patches, PATCH_DIM, dtype=torch.uint8),
+        pixel_values=torch.zeros(num_patches, patch_dim, dtype=torch.uint8),
+        patch_dim=patch_dim,
         sample_ids=(),
         num_tokens=num_tokens,
         num_patches=num_patches,

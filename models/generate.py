@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from triptych.configs.schema import TokensConfig
+from triptych.configs.schema import ModelConfig
 from triptych.data.loading.collate import Segment, collate
 from triptych.data.types import Batch
 
 
 def greedy(
-    model: nn.Module, prompts: Sequence[Segment], tokens: TokensConfig, *, max_new_tokens: int
+    model: nn.Module, prompts: Sequence[Segment], config: ModelConfig, *, max_new_tokens: int
 ) -> list[list[int]]:
     """Continue each prompt with its most likely tokens.
 
@@ -26,19 +26,20 @@ def greedy(
     Args:
         model: whole, in this process: tp = pp = 1.
         prompts: with pixels.
-        tokens: ids of the special tokens.
+        config: of the model.
         max_new_tokens: an answer is cut there.
 
     Returns:
         The new ids of each prompt, up to and without ``<|im_end|>`` or ``<|endoftext|>``.
     """
+    tokens = config.tokens
     answers: list[list[int]] = [[] for _ in prompts]
     open_prompts = list(range(len(prompts)))
     for _ in range(max_new_tokens):
         if not open_prompts:
             break
         segments = [_extended(prompts[i], answers[i]) for i in open_prompts]
-        next_ids = _next_ids(model, segments, tokens)
+        next_ids = _next_ids(model, segments, config)
         going_on = [
             (i, token)
             for i, token in zip(open_prompts, next_ids, strict=True)
@@ -51,10 +52,10 @@ def greedy(
 
 
 @torch.no_grad()
-def _next_ids(model: nn.Module, segments: Sequence[Segment], tokens: TokensConfig) -> list[int]:
+def _next_ids(model: nn.Module, segments: Sequence[Segment], config: ModelConfig) -> list[int]:
     """The most likely token after each segment."""
     device = next(model.parameters()).device
-    batch = collate(segments, tokens, pad_to=1, with_pixels=True)
+    batch = collate(segments, config, pad_to=1, with_pixels=True)
     last_S = torch.tensor(batch.segments[1:], device=device) - 1
     logits_TV = model(_on(batch, device), with_loss=False).squeeze(0)
     next_ids: list[int] = logits_TV[last_S].argmax(dim=-1).tolist()

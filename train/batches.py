@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from triptych.data.media.image import PATCH_DIM
 from triptych.data.types import Batch, Step
 from triptych.parallel.device import upload
 from triptych.parallel.mesh import ChunkPlace, Mesh, broadcast_from_source
@@ -51,7 +50,7 @@ def to_device(batch: Batch, mesh: Mesh, place: ChunkPlace) -> Batch:
         pixels = batch.pixel_values
         if pixels is None:
             pixels = torch.empty(
-                batch.num_patches, PATCH_DIM, dtype=torch.uint8, device=mesh.device
+                batch.num_patches, batch.patch_dim, dtype=torch.uint8, device=mesh.device
             )
         pixels = broadcast_from_source(upload(pixels, mesh.device), mesh.tp_group)
     fields = ["position_ids"]

@@ -53,7 +53,7 @@ class Mixture:
             source.check_tokens(config.model.tokens, tokenizer.fingerprint)
         num_samples = sum(len(source) for source in sources)
         plan = Plan(
-            plan_sources(sources, weights, _limits(config)),
+            plan_sources(sources, weights, _limits(config), config.model.vision),
             seed=config.seed,
             seq_len=config.train.seq_len,
             max_patches=config.data.max_patches,
@@ -123,8 +123,7 @@ def _limits(config: Config) -> PixelLimits:
 
 def _form(config: Config, mesh: Mesh) -> BatchFormat:
     return BatchFormat(
-        tokens=config.model.tokens,
-        vocab_size=config.model.language.vocab_size,
+        model=config.model,
         limits=_limits(config),
         pad_to=config.parallel.tp,
         read_pixels=mesh.reads_media,

@@ -7,25 +7,19 @@ from math import gcd
 from triptych.configs.problems import Problem, typed_list
 from triptych.configs.schema import Config
 
-PATCH_SIZES = {
-    "patch_size": 14,
-    "temporal_patch_size": 2,
-    "spatial_merge_size": 2,
-    "in_channels": 3,
-}
-"""What ``data.image`` cuts pictures into."""
+COLOURS = 3
+"""Pictures are read as red, green and blue."""
 
 
 def check_model(config: Config) -> Iterator[Problem]:
     """The sizes of the two towers fit together, and the special tokens fit the vocabulary."""
     vision, language, tokens = config.model.vision, config.model.language, config.model.tokens
-    for key, only in PATCH_SIZES.items():
-        if getattr(vision, key) != only:
-            yield Problem(
-                f"model.vision.{key}={getattr(vision, key)} must be {only}: pictures are cut into "
-                "Qwen2-VL's patches of 14 x 14 pixels, 2 frames and 3 colours, 2 x 2 to a token",
-                f"model.vision.{key}={only}",
-            )
+    if vision.in_channels != COLOURS:
+        yield Problem(
+            f"model.vision.in_channels={vision.in_channels} must be {COLOURS}: pictures are read as"
+            " red, green and blue",
+            f"model.vision.in_channels={COLOURS}",
+        )
     if vision.hidden_size % (4 * vision.num_heads):
         yield Problem(
             f"model.vision.hidden_size={vision.hidden_size} must be a multiple of 4*num_heads ="

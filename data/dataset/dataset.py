@@ -7,7 +7,6 @@ media.idx             one row per image: sample, shard, offset, size, hash, widt
 shards/000000.tar     webdataset shards
 """
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,15 @@ from typing import Any
 import numpy as np
 import xxhash
 import yaml
-from numpy.typing import NDArray
 
-from triptych.configs.schema import TokensConfig
+from triptych.configs.schema import TokensConfig, VisionConfig
 from triptych.data.dataset.media_index import MediaIndex
 from triptych.data.dataset.text_file import TextFile, check_size
 from triptych.data.hashed_files import HashedFile, hash_file
-from triptych.data.media.image import PATCHES_PER_TOKEN
+from triptych.data.media.kinds import kind_of
 from triptych.data.stores.local import LocalStore
 from triptych.data.tokens import placeholders
-from triptych.data.types import Media, PixelLimits, Sample
+from triptych.data.types import Media, PixelLimits, Sample, Sizes
 from triptych.errors import DataError
 
 FORMAT_VERSION = 1
@@ -67,7 +65,6 @@ class Dataset:
         self._targets = np.memmap(path / "loss.bin", dtype=np.uint8, mode="r")
         self._media = MediaIndex(path / "media.idx", manifest.num_media)
         self._store = LocalStore(path / "shards")
-        self._cache: dict[tuple[str, PixelLimits], NDArray[np.int64]] = {}
 
     @classmethod
     def open(cls, path: Path | str, name: str) -> "Dataset":
@@ -131,39 +128,17 @@ class Dataset:
     def __len__(self) -> int:
         return len(self._text)
 
-    def num_tokens(self, limits: PixelLimits) -> NDArray[np.int64]:
-        """(num_samples,) LLM tokens of each sample, its placeholders repeated."""
-        return self._cached(
-            "tokens",
-            limits,
-            lambda grids: grids.prod(axis=1) // PATCHES_PER_TOKEN - 1,
-            self._text.lengths,
+    def sizes(self, limits: PixelLimits, vision: VisionConfig) -> Sizes:
+        """What every sample counts under these limits, cut into the patches of this tower."""
+        grids = self._media.grids(limits, vision)
+        patches = grids.prod(axis=1)
+        tokens = patches // vision.patches_per_token - 1
+        pairs = grids[:, 0] * (grids[:, 1] * grids[:, 2]) ** 2
+        return Sizes(
+            self._media.sum_by_sample(tokens, len(self)) + self._text.lengths,
+            self._media.sum_by_sample(patches, len(self)),
+            self._media.sum_by_sample(pairs, len(self)),
         )
-
-    def num_patches(self, limits: PixelLimits) -> NDArray[np.int64]:
-        """(num_samples,) ViT patches of each sample."""
-        return self._cached("patches", limits, lambda grids: grids.prod(axis=1))
-
-    def num_patch_pairs(self, limits: PixelLimits) -> NDArray[np.int64]:
-        """(num_samples,) sum over the frames of the squared patch count: cost of ViT attention."""
-        return self._cached(
-            "pairs", limits, lambda grids: grids[:, 0] * (grids[:, 1] * grids[:, 2]) ** 2
-        )
-
-    def _cached(
-        self,
-        key: str,
-        limits: PixelLimits,
-        of_grids: Callable[[NDArray[np.int64]], NDArray[np.int64]],
-        base: NDArray[np.int32] | int = 0,
-    ) -> NDArray[np.int64]:
-        """Per sample, ``base`` + ``of_grids`` summed over its media; computed once per limits."""
-        if (key, limits) not in self._cache:
-            values = of_grids(self._media.grids(limits))
-            counts = self._media.sum_by_sample(values, len(self)) + base
-            counts.flags.writeable = False
-            self._cache[key, limits] = counts
-        return self._cache[key, limits]
 
     def sample(self, index: int) -> Sample:
         """Text and media references of one sample; reads no pixels.
@@ -194,7 +169,8 @@ class Dataset:
         data = self._store.read(shard, media.offset, media.size)
         if xxhash.xxh3_128_digest(data) != media.xxh3:
             raise DataError(
-                f"{self.name}, sample {self._media.sample_of(media)}: the image at byte "
+                f"{self.name}, sample {self._media.sample_of(media)}: the "
+                f"{kind_of(media.kind).name} at byte "
                 f"{media.offset} of {self.path / 'shards' / shard} is damaged: its xxh3-128 is not "
                 "the recorded one  -> copy the shard again"
             )

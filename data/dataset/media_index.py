@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from triptych.configs.schema import VisionConfig
 from triptych.data.dataset.text_file import check_size
-from triptych.data.media.image import image_grids
+from triptych.data.media.kinds import kind_of
 from triptych.data.types import Media, MediaKind, PixelLimits
-from triptych.errors import DataError
 
 ROW = np.dtype(
     [
@@ -68,11 +68,17 @@ class MediaIndex:
         found = np.flatnonzero(here)
         return int(self._samples[found[0]]) if len(found) else None
 
-    def grids(self, limits: PixelLimits) -> NDArray[np.int64]:
-        """Grids of all media, (num_rows, 3) int64, in unmerged patches."""
-        if (self.rows["kind"] != MediaKind.IMAGE).any():
-            raise DataError("the dataset has videos, which are not supported yet")
-        return image_grids(self.rows["height"], self.rows["width"], limits)
+    def grids(self, limits: PixelLimits, vision: VisionConfig) -> NDArray[np.int64]:
+        """Grids of all media, (num_rows, 3) int64, in unmerged patches.
+
+        Raises:
+            DataError: a media item is of a kind that is not supported.
+        """
+        grids = np.empty((len(self.rows), 3), dtype=np.int64)
+        for code in np.unique(self.rows["kind"]).tolist():
+            here = self.rows["kind"] == code
+            grids[here] = kind_of(code).grids(self.rows[here], limits, vision)
+        return grids
 
     def sum_by_sample(self, values: NDArray[np.int64], num_samples: int) -> NDArray[np.int64]:
         """Adds up a value per row within each sample, (num_samples,) int64."""

@@ -14,9 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from triptych.configs.schema import TokensConfig
+from triptych.configs.schema import ModelConfig
 from triptych.data.loading.mrope import build_position_ids
-from triptych.data.media.image import PATCH_DIM, SPATIAL_MERGE_SIZE
 from triptych.data.tokens import placeholders
 from triptych.data.types import Batch, SampleId
 
@@ -33,30 +32,31 @@ class Segment:
     grid_thw: NDArray[np.int64]
     """(num_media, 3) in unmerged patches, in order of appearance."""
     pixels: tuple[NDArray[np.uint8], ...]
-    """(num_patches, 1176) of each media item; empty where no pixels are read."""
+    """(num_patches, patch_dim) of each media item; empty where no pixels are read."""
 
 
 def collate(
-    segments: Sequence[Segment], tokens: TokensConfig, *, pad_to: int, with_pixels: bool
+    segments: Sequence[Segment], model: ModelConfig, *, pad_to: int, with_pixels: bool
 ) -> Batch:
     """Join samples into one microbatch.
 
     Args:
         segments: at least one, in order.
-        tokens: ids of the special tokens.
+        model: ids of its special tokens, and the geometry of its patches.
         pad_to: the batch is padded to a multiple of this many tokens.
         with_pixels: whether the segments carry pixels.
 
     Raises:
         DataError: a segment's placeholders do not fit its media.
     """
+    tokens, patch_dim = model.tokens, model.vision.patch_dim
     num_tokens = sum(len(segment.input_ids) for segment in segments)
     num_padding = -num_tokens % pad_to
     padding = np.full(num_padding, tokens.endoftext, dtype=np.int64)
     input_ids = np.concatenate([*(segment.input_ids for segment in segments), padding])
     grid_thw = np.concatenate([segment.grid_thw for segment in segments])
     lengths = [len(segment.input_ids) for segment in segments] + [num_padding] * (num_padding > 0)
-    positions = [_position_ids(segment, tokens) for segment in segments]
+    positions = [_position_ids(segment, model) for segment in segments]
     positions.append(torch.arange(num_padding).expand(3, num_padding))
     return Batch(
         input_ids=torch.from_numpy(input_ids),
@@ -66,21 +66,22 @@ def collate(
         cu_seqlens=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
         grid_thw=torch.from_numpy(grid_thw),
         vision_index=torch.from_numpy(np.flatnonzero(placeholders(input_ids, tokens))),
-        pixel_values=_pixel_values(segments) if with_pixels else None,
+        pixel_values=_pixel_values(segments, patch_dim) if with_pixels else None,
+        patch_dim=patch_dim,
         sample_ids=tuple(segment.sample_id for segment in segments),
         num_tokens=num_tokens,
         num_patches=int(grid_thw.prod(axis=1).sum()),
     )
 
 
-def _position_ids(segment: Segment, tokens: TokensConfig) -> Tensor:
+def _position_ids(segment: Segment, model: ModelConfig) -> Tensor:
     """(3, num_tokens) int64; every segment starts at 0."""
     return build_position_ids(
         torch.from_numpy(segment.input_ids),
         torch.from_numpy(segment.grid_thw),
-        image_pad=tokens.image_pad,
-        video_pad=tokens.video_pad,
-        spatial_merge_size=SPATIAL_MERGE_SIZE,
+        image_pad=model.tokens.image_pad,
+        video_pad=model.tokens.video_pad,
+        spatial_merge_size=model.vision.spatial_merge_size,
     )
 
 
@@ -94,7 +95,7 @@ def _loss_mask(segments: Sequence[Segment], length: int) -> NDArray[np.bool_]:
     return mask
 
 
-def _pixel_values(segments: Sequence[Segment]) -> Tensor:
-    """(num_patches, 1176) uint8; no rows where all is text."""
+def _pixel_values(segments: Sequence[Segment], patch_dim: int) -> Tensor:
+    """(num_patches, patch_dim) uint8; no rows where all is text."""
     pixels = [patches for segment in segments for patches in segment.pixels]
-    return torch.from_numpy(np.concatenate([np.empty((0, PATCH_DIM), dtype=np.uint8), *pixels]))
+    return torch.from_numpy(np.concatenate([np.empty((0, patch_dim), dtype=np.uint8), *pixels]))

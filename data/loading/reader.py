@@ -8,30 +8,20 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from triptych.configs.schema import TokensConfig
+from triptych.configs.schema import ModelConfig
 from triptych.data.loading.collate import Segment, collate
-from triptych.data.media.image import PATCH_DIM, decode_image, image_grid, image_patches
+from triptych.data.media.kinds import kind_of
 from triptych.data.tokens import expand
-from triptych.data.types import (
-    Media,
-    Pack,
-    PixelLimits,
-    SampleId,
-    Source,
-    Step,
-    UnreadableSample,
-)
+from triptych.data.types import Pack, PixelLimits, SampleId, Source, Step, UnreadableSample
 from triptych.errors import DataError
-
-Grid = tuple[int, int, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchFormat:
     """How samples become batches on this rank."""
 
-    tokens: TokensConfig
-    vocab_size: int
+    model: ModelConfig
+    """Its special tokens, its vocabulary, and the geometry of its patches."""
     limits: PixelLimits
     pad_to: int
     """Tokens in a batch are a multiple of this: tp."""
@@ -75,7 +65,7 @@ class Reader:
         for number, packs in enumerate(microbatches):
             samples = [future.result() for future in reads.popleft()]
             segments = [sample.segment for sample in samples]
-            batch = collate(segments, form.tokens, pad_to=form.pad_to, with_pixels=form.read_pixels)
+            batch = collate(segments, form.model, pad_to=form.pad_to, with_pixels=form.read_pixels)
             assert batch.num_tokens == sum(pack.num_tokens for pack in packs)
             batches.append(batch)
             unreadable += [
@@ -96,28 +86,31 @@ class Reader:
         return [self._workers.submit(self._sample, sample_id) for sample_id in ids]
 
     def _sample(self, sample_id: SampleId) -> _Read:
-        source, limits = self._sources[sample_id.source], self._form.limits
+        form, source = self._form, self._sources[sample_id.source]
+        limits, vision = form.limits, form.model.vision
         sample = source.sample(sample_id.index)
-        grids = [image_grid(media.height, media.width, limits) for media in sample.media]
+        grids = [kind_of(media.kind).grid(media, limits, vision) for media in sample.media]
         grid_thw = np.array(grids, dtype=np.int64).reshape(-1, 3)
-        input_ids, targets = expand(sample, grid_thw, self._form.tokens)
+        input_ids, targets = expand(sample, grid_thw, form.model)
         self._check_ids(input_ids, f"{source.name}, sample {sample_id.index}")
         pixels: list[NDArray[np.uint8]] = []
         problems: list[str] = []
-        if self._form.read_pixels:
-            for number, (media, grid) in enumerate(zip(sample.media, grids, strict=True)):
-                where = f"{source.name}, sample {sample_id.index}, image {number}"
-                try:
-                    pixels.append(self._patches(source, media, grid, where))
-                except DataError as error:
-                    problems.append(str(error))
-                    pixels.append(np.zeros((int(np.prod(grid)), PATCH_DIM), dtype=np.uint8))
+        for number, media in enumerate(sample.media if form.read_pixels else ()):
+            kind = kind_of(media.kind)
+            where = f"{source.name}, sample {sample_id.index}, {kind.name} {number}"
+            try:
+                data = source.read_media(media)
+                pixels.append(kind.patches(data, media, limits, vision, where))
+            except DataError as error:
+                problems.append(str(error))
+                shape = (int(np.prod(grids[number])), vision.patch_dim)
+                pixels.append(np.zeros(shape, dtype=np.uint8))
         segment = Segment(sample_id, input_ids, targets, grid_thw, tuple(pixels))
         return _Read(segment, problems)
 
     def _check_ids(self, input_ids: NDArray[np.int32], where: str) -> None:
         """No embedding would notice under tensor parallelism: each rank takes others' ids for 0."""
-        largest = self._form.vocab_size - 1
+        largest = self._form.model.language.vocab_size - 1
         wrong = input_ids[(input_ids < 0) | (input_ids > largest)]
         if len(wrong):
             raise DataError(
@@ -125,14 +118,3 @@ class Reader:
                 "model.language.vocab_size - 1  -> use the tokenizer of the model; if it is, the "
                 "dataset's text.bin is damaged: prepare it again"
             )
-
-    def _patches(self, source: Source, media: Media, grid: Grid, where: str) -> NDArray[np.uint8]:
-        """(num_patches, 1176) of one image."""
-        image = decode_image(source.read_media(media), where)
-        patches, found = image_patches(image, self._form.limits)
-        if found != grid:
-            raise DataError(
-                f"{where}: {image.width}x{image.height} pixels, but its dataset says "
-                f"{media.width}x{media.height}  -> prepare the dataset again"
-            )
-        return patches

@@ -1,5 +1,7 @@
 """From the bytes of an image file to ViT patches, exactly as Qwen2-VL does it.
 
+How large a patch is, and how many become a token, the model says (``VisionConfig``).
+
     bytes --decode_image--> upright RGB --image_patches--> uint8 patches     in the loader
     uint8 patches --normalize_patches--> float32                             on the device
 
@@ -23,16 +25,10 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from triptych.configs.schema import VisionConfig
 from triptych.data.types import PixelLimits
 from triptych.errors import DataError
 
-PATCH_SIZE = 14
-TEMPORAL_PATCH_SIZE = 2
-SPATIAL_MERGE_SIZE = 2
-FACTOR = PATCH_SIZE * SPATIAL_MERGE_SIZE
-"""Both sides of a resized image are multiples of this many pixels."""
-PATCHES_PER_TOKEN = SPATIAL_MERGE_SIZE**2
-PATCH_DIM = 3 * TEMPORAL_PATCH_SIZE * PATCH_SIZE**2
 MAX_ASPECT_RATIO = 200
 MAX_DECODED_PIXELS = 89_478_485
 """256 MiB of RGB, seven times the largest ``max_pixels``; Pillow warns of a bomb beyond it."""
@@ -41,17 +37,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def smart_resize(
-    height: int, width: int, *, factor: int = FACTOR, min_pixels: int, max_pixels: int
-) -> tuple[int, int]:
-    """The height and width that an image is resized to; one element of :func:`smart_resize_all`."""
-    heights, widths = smart_resize_all(
-        [height], [width], factor=factor, min_pixels=min_pixels, max_pixels=max_pixels
-    )
-    return int(heights[0]), int(widths[0])
-
-
-def smart_resize_all(
-    height: ArrayLike, width: ArrayLike, *, factor: int = FACTOR, min_pixels: int, max_pixels: int
+    height: ArrayLike, width: ArrayLike, *, factor: int, min_pixels: int, max_pixels: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Sizes of nearly the same shape, with sides that are multiples of ``factor``.
 
@@ -91,18 +77,18 @@ def smart_resize_all(
     return new_h.astype(np.int64), new_w.astype(np.int64)
 
 
-def image_grids(height: ArrayLike, width: ArrayLike, limits: PixelLimits) -> NDArray[np.int64]:
+def image_grids(
+    height: ArrayLike, width: ArrayLike, limits: PixelLimits, vision: VisionConfig
+) -> NDArray[np.int64]:
     """Grids of many images, (num_images, 3) int64: frames, rows and columns of unmerged patches."""
-    h, w = smart_resize_all(
-        height, width, min_pixels=limits.min_pixels, max_pixels=limits.max_pixels
+    h, w = smart_resize(
+        height,
+        width,
+        factor=vision.resize_factor,
+        min_pixels=limits.min_pixels,
+        max_pixels=limits.max_pixels,
     )
-    return np.stack([np.ones_like(h), h // PATCH_SIZE, w // PATCH_SIZE], axis=-1)
-
-
-def image_grid(height: int, width: int, limits: PixelLimits) -> tuple[int, int, int]:
-    """Grid of one image: (1, rows, columns) of unmerged patches. Four of them are one LLM token."""
-    t, h, w = image_grids([height], [width], limits)[0].tolist()
-    return t, h, w
+    return np.stack([np.ones_like(h), h // vision.patch_size, w // vision.patch_size], axis=-1)
 
 
 def decode_image(data: bytes, where: str) -> Image.Image:
@@ -159,29 +145,31 @@ def _to_rgb(image: Image.Image, where: str) -> Image.Image:
 
 
 def image_patches(
-    image: Image.Image, limits: PixelLimits
+    image: Image.Image, limits: PixelLimits, vision: VisionConfig
 ) -> tuple[NDArray[np.uint8], tuple[int, int, int]]:
-    """Resizes an image and cuts it into patches; the four patches of one LLM token are neighbours.
+    """Resizes an image and cuts it into patches; the patches of one LLM token are neighbours.
 
     Args:
         image: 8-bit RGB.
         limits: bounds of the area.
+        vision: size of a patch, and how many are a token.
     Returns:
-        Patches, (t*h*w, 1176) uint8, each flattened from (3 channels, 2 frames, 14, 14), and the
-        grid (t, h, w). An image is two identical frames.
+        Patches, (h*w, patch_dim) uint8, each flattened from (channels, frames, rows, columns) of
+        its pixels, and the grid (1, h, w). The frames of a patch are identical.
     Raises:
         DataError: one side is more than 200 times the other.
     Source: arXiv 2409.12191 §2.1; equals transformers' ``Qwen2VLImageProcessorPil``.
     """
-    _, rows, columns = grid = image_grid(image.height, image.width, limits)
-    size = (columns * PATCH_SIZE, rows * PATCH_SIZE)
+    _, rows, columns = image_grids([image.height], [image.width], limits, vision)[0].tolist()
+    merge, side = vision.spatial_merge_size, vision.patch_size
+    size = (columns * side, rows * side)
     if image.size != size:
         image = image.resize(size, Image.Resampling.BICUBIC)
-    merge, side = SPATIAL_MERGE_SIZE, PATCH_SIZE
     frame = np.asarray(image).reshape(rows // merge, merge, side, columns // merge, merge, side, 3)
     patches = frame.transpose(0, 3, 1, 4, 6, 2, 5)[:, :, :, :, :, None]
-    frames = np.broadcast_to(patches, (*patches.shape[:5], TEMPORAL_PATCH_SIZE, *patches.shape[6:]))
-    return frames.reshape(rows * columns, PATCH_DIM), grid
+    num_frames = vision.temporal_patch_size
+    frames = np.broadcast_to(patches, (*patches.shape[:5], num_frames, *patches.shape[6:]))
+    return frames.reshape(rows * columns, vision.patch_dim), (1, rows, columns)
 
 
 def normalize_patches(pixels: Tensor) -> Tensor:
@@ -191,11 +179,12 @@ def normalize_patches(pixels: Tensor) -> Tensor:
     quarter of the bytes. On a CPU the result is that of transformers, bit for bit.
 
     Args:
-        pixels: (num_patches, 1176) uint8.
+        pixels: (num_patches, patch_dim) uint8.
     Returns:
-        (num_patches, 1176) float32.
+        (num_patches, patch_dim) float32.
     """
-    channels = pixels.to(torch.float32).view(len(pixels), 3, PATCH_DIM // 3)
+    num_patches, patch_dim = pixels.shape
+    channels = pixels.to(torch.float32).view(num_patches, 3, patch_dim // 3)
     for channel, (mean, std) in enumerate(zip(CLIP_MEAN, CLIP_STD, strict=True)):
         channels[:, channel].div_(255.0).sub_(mean).div_(std)
-    return channels.view(len(pixels), PATCH_DIM)
+    return channels.view(num_patches, patch_dim)

@@ -140,8 +140,8 @@ class Plan:
         token_pairs = patch_pairs = 0
         for number, i in pack.samples:
             source = self.sources[number]
-            token_pairs += source.num_tokens.item(i) ** 2
-            patch_pairs += source.num_patch_pairs.item(i)
+            token_pairs += source.sizes.num_tokens.item(i) ** 2
+            patch_pairs += source.sizes.num_patch_pairs.item(i)
         return Workload(
             num_tokens=pack.num_tokens,
             token_pairs=token_pairs,
@@ -175,8 +175,8 @@ class Plan:
             places = np.flatnonzero(source_of == number)
             indices, num_passed = self._draw(number, drawn[number], len(places))
             index_of[places] = indices
-            num_tokens[places] = source.num_tokens[indices]
-            num_patches[places] = source.num_patches[indices]
+            num_tokens[places] = source.sizes.num_tokens[indices]
+            num_patches[places] = source.sizes.num_patches[indices]
             drawn[number] += num_passed
             skipped[number] += num_passed - len(places)
 
@@ -229,6 +229,7 @@ class Plan:
         digest.update(repr((_VERSION, self.seed, *budgets, self._shares)).encode())
         for source in self.sources:
             digest.update(repr((source.name, len(source))).encode())
-            for array in (source.num_tokens, source.num_patches, source.num_patch_pairs):
+            sizes = source.sizes
+            for array in (sizes.num_tokens, sizes.num_patches, sizes.num_patch_pairs):
                 digest.update(np.ascontiguousarray(array, dtype="<i8").data)
         return digest.hexdigest()

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from triptych.configs.schema import Oversize
-from triptych.data.types import PixelLimits, Source
+from triptych.configs.schema import Oversize, VisionConfig
+from triptych.data.types import PixelLimits, Sizes, Source
 from triptych.errors import ConfigError, DataError
 
 
@@ -19,26 +19,24 @@ class PlanSource:
     name: str
     weight: float
     """Share of samples, relative to the other sources."""
-    num_tokens: NDArray[np.int64]
-    """(num_samples,) LLM tokens."""
-    num_patches: NDArray[np.int64]
-    """(num_samples,) ViT patches."""
-    num_patch_pairs: NDArray[np.int64]
-    """(num_samples,) sum over frames of squared patch counts."""
+    sizes: Sizes
 
     def __len__(self) -> int:
-        return len(self.num_tokens)
+        return len(self.sizes)
 
     def fits(
         self, indices: NDArray[np.int64] | slice, *, seq_len: int, max_patches: int
     ) -> NDArray[np.bool_]:
         """Which of some samples are within both budgets of a pack."""
-        fits: NDArray[np.bool_] = self.num_tokens[indices] <= seq_len
-        return fits & (self.num_patches[indices] <= max_patches)
+        fits: NDArray[np.bool_] = self.sizes.num_tokens[indices] <= seq_len
+        return fits & (self.sizes.num_patches[indices] <= max_patches)
 
 
 def plan_sources(
-    sources: Sequence[Source], weights: Mapping[str, float], limits: PixelLimits
+    sources: Sequence[Source],
+    weights: Mapping[str, float],
+    limits: PixelLimits,
+    vision: VisionConfig,
 ) -> list[PlanSource]:
     """The metadata of some datasets under a mixture, numbered as ``sources`` is.
 
@@ -61,9 +59,7 @@ def plan_sources(
         PlanSource(
             name=source.name,
             weight=weights[source.name],
-            num_tokens=source.num_tokens(limits),
-            num_patches=source.num_patches(limits),
-            num_patch_pairs=source.num_patch_pairs(limits),
+            sizes=source.sizes(limits, vision),
         )
         for source in sources
     ]
@@ -98,14 +94,14 @@ def fitting_share(
     """
     if not len(source):
         raise DataError(f"source {source.name!r} is empty: there is no sample to draw")
-    if source.num_tokens.min() < 1:
-        index = int(source.num_tokens.argmin())
+    if source.sizes.num_tokens.min() < 1:
+        index = int(source.sizes.num_tokens.argmin())
         raise DataError(f"source {source.name!r}, sample {index}: it has no tokens")
     fits = source.fits(slice(None), seq_len=seq_len, max_patches=max_patches)
     index = int(fits.argmin())
     found = (
-        f"source {source.name!r}, sample {index}: {source.num_tokens[index]} tokens and "
-        f"{source.num_patches[index]} patches, but a pack takes train.seq_len={seq_len} "
+        f"source {source.name!r}, sample {index}: {source.sizes.num_tokens[index]} tokens and "
+        f"{source.sizes.num_patches[index]} patches, but a pack takes train.seq_len={seq_len} "
         f"and data.max_patches={max_patches}"
     )
     remedy = "raise them, or lower data.max_pixels"

@@ -14,11 +14,11 @@ from enum import Enum
 from pathlib import Path
 
 from triptych.data.dataset.dataset import Dataset, DatasetManifest
-from triptych.data.media.image import decode_image
+from triptych.data.media.kinds import kind_of
 from triptych.data.prepare.records import Line, read_lines
 from triptych.data.prepare.writer import DatasetWriter, MediaFile
 from triptych.data.tokenizer import Tokenizer
-from triptych.data.tokens import Encoded, encode_record
+from triptych.data.tokens import Encoded, MediaRef, encode_record
 from triptych.errors import DataError
 
 SHARD_SIZE = 256 << 20
@@ -123,25 +123,29 @@ def _write(
 
 
 def _read_sample(line: Line, tokenizer: Tokenizer, images: Path) -> tuple[Encoded, list[MediaFile]]:
-    """Encodes a line and reads its images, each of which must decode."""
+    """Encodes a line and reads its media, each of which must decode."""
     encoded = encode_record(line.parse(), tokenizer)
-    return encoded, [_read_image(item.path, images) for item in encoded.media]
+    return encoded, [_read_media(item, images) for item in encoded.media]
 
 
-def _read_image(path: str, images: Path) -> MediaFile:
-    local = path.removeprefix("file://")
+def _read_media(item: MediaRef, folder: Path) -> MediaFile:
+    kind = kind_of(item.kind)
+    local = item.path.removeprefix("file://")
     if "://" in local or local.startswith("data:"):
-        raise DataError(f"{path[:80]!r} is not a path: download images first, and name the files")
-    file = images / local
+        raise DataError(
+            f"{item.path[:80]!r} is not a path: download {kind.name}s first, and name the files"
+        )
+    file = folder / local
+    where = f"{kind.name} {file}"
     try:
         content = file.read_bytes()
     except (OSError, ValueError) as error:
-        raise DataError(f"image {file} cannot be read: {error}") from error
-    image = decode_image(content, f"image {file}")
+        raise DataError(f"{where} cannot be read: {error}") from error
+    extent = kind.measure(content, where)
     extension = file.suffix.removeprefix(".").lower()
     if not (extension.isascii() and extension.isalnum() and len(extension) <= 8):
-        extension = "img"
-    return MediaFile(content, extension, image.width, image.height)
+        extension = kind.extension
+    return MediaFile(item.kind, content, extension, extent)
 
 
 def _quarantine(file: Path, line: Line, reason: str) -> None:

@@ -12,6 +12,7 @@ from triptych.data.dataset.dataset import SHARD_NAME, DatasetManifest, write_man
 from triptych.data.dataset.media_index import media_row
 from triptych.data.dataset.text_file import TextWriter
 from triptych.data.hashed_files import hash_file
+from triptych.data.media.kinds import Extent
 from triptych.data.tokenizer import Tokenizer
 from triptych.data.tokens import Encoded
 from triptych.data.types import Media, MediaKind
@@ -21,12 +22,11 @@ from triptych.data.types import Media, MediaKind
 class MediaFile:
     """A media item as it was given, verified by decoding."""
 
+    kind: MediaKind
     content: bytes
     extension: str
-    """Of the file name in the shard, without a point."""
-    width: int
-    """Pixels, of the upright image."""
-    height: int
+    """Ending of the file name in the shard, without a point."""
+    extent: Extent
 
 
 class DatasetWriter:
@@ -114,13 +114,12 @@ class ShardWriter:
             number = f".{i}" if len(media) > 1 else ""
             written.append(
                 Media(
-                    kind=MediaKind.IMAGE,
+                    kind=item.kind,
                     shard=self._number,
                     offset=self._write(f"{key}{number}.{item.extension}", item.content),
                     size=len(item.content),
                     xxh3=xxhash.xxh3_128_digest(item.content),
-                    width=item.width,
-                    height=item.height,
+                    **item.extent._asdict(),
                 )
             )
         self._write(f"{key}.json", source)

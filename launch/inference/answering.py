@@ -12,7 +12,7 @@ from triptych.checkpoints.model_file import read_model
 from triptych.checkpoints.run_state import RunTensors, load_weights
 from triptych.checkpoints.store import locate
 from triptych.configs.compose import read_config
-from triptych.configs.schema import ParallelConfig
+from triptych.configs.schema import ModelConfig, ParallelConfig
 from triptych.data.loading.collate import Segment
 from triptych.data.media.image import decode_image, image_patches
 from triptych.data.tokenizer import Tokenizer, load_tokenizer
@@ -50,6 +50,7 @@ class Answerer:
     """The whole model in this process, with its tokenizer and the resolution it trained at."""
 
     model: nn.Module
+    config: ModelConfig
     tokenizer: Tokenizer
     limits: PixelLimits
 
@@ -76,7 +77,7 @@ class Answerer:
         parameters = dict(global_parameters([model]))
         load_weights(folder, RunTensors(parameters, None, sharding_table(sizes), mesh))
         limits = PixelLimits(config.data.min_pixels, config.data.max_pixels)
-        return cls(model.eval(), loaded, limits)
+        return cls(model.eval(), sizes, loaded, limits)
 
     def answer(self, questions: Sequence[Question], *, max_new_tokens: int) -> list[list[int]]:
         """Ids of each greedy answer, without the token that ends it."""
@@ -86,7 +87,7 @@ class Answerer:
             answers += greedy(
                 self.model,
                 prompts[start : start + BATCH],
-                self.tokenizer.tokens,
+                self.config,
                 max_new_tokens=max_new_tokens,
             )
         return answers
@@ -99,7 +100,7 @@ class Answerer:
     def _prompt(self, question: Question) -> Segment:
         """The chat up to where the answer begins, with the image's patches."""
         image = decode_image(question.image, question.where)
-        patches, grid = image_patches(image, self.limits)
+        patches, grid = image_patches(image, self.limits, self.config.vision)
         encoded = encode_prompt(question.messages(), self.tokenizer)
         media = Media(
             kind=MediaKind.IMAGE,
@@ -111,5 +112,5 @@ class Answerer:
             height=image.height,
         )
         sample = Sample(encoded.input_ids, encoded.targets, (media,))
-        input_ids, targets = expand(sample, [grid], self.tokenizer.tokens)
+        input_ids, targets = expand(sample, [grid], self.config)
         return Segment(SampleId(0, 0), input_ids, targets, np.array([grid]), (patches,))

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from triptych.configs.schema import Kernels, ModelConfig, ParallelConfig, Precision
-from triptych.data.media.image import PATCH_DIM
 from triptych.data.types import Batch
 from triptych.models.attention import Segments
 from triptych.models.kernels import Installed, choose
@@ -30,9 +29,6 @@ from triptych.parallel.mesh import ChunkPlace
 from megatron.core.enums import ModelType
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
-
-DUMMY_GRID = torch.tensor([[1, 2, 2]])
-"""The smallest image: 2 x 2 patches, one token."""
 
 
 class Qwen2VL(MegatronModule):
@@ -56,6 +52,7 @@ class Qwen2VL(MegatronModule):
         self.model_type = ModelType.encoder_or_decoder  # megatron-core's schedule asks for it
         self.pre_process, self.post_process = place.is_first, place.is_last
         overlap = parallel.overlap
+        self.vision_config = config.vision
         self.runs_dummy_image = overlap.grad_reduce or overlap.param_gather
         self.share_embeddings_and_output_weights = config.language.tie_word_embeddings
         if self.pre_process:
@@ -139,14 +136,15 @@ class Qwen2VL(MegatronModule):
         return embedded
 
     def _encode_dummy(self, device: torch.device) -> Tensor:
-        """(1, H) of a black image, for a pack without media.
+        """(1, H) of a black image of one token, for a pack without media.
 
         Where gradients or weights travel during the computation, every rank must run every layer
         and have a gradient of every weight, be it 0: megatron-core counts them, and waits for the
         other ranks in the order in which layers run.
         """
-        blank = torch.zeros(int(DUMMY_GRID.prod()), PATCH_DIM, dtype=torch.uint8, device=device)
-        return self._encode_vision(blank, DUMMY_GRID)
+        merge, patch_dim = self.vision_config.spatial_merge_size, self.vision_config.patch_dim
+        blank = torch.zeros(merge**2, patch_dim, dtype=torch.uint8, device=device)
+        return self._encode_vision(blank, torch.tensor([[1, merge, merge]]))
 
     def _encode_vision(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
         """ViT and merger. A frozen ViT runs without a graph: it keeps no activations."""

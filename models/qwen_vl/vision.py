@@ -68,7 +68,7 @@ class VisionTower(MegatronModule):
         """Encode.
 
         Args:
-            pixel_values: (P, 1176) uint8 on the device, in patch order.
+            pixel_values: (P, patch_dim) uint8 on the device, in patch order.
             grid_thw: (num_images, 3) int64 on the CPU, in unmerged patches.
 
         Returns:

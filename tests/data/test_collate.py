@@ -6,13 +6,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from triptych.configs.schema import TokensConfig
+from triptych.configs.schema import ModelConfig, TokensConfig
 from triptych.costs.flops import Workload
 from triptych.data.loading.collate import Segment, collate
 from triptych.data.types import SampleId
 from triptych.errors import DataError
 
 TOKENS = TokensConfig(endoftext=9, image_pad=3, video_pad=4)
+MODEL = ModelConfig(tokens=TOKENS)
 PAD = 3
 
 
@@ -31,7 +32,7 @@ def segment(ids, targets, grids=(), index=0, pixel=None):
 def test_patches_of_a_frame_see_only_each_other():
     """An image of 4 patches and two frames of 8."""
     shown = segment([PAD, 1, 4, 4, 4, 4], [0] * 6, [(1, 2, 2), (2, 2, 4)])
-    batch = collate([shown], TOKENS, pad_to=4, with_pixels=False)
+    batch = collate([shown], MODEL, pad_to=4, with_pixels=False)
     assert batch.workload == Workload(6, 6**2, 4 + 2 * 8, 4**2 + 2 * 8**2, num_targets=0)
 
 
@@ -41,7 +42,7 @@ def test_batch_by_hand():
         segment([1, *[PAD] * 6, 2, 50, 51], [0, *[0] * 6, 0, 1, 1], [(1, 4, 6)], index=7, pixel=8),
         segment([60, 61, 62], [1, 1, 1], index=3),
     ]
-    batch = collate(segments, TOKENS, pad_to=4, with_pixels=True)
+    batch = collate(segments, MODEL, pad_to=4, with_pixels=True)
     image, text = [1, *[PAD] * 6, 2, 50, 51], [60, 61, 62]
     assert batch.input_ids.tolist() == [*image, *text, 9, 9, 9]
     assert batch.labels.tolist() == [*image[1:], *text, 9, 9, 9, 9]
@@ -73,7 +74,7 @@ def test_batch_by_hand():
 
 
 def test_text_only_batch_has_empty_vision():
-    batch = collate([segment([60, 61], [1, 1])], TOKENS, pad_to=1, with_pixels=True)
+    batch = collate([segment([60, 61], [1, 1])], MODEL, pad_to=1, with_pixels=True)
     assert batch.pixel_values.shape == (0, 1176)
     assert batch.grid_thw.shape == (0, 3)
     assert batch.vision_index.numel() == batch.num_patches == 0
@@ -81,8 +82,8 @@ def test_text_only_batch_has_empty_vision():
 
 def test_where_no_pixels_are_read_all_else_is_the_same():
     ids, targets, grids = [1, PAD, PAD, 2], [0, 0, 0, 0], [(1, 2, 4)]
-    read = collate([segment(ids, targets, grids, pixel=1)], TOKENS, pad_to=2, with_pixels=True)
-    not_read = collate([segment(ids, targets, grids)], TOKENS, pad_to=2, with_pixels=False)
+    read = collate([segment(ids, targets, grids, pixel=1)], MODEL, pad_to=2, with_pixels=True)
+    not_read = collate([segment(ids, targets, grids)], MODEL, pad_to=2, with_pixels=False)
     assert not_read.pixel_values is None
     for name in ("input_ids", "labels", "loss_mask", "position_ids", "vision_index", "grid_thw"):
         assert torch.equal(getattr(read, name), getattr(not_read, name))
@@ -91,14 +92,14 @@ def test_where_no_pixels_are_read_all_else_is_the_same():
 
 def test_no_target_is_predicted_across_a_boundary():
     batch = collate(
-        [segment([60], [1]), segment([61, 62], [1, 0])], TOKENS, pad_to=1, with_pixels=False
+        [segment([60], [1]), segment([61, 62], [1, 0])], MODEL, pad_to=1, with_pixels=False
     )
     assert not batch.loss_mask.any()
 
 
 def test_placeholders_that_do_not_fit_are_refused():
     with pytest.raises(DataError, match="do not fit media grids"):
-        collate([segment([1, PAD, 2], [0] * 3, [(1, 4, 4)])], TOKENS, pad_to=1, with_pixels=False)
+        collate([segment([1, PAD, 2], [0] * 3, [(1, 4, 4)])], MODEL, pad_to=1, with_pixels=False)
 
 
 texts = st.lists(st.tuples(st.integers(20, 90), st.integers(0, 1)), min_size=1, max_size=12)
@@ -108,7 +109,7 @@ texts = st.lists(st.tuples(st.integers(20, 90), st.integers(0, 1)), min_size=1, 
 @given(st.lists(texts, min_size=1, max_size=6), st.integers(1, 8))
 def test_every_batch_keeps_the_invariants(samples, pad_to):
     segments = [segment(*zip(*sample, strict=True), index=i) for i, sample in enumerate(samples)]
-    batch = collate(segments, TOKENS, pad_to=pad_to, with_pixels=False)
+    batch = collate(segments, MODEL, pad_to=pad_to, with_pixels=False)
     length = len(batch.input_ids)
     assert length % pad_to == 0
     assert 0 <= length - batch.num_tokens < pad_to

@@ -9,11 +9,11 @@ import torch
 import yaml
 from PIL import Image
 
-from triptych.configs.schema import TokensConfig
+from triptych.configs.schema import ModelConfig, TokensConfig, VisionConfig
 from triptych.data.dataset.dataset import Dataset
 from triptych.data.dataset.media_index import MediaIndex, media_row
 from triptych.data.dataset.text_file import TextFile, TextWriter
-from triptych.data.media.image import image_grid
+from triptych.data.media.image import image_grids
 from triptych.data.prepare.build_dataset import build_dataset
 from triptych.data.stores import local
 from triptych.data.tokenizer import train_tokenizer
@@ -22,6 +22,7 @@ from triptych.data.types import Media, MediaKind, PixelLimits
 from triptych.errors import DataError, StorageError
 from triptych.parallel.megatron_finder import prepare_megatron
 
+VISION = VisionConfig()
 LIMITS = PixelLimits(min_pixels=28 * 28, max_pixels=20 * 28 * 28)
 LARGE = PixelLimits(min_pixels=100 * 28 * 28, max_pixels=400 * 28 * 28)
 
@@ -104,8 +105,8 @@ def test_media_rows_keep_every_field(tmp_path):
     index = MediaIndex(tmp_path / "media.idx", 3)
     assert [index.of_sample(i) for i in range(4)] == [(image,), (), (video, image), ()]
     assert index.sample_of(video) == 2
-    with pytest.raises(DataError, match="videos, which are not supported yet"):
-        index.grids(LIMITS)
+    with pytest.raises(DataError, match="videos are not supported yet"):
+        index.grids(LIMITS, VISION)
     with pytest.raises(DataError, match="192 bytes, its index says 256"):
         MediaIndex(tmp_path / "media.idx", 4)
 
@@ -170,17 +171,18 @@ def test_samples_come_back_as_they_were_encoded(folder, tokenizer):
 @pytest.mark.parametrize("limits", [LIMITS, LARGE], ids=["small", "large"])
 def test_counts_from_the_index_equal_expanded_samples(folder, tokenizer, limits):
     dataset = Dataset.open(folder, "mine")
-    tokens, patches = dataset.num_tokens(limits), dataset.num_patches(limits)
-    pairs = dataset.num_patch_pairs(limits)
+    sizes = dataset.sizes(limits, VISION)
+    tokens, patches, pairs = sizes.num_tokens, sizes.num_patches, sizes.num_patch_pairs
     assert {counts.dtype for counts in (tokens, patches, pairs)} == {np.dtype(np.int64)}
     for i in range(len(dataset)):
         sample = dataset.sample(i)
-        grids = [image_grid(m.height, m.width, limits) for m in sample.media]
-        ids, targets = expand(sample, grids, tokenizer.tokens)
+        grids = [
+            image_grids([m.height], [m.width], limits, VISION)[0].tolist() for m in sample.media
+        ]
+        ids, targets = expand(sample, grids, ModelConfig(tokens=tokenizer.tokens))
         assert len(ids) == len(targets) == tokens[i]
         assert patches[i] == sum(t * h * w for t, h, w in grids)
         assert pairs[i] == sum(t * (h * w) ** 2 for t, h, w in grids)
-    assert dataset.num_tokens(limits) is tokens
 
 
 def test_no_targets_on_vision_tokens(folder, tokenizer):

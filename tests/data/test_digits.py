@@ -12,6 +12,7 @@ import numpy as np
 import psutil
 import pytest
 
+from triptych.configs.schema import VisionConfig
 from triptych.data.dataset.dataset import Dataset
 from triptych.data.digits import images
 from triptych.data.digits.images import (
@@ -24,7 +25,7 @@ from triptych.data.digits.images import (
 )
 from triptych.data.digits.make import have_digits, make_digits
 from triptych.data.digits.texts import READ, SOURCES
-from triptych.data.media.image import image_grid
+from triptych.data.media.image import image_grids
 from triptych.data.tokenizer import load_tokenizer
 from triptych.data.types import PixelLimits
 from triptych.errors import DataError
@@ -57,7 +58,7 @@ def test_sizes_and_shares(images):
     for m in made:
         width, height = m.image.size
         assert MIN_SIDE <= min(width, height) <= max(width, height) <= MAX_SIDE
-        _, rows, columns = image_grid(height, width, LIMITS)
+        _, rows, columns = image_grids([height], [width], LIMITS, VisionConfig())[0]
         assert ((rows // 2, columns // 2) in UNSEEN_GRIDS) == m.size_is_unseen
     sides = {side for m in made for side in m.image.size}
     assert sum(side % 28 != 0 for side in sides) > 50
@@ -98,7 +99,7 @@ def test_every_source_is_a_dataset_with_short_samples(root):
         dataset = Dataset.open(root / name, name)
         dataset.check_tokens(tokenizer.tokens, tokenizer.fingerprint)
         assert len(dataset) == (8 if name == "heldout" else 60)
-        assert dataset.num_tokens(LIMITS).max() <= 130
+        assert dataset.sizes(LIMITS, VisionConfig()).num_tokens.max() <= 130
         assert (dataset.manifest.num_media == 0) == name.startswith("text")
 
 

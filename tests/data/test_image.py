@@ -15,18 +15,18 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
     smart_resize as oracle_smart_resize,
 )
 
+from triptych.configs.schema import VisionConfig
 from triptych.data.media.image import (
     decode_image,
-    image_grid,
     image_grids,
     image_patches,
     normalize_patches,
     smart_resize,
-    smart_resize_all,
 )
 from triptych.data.types import PixelLimits
 from triptych.errors import DataError
 
+VISION = VisionConfig()
 LIMITS = PixelLimits(min_pixels=56 * 56, max_pixels=16384 * 28 * 28)
 SMALL = PixelLimits(min_pixels=28 * 28, max_pixels=20 * 28 * 28)
 
@@ -45,15 +45,15 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
 @pytest.mark.parametrize("limits", [LIMITS, SMALL], ids=["default", "small"])
 def test_a_224_pixel_square_is_256_patches(limits):
     if limits is LIMITS:
-        assert image_grid(224, 224, limits) == (1, 16, 16)
-    _, rows, columns = image_grid(224, 224, limits)
+        assert image_grids([224], [224], limits, VISION).tolist() == [[1, 16, 16]]
+    [[_, rows, columns]] = image_grids([224], [224], limits, VISION)
     assert rows % 2 == columns % 2 == 0
     assert rows * columns * 14 * 14 <= limits.max_pixels
 
 
 @pytest.mark.parametrize(("side", "expected"), [(42, 56), (70, 56), (98, 112), (126, 112)])
 def test_sides_halfway_between_multiples_round_to_even(side, expected):
-    assert smart_resize(side, 28, min_pixels=1, max_pixels=10**9) == (expected, 28)
+    assert smart_resize([side], [28], factor=28, min_pixels=1, max_pixels=10**9) == (expected, 28)
 
 
 sides = st.integers(1, 8000)
@@ -73,8 +73,7 @@ def test_smart_resize_equals_transformers(sizes, min_tokens, extra_tokens, odd):
     }
     kept = [(h, w) for h, w in sizes if max(h, w) <= 200 * min(h, w)]
     expected = [oracle_smart_resize(h, w, **bounds) for h, w in kept]
-    assert [smart_resize(h, w, **bounds) for h, w in kept] == expected
-    heights, widths = smart_resize_all([h for h, _ in kept], [w for _, w in kept], **bounds)
+    heights, widths = smart_resize([h for h, _ in kept], [w for _, w in kept], factor=28, **bounds)
     assert list(zip(heights.tolist(), widths.tolist(), strict=True)) == expected
 
 
@@ -82,10 +81,11 @@ def test_grids_of_an_index_equal_grids_one_by_one():
     rng = np.random.default_rng(0)
     h = rng.integers(40, 4000, 500).astype(np.uint32)
     w = rng.integers(40, 4000, 500).astype(np.uint32)
-    grids = image_grids(h, w, LIMITS)
+    grids = image_grids(h, w, LIMITS, VISION)
     assert grids.dtype == np.int64
-    assert [tuple(g) for g in grids.tolist()] == [
-        image_grid(int(a), int(b), LIMITS) for a, b in zip(h, w, strict=True)
+    assert grids.tolist() == [
+        image_grids([int(a)], [int(b)], LIMITS, VISION)[0].tolist()
+        for a, b in zip(h, w, strict=True)
     ]
 
 
@@ -96,7 +96,7 @@ SIZES = [(1, 1), (10, 2000), (28, 28), (28, 168), (56, 57), (100, 333), (224, 22
 @pytest.mark.parametrize("limits", [LIMITS, SMALL], ids=["default", "small"])
 def test_patches_equal_transformers(size, limits):
     image = noise(*size, seed=size[1])
-    pixels, grid = image_patches(image, limits)
+    pixels, grid = image_patches(image, limits, VISION)
     processor = Qwen2VLImageProcessorPil(
         size={"shortest_edge": limits.min_pixels, "longest_edge": limits.max_pixels}
     )
@@ -104,6 +104,47 @@ def test_patches_equal_transformers(size, limits):
     assert grid == tuple(oracle["image_grid_thw"][0].tolist())
     assert pixels.dtype == np.uint8
     assert torch.equal(normalize_patches(torch.from_numpy(pixels)), oracle["pixel_values"])
+
+
+def cut_slowly(image: np.ndarray, vision: VisionConfig) -> np.ndarray:
+    """Patches of one frame, one number after the other: token by token, patch by patch in each."""
+    side, merge = vision.patch_size, vision.spatial_merge_size
+    height, width, _ = image.shape
+    patches = []
+    for top in range(0, height, side * merge):
+        for left in range(0, width, side * merge):
+            for row in range(top, top + side * merge, side):
+                for column in range(left, left + side * merge, side):
+                    square = image[row : row + side, column : column + side]
+                    patches.append(
+                        [
+                            square[y, x, channel]
+                            for channel in range(3)
+                            for _ in range(vision.temporal_patch_size)
+                            for y in range(side)
+                            for x in range(side)
+                        ]
+                    )
+    return np.array(patches, dtype=np.uint8)
+
+
+@pytest.mark.parametrize("patch_size", [8, 14, 16])
+@pytest.mark.parametrize("merge", [1, 2, 3])
+@pytest.mark.parametrize("num_frames", [1, 2, 3])
+def test_patches_of_any_geometry_are_those_of_a_slow_cut(patch_size, merge, num_frames):
+    """The picture fits a grid already, so only the cut is compared."""
+    vision = VisionConfig(
+        patch_size=patch_size, spatial_merge_size=merge, temporal_patch_size=num_frames
+    )
+    image = noise(2 * vision.resize_factor, 3 * vision.resize_factor, seed=merge)
+    limits = PixelLimits(min_pixels=1, max_pixels=10**6)
+    patches, grid = image_patches(image, limits, vision)
+    assert grid == (1, 2 * merge, 3 * merge)
+    assert patches.shape == (6 * vision.patches_per_token, vision.patch_dim)
+    assert np.array_equal(patches, cut_slowly(np.asarray(image), vision))
+    normalised = normalize_patches(torch.from_numpy(patches))
+    assert normalised.shape == patches.shape
+    assert image_grids([300], [500], limits, vision)[0, 1:].max() % merge == 0
 
 
 def test_normalize_patches_leaves_its_argument_alone():
@@ -173,7 +214,7 @@ def test_cmyk_white_stays_white():
 
 
 def test_one_pixel_is_enlarged():
-    pixels, grid = image_patches(decode_image(encoded(noise(1, 1)), "x"), LIMITS)
+    pixels, grid = image_patches(decode_image(encoded(noise(1, 1)), "x"), LIMITS, VISION)
     assert grid == (1, 4, 4)
     assert (pixels == pixels[0, [0, 392, 784]].repeat(392)).all()
 
@@ -218,4 +259,4 @@ def test_damaged_files_decode_or_raise_data_errors(data):
 @pytest.mark.parametrize("size", [(1, 201), (201, 1), (0, 5)])
 def test_smart_resize_refuses_elongated_images(size):
     with pytest.raises(DataError, match=f"{size[1]}x{size[0]} pixels"):
-        smart_resize(*size, min_pixels=3136, max_pixels=10**6)
+        smart_resize([size[0]], [size[1]], factor=28, min_pixels=3136, max_pixels=10**6)

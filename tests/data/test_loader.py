@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from triptych.configs.schema import Oversize
+from triptych.configs.schema import LanguageConfig, ModelConfig, Oversize, VisionConfig
 from triptych.data.dataset.dataset import Dataset
 from triptych.data.loading.loader import Loader, validation_step
 from triptych.data.loading.reader import BatchFormat
@@ -24,6 +24,7 @@ from triptych.data.tokenizer import train_tokenizer
 from triptych.data.types import PixelLimits
 from triptych.errors import DataError
 
+VISION = VisionConfig()
 LIMITS = PixelLimits(min_pixels=28 * 28, max_pixels=16 * 28 * 28)
 GLOBAL_BATCH_SIZE = 8
 
@@ -80,10 +81,16 @@ def text(tmp_path_factory, tokenizer):
     return Dataset.open(build(tmp_path_factory.mktemp("text"), tokenizer, only_text), "text")
 
 
+def model_for(tokenizer, vocab_size=None) -> ModelConfig:
+    """The parts of a model that the reader asks for."""
+    language = LanguageConfig(vocab_size=vocab_size or tokenizer.vocab_size)
+    return ModelConfig(tokens=tokenizer.tokens, language=language, vision=VISION)
+
+
 def make_plan(sources, weights=None, *, seed=0, window=96):
     weights = weights or {source.name: 1 for source in sources}
     return Plan(
-        plan_sources(sources, weights, LIMITS),
+        plan_sources(sources, weights, LIMITS, VISION),
         seed=seed,
         seq_len=128,
         max_patches=512,
@@ -108,8 +115,7 @@ def open_loader(mixed, text, tokenizer):
         ):
             plan = make_plan(sources)
             form = BatchFormat(
-                tokens=tokenizer.tokens,
-                vocab_size=vocab_size or tokenizer.vocab_size,
+                model=model_for(tokenizer, vocab_size),
                 limits=LIMITS,
                 pad_to=pad_to,
                 read_pixels=read_pixels,
@@ -155,12 +161,14 @@ def test_batches_hold_the_samples_of_the_packs(open_loader, mixed, text):
             dataset = (mixed, text)[source]
             start, end = batch.segments[number], batch.segments[number + 1]
             sample = dataset.sample(index)
-            assert end - start == dataset.num_tokens(LIMITS)[index]
+            assert end - start == dataset.sizes(LIMITS, VISION).num_tokens[index]
             once = batch.input_ids[start:end].unique_consecutive().tolist()
             assert once == torch.tensor(sample.input_ids).unique_consecutive().tolist()
             assert batch.loss_mask[start:end].sum() == sample.targets[1:].sum()
             for media in sample.media:
-                expected, _ = image_patches(decode_image(dataset.read_media(media), ""), LIMITS)
+                expected, _ = image_patches(
+                    decode_image(dataset.read_media(media), ""), LIMITS, VISION
+                )
                 found = batch.pixel_values[patches : patches + len(expected)]
                 assert np.array_equal(found.numpy(), expected)
                 patches += len(expected)
@@ -295,7 +303,7 @@ def test_unreadable_media_are_zeros_and_reported(open_loader, damaged, tokenizer
     assert found == {0}
     blank = [patches for step in steps for b in step.microbatches for patches in [b.pixel_values]]
     assert sum(int((pixels.amax(1) == 0).sum()) for pixels in blank) == len(spots) * int(
-        damaged.num_patches(LIMITS)[0]
+        damaged.sizes(LIMITS, VISION).num_patches[0]
     )
 
 
@@ -346,8 +354,7 @@ def test_validation_supervises_the_same_tokens_in_every_layout(
     mixed, text, tokenizer, dp_size, micro_batch_size
 ):
     form = BatchFormat(
-        tokens=tokenizer.tokens,
-        vocab_size=tokenizer.vocab_size,
+        model=model_for(tokenizer),
         limits=LIMITS,
         pad_to=4,
         read_pixels=False,

@@ -7,8 +7,8 @@ from unittest import mock
 import pytest
 
 from triptych.data.dataset.dataset import Dataset
-from triptych.data.loading import reader
 from triptych.data.loading.loader import Loader
+from triptych.data.media import kinds
 from triptych.tests.helpers.runs import LAYOUTS, Runs, train
 
 pytestmark = pytest.mark.distributed
@@ -31,7 +31,7 @@ def runs(pool, digits, tmp_path) -> Runs:
 def count_decodes(argv: list[str]) -> tuple[int, int, int]:
     """Train; returns what the loader says it decoded, and decodes and reads as counted here."""
     calls, told = Counter(), []
-    decode, read, close = reader.decode_image, Dataset.read_media, Loader.close
+    decode, read, close = kinds.decode_image, Dataset.read_media, Loader.close
 
     def counted_decode(*args):
         calls["decode"] += 1
@@ -46,7 +46,7 @@ def count_decodes(argv: list[str]) -> tuple[int, int, int]:
         told.append(self.num_decoded)
 
     with (
-        mock.patch.object(reader, "decode_image", counted_decode),
+        mock.patch.object(kinds, "decode_image", counted_decode),
         mock.patch.object(Dataset, "read_media", counted_read),
         mock.patch.object(Loader, "close", telling_close),
     ):

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from triptych.configs.schema import Oversize
+from triptych.configs.schema import Oversize, VisionConfig
 from triptych.data.plan.mixture import draw_sources, integer_shares
 from triptych.data.plan.order import Cursor, Plan
 from triptych.data.plan.permute import derive_key, shuffled
 from triptych.data.plan.plan_sources import PlanSource, plan_sources
-from triptych.data.types import PixelLimits
+from triptych.data.types import PixelLimits, Sizes
 from triptych.errors import ConfigError, DataError
 
 weights = st.lists(st.decimals("0.001", "20", places=3).map(float), min_size=1, max_size=12)
@@ -24,7 +24,7 @@ weights = st.lists(st.decimals("0.001", "20", places=3).map(float), min_size=1, 
 def plan_source(name="text", weight=1.0, num_tokens=(10, 20, 30), num_patches=None):
     tokens = np.asarray(num_tokens, dtype=np.int64)
     patches = np.zeros_like(tokens) if num_patches is None else np.asarray(num_patches)
-    return PlanSource(name, weight, tokens, patches, patches**2)
+    return PlanSource(name, weight, Sizes(tokens, patches, patches**2))
 
 
 def make_plan(*sources, **settings):
@@ -45,13 +45,11 @@ def mixed_sources(num_samples=500, seed=0):
     double = 4 * draw.integers(4, 60, (num_samples, 2))
     text = np.clip(draw.lognormal(4.0, 0.8, (3, num_samples)), 4, 700).astype(np.int64)
     return (
-        PlanSource("captions", 0.5, single // 4 + 2 + text[0] // 3, single, single**2),
+        PlanSource("captions", 0.5, Sizes(single // 4 + 2 + text[0] // 3, single, single**2)),
         PlanSource(
             "interleaved",
             0.3,
-            double.sum(1) // 4 + 4 + text[1],
-            double.sum(1),
-            (double**2).sum(1),
+            Sizes(double.sum(1) // 4 + 4 + text[1], double.sum(1), (double**2).sum(1)),
         ),
         plan_source("text", 0.2, text[2]),
     )
@@ -154,7 +152,7 @@ def test_packs_partition_the_stream():
         order = shuffled(
             np.arange(cursor.drawn[number]), len(source), derive_key(0, "samples", source.name)
         )
-        fitting = [i for i in order.tolist() if source.num_tokens[i] <= 512]
+        fitting = [i for i in order.tolist() if source.sizes.num_tokens[i] <= 512]
         assert sorted(fitting) == sorted(i for s, i in samples if s == number)
         assert cursor.drawn[number] - cursor.skipped[number] == counts[number]
 
@@ -162,9 +160,9 @@ def test_packs_partition_the_stream():
 def test_packs_keep_both_budgets_and_say_what_they_hold():
     plan = make_plan(*mixed_sources())
     for pack in plan.first_packs(100):
-        tokens = [plan.sources[s].num_tokens[i] for s, i in pack.samples]
-        patches = [plan.sources[s].num_patches[i] for s, i in pack.samples]
-        pairs = [plan.sources[s].num_patch_pairs[i] for s, i in pack.samples]
+        tokens = [plan.sources[s].sizes.num_tokens[i] for s, i in pack.samples]
+        patches = [plan.sources[s].sizes.num_patches[i] for s, i in pack.samples]
+        pairs = [plan.sources[s].sizes.num_patch_pairs[i] for s, i in pack.samples]
         assert pack.num_tokens == sum(tokens) <= 512
         assert pack.num_patches == sum(patches) <= 1024
         load = plan.workload(pack)
@@ -282,20 +280,19 @@ class MetadataSource:
     def __init__(self, name):
         self.name = name
 
-    def num_tokens(self, limits):
-        return np.array([limits.min_pixels, limits.max_pixels])
-
-    num_patches = num_patch_pairs = num_tokens
+    def sizes(self, limits, vision):
+        counts = np.array([limits.min_pixels, limits.max_pixels])
+        return Sizes(counts, counts * vision.patches_per_token, counts)
 
 
 def test_weights_and_sources_must_match():
     sources = [MetadataSource("a"), MetadataSource("b")]
     limits = PixelLimits(min_pixels=1, max_pixels=2)
     with pytest.raises(ConfigError, match=r"(?s)unknown source 'c'; there are a, b.*'b' has no w"):
-        plan_sources(sources, {"a": 1, "c": 1}, limits)
-    planned = plan_sources(sources, {"b": 2, "a": 1}, limits)
+        plan_sources(sources, {"a": 1, "c": 1}, limits, VisionConfig())
+    planned = plan_sources(sources, {"b": 2, "a": 1}, limits, VisionConfig())
     assert [(source.name, source.weight) for source in planned] == [("a", 1), ("b", 2)]
-    assert planned[0].num_tokens.tolist() == [1, 2]
+    assert planned[0].sizes.num_tokens.tolist() == [1, 2]
 
 
 @pytest.mark.parametrize("offset", [-1, 10_000])

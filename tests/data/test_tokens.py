@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from triptych.configs.schema import TokensConfig
+from triptych.configs.schema import ModelConfig, TokensConfig
 from triptych.data.tokenizer import SPECIAL_TOKENS, load_tokenizer, train_tokenizer
 from triptych.data.tokens import (
     encode_chat,
@@ -213,7 +213,7 @@ def test_expand_repeats_placeholders():
         np.array([0, 0, 1, 0, 1], dtype=np.uint8),
         (media(), media(MediaKind.VIDEO)),
     )
-    ids, targets = expand(sample, [(1, 2, 4), (3, 2, 2)], tokens)
+    ids, targets = expand(sample, [(1, 2, 4), (3, 2, 2)], ModelConfig(tokens=tokens))
     assert ids.tolist() == [1, 8, 8, 2, 9, 9, 9, 3]
     assert targets.tolist() == [0, 0, 0, 1, 0, 0, 0, 1]
     assert (ids.dtype, targets.dtype) == (np.int32, np.uint8)
@@ -232,7 +232,7 @@ def test_expand_repeats_placeholders():
 def test_expand_refuses_placeholders_that_are_not_those_of_the_media(ids, items, grids):
     sample = Sample(np.array(ids, dtype=np.int32), np.zeros(len(ids), dtype=np.uint8), items)
     with pytest.raises(DataError, match="placeholders in the text"):
-        expand(sample, grids, TokensConfig(image_pad=8, video_pad=9))
+        expand(sample, grids, ModelConfig(tokens=TokensConfig(image_pad=8, video_pad=9)))
 
 
 def test_missing_special_tokens_are_listed(folder, tmp_path):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from triptych.configs.schema import (
     Config,
+    ModelConfig,
     OptimizerConfig,
     OverlapConfig,
     ParallelConfig,
@@ -296,7 +297,9 @@ def _batch(kind: str, packs: Iterable[int], mesh: Mesh) -> Batch:
     segments = [segment for pack in packs for segment in _pack(kind, pack)]
     if not mesh.reads_media:
         segments = [Segment(s.sample_id, s.input_ids, s.targets, s.grid_thw, ()) for s in segments]
-    return collate(segments, TOKENS, pad_to=mesh.dims.tp, with_pixels=mesh.reads_media)
+    return collate(
+        segments, ModelConfig(tokens=TOKENS), pad_to=mesh.dims.tp, with_pixels=mesh.reads_media
+    )
 
 
 def _pack(kind: str, number: int) -> list[Segment]:

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from triptych.checkpoints.hf.model_config import hf_config
 from triptych.checkpoints.hf.name_table import hub_name
 from triptych.configs.schema import LanguageConfig, ModelConfig, TokensConfig, VisionConfig
-from triptych.data.media.image import CLIP_MEAN, CLIP_STD, PATCH_DIM
+from triptych.data.media.image import CLIP_MEAN, CLIP_STD
 
+PATCH_DIM = VisionConfig().patch_dim
 TOKENS = TokensConfig(
     endoftext=0, im_start=1, im_end=2, vision_start=9, vision_end=10, image_pad=12, video_pad=13
 )

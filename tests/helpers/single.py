@@ -48,7 +48,9 @@ def load_ours(
 
 def pack(samples: Sequence[Conversation], *, pad_to: int = 1) -> Batch:
     """All samples in one batch, as the loader makes it."""
-    return collate(segments_of(samples), TOKENS, pad_to=pad_to, with_pixels=True)
+    return collate(
+        segments_of(samples), ModelConfig(tokens=TOKENS), pad_to=pad_to, with_pixels=True
+    )
 
 
 def segments_of(samples: Sequence[Conversation]) -> list[Segment]:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from triptych.configs.schema import ModelConfig
 from triptych.data.loading.collate import Segment
 from triptych.data.types import SampleId
 from triptych.models.generate import greedy
@@ -32,8 +33,8 @@ def answers(tmp_path_factory):
     with alone() as mesh:
         ours = load_ours(folder, config, mesh).eval()
         prompts = segments_of(samples)
-        mine = greedy(ours, prompts, TOKENS, max_new_tokens=MAX_NEW_TOKENS)
-        cut = greedy(ours, prompts, TOKENS, max_new_tokens=1)
+        mine = greedy(ours, prompts, config, max_new_tokens=MAX_NEW_TOKENS)
+        cut = greedy(ours, prompts, config, max_new_tokens=1)
     return mine, [_generate(reference, sample) for sample in samples], cut
 
 
@@ -103,5 +104,9 @@ def test_either_end_token_ends_an_answer_and_frees_its_place(end):
         for i, length in enumerate([2, 5, 3])
     ]
     model = Scripted(script)
-    assert greedy(model, prompts, TOKENS, max_new_tokens=9) == [[30], [40, 41], []]
+    assert greedy(model, prompts, ModelConfig(tokens=TOKENS), max_new_tokens=9) == [
+        [30],
+        [40, 41],
+        [],
+    ]
     assert model.calls == [3, 2, 1]

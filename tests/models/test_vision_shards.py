@@ -8,7 +8,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from triptych.configs.schema import Kernels, ModelConfig, ParallelConfig, Precision, VisionConfig
-from triptych.data.media.image import PATCH_DIM
 from triptych.models.fake_rank import saved_storages
 from triptych.models.init import init_parameters
 from triptych.models.kernels import Installed, choose
@@ -39,7 +38,9 @@ def measure(tp: int, sharded: bool, grids: list[tuple[int, int, int]]) -> Measur
     init_parameters([chunk], SHARDING, mesh, 0)
     generator = torch.Generator().manual_seed(0)
     num_patches = sum(starmap(lambda t, h, w: t * h * w, grids))
-    pixels = torch.randint(256, (num_patches, PATCH_DIM), dtype=torch.uint8, generator=generator)
+    pixels = torch.randint(
+        256, (num_patches, VISION.patch_dim), dtype=torch.uint8, generator=generator
+    )
     upstream = torch.randn(num_patches, VISION.hidden_size, generator=generator)
     with saved_storages(tower) as kept:
         output = tower(pixels, torch.tensor(grids))

@@ -103,20 +103,17 @@ def test_flops_are_those_of_the_samples_in_any_layout(runs, digits):
     limits = PixelLimits(config.data.min_pixels, config.data.max_pixels)
     names = ["strings", "captions", "text"]  # in the order of data.mixtures.stage2
     sources = [Dataset.open(digits / name, name) for name in names]
-    tokens, patches, pairs = (
-        [getattr(source, counts)(limits) for source in sources]
-        for counts in ("num_tokens", "num_patches", "num_patch_pairs")
-    )
+    sizes = [source.sizes(limits, config.model.vision) for source in sources]
     flops: Counter[int] = Counter()
     for ledger in (runs.dir("dp2") / "ledger").iterdir():
         for line in map(json.loads, ledger.read_text().splitlines()):
             for s, i in line["samples"]:
-                length = int(tokens[s][i])
+                length = int(sizes[s].num_tokens[i])
                 load = Workload(
                     num_tokens=length,
                     token_pairs=length**2,
-                    num_patches=int(patches[s][i]),
-                    patch_pairs=int(pairs[s][i]),
+                    num_patches=int(sizes[s].num_patches[i]),
+                    patch_pairs=int(sizes[s].num_patch_pairs[i]),
                     num_targets=int(sources[s].sample(i).targets[1:].sum()),
                 )
                 flops[line["step"]] += 3 * forward_flops(config.model, load).total

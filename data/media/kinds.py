@@ -1,0 +1,131 @@
+"""The kinds of media: what each is measured by, and how its patches come about.
+
+Index, plan, tokens, reader and preparation ask the row of a kind; none of them knows an image from
+anything else. A kind without a row is refused here, in :func:`kind_of`, and nowhere else.
+
+Geometry is the model's (``VisionConfig``), limits are the run's (``PixelLimits``); a dataset holds
+neither.
+"""
+
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from triptych.configs.schema import VisionConfig
+from triptych.data.media.image import decode_image, image_grids, image_patches
+from triptych.data.types import Media, MediaKind, PixelLimits
+from triptych.errors import DataError
+
+Grid = tuple[int, int, int]
+"""Frames, rows and columns of unmerged patches."""
+
+
+class Extent(NamedTuple):
+    """What a media item measures, as the index records it."""
+
+    width: int
+    """Pixels, of the upright picture."""
+    height: int
+    frames: int = 1
+    duration_ms: int = 0
+
+
+class Kind(Protocol):
+    """One kind of media."""
+
+    name: str
+    """The word for it: the ``type`` and the key of a part of a record, and in messages."""
+    extension: str
+    """Ending of its files in a shard, where the name it came with has none that will do."""
+
+    def measure(self, data: bytes, where: str) -> Extent:
+        """Decode a file, to see that it can be.
+
+        Args:
+            data: the whole file.
+            where: names the file or sample in errors.
+
+        Raises:
+            DataError: it cannot be decoded, or is nothing to train on.
+        """
+
+    def grids(
+        self, rows: NDArray[np.void], limits: PixelLimits, vision: VisionConfig
+    ) -> NDArray[np.int64]:
+        """Grids of many items, (num_rows, 3) int64.
+
+        Args:
+            rows: (num_rows,) with the fields of ``Extent``, as an index has them.
+            limits: of the run.
+            vision: of the model.
+        """
+
+    def grid(self, media: Media, limits: PixelLimits, vision: VisionConfig) -> Grid:
+        """The grid of one item; the same as ``grids`` gives."""
+
+    def patches(
+        self, data: bytes, media: Media, limits: PixelLimits, vision: VisionConfig, where: str
+    ) -> NDArray[np.uint8]:
+        """Decode and cut, (num_patches, patch_dim) uint8; the patches of one token are neighbours.
+
+        Raises:
+            DataError: the file cannot be decoded, or is not of the size that ``media`` says.
+        """
+
+
+class ImageKind:
+    """A still picture: one frame, repeated to fill a patch."""
+
+    name = "image"
+    extension = "img"
+
+    def measure(self, data: bytes, where: str) -> Extent:
+        """Width and height of the upright picture."""
+        image = decode_image(data, where)
+        return Extent(image.width, image.height)
+
+    def grids(
+        self, rows: NDArray[np.void], limits: PixelLimits, vision: VisionConfig
+    ) -> NDArray[np.int64]:
+        """(num_rows, 3) int64, the first column 1."""
+        return image_grids(rows["height"], rows["width"], limits, vision)
+
+    def grid(self, media: Media, limits: PixelLimits, vision: VisionConfig) -> Grid:
+        """(1, rows, columns)."""
+        t, h, w = image_grids([media.height], [media.width], limits, vision)[0].tolist()
+        return t, h, w
+
+    def patches(
+        self, data: bytes, media: Media, limits: PixelLimits, vision: VisionConfig, where: str
+    ) -> NDArray[np.uint8]:
+        """(rows * columns, patch_dim) uint8."""
+        image = decode_image(data, where)
+        if image.size != (media.width, media.height):
+            raise DataError(
+                f"{where}: {image.width}x{image.height} pixels, but its dataset says "
+                f"{media.width}x{media.height}  -> prepare the dataset again"
+            )
+        return image_patches(image, limits, vision)[0]
+
+
+KINDS: dict[MediaKind, Kind] = {MediaKind.IMAGE: ImageKind()}
+"""A video gets its row when something can read it."""
+
+
+def kind_of(code: int) -> Kind:
+    """The row of a kind.
+
+    Args:
+        code: a ``MediaKind``, or what an index says is one.
+
+    Raises:
+        DataError: there is no such kind, or it is not supported yet.
+    """
+    if code in KINDS:
+        return KINDS[MediaKind(code)]
+    known = ", ".join(f"{kind.name}s" for kind in KINDS.values())
+    if code in list(MediaKind):
+        name = MediaKind(code).name.lower()
+        raise DataError(f"{name}s are not supported yet, {known} are  -> leave them out")
+    raise DataError(f"there is no media kind {code}: the index is damaged  -> copy it again")
