@@ -14,9 +14,9 @@ from typing import Any
 
 import xxhash
 
-from triptych.checkpoints.comm import Comm, on_every_rank
 from triptych.data.hashed_files import HashedFile, hash_file
 from triptych.errors import CheckpointError
+from triptych.parallel.agree import Ranks, on_every_rank
 
 MANIFEST = "MANIFEST.json"
 COMMIT = "COMMIT"
@@ -97,7 +97,7 @@ def read_manifest(folder: Path) -> CheckpointManifest:
     return CheckpointManifest(files=files, **content)
 
 
-def verify(folder: Path, comm: Comm) -> list[str]:
+def verify(folder: Path, ranks: Ranks) -> list[str]:
     """What is wrong with a checkpoint, file by file; empty if it is good. Reads every byte once.
 
     Each rank hashes its share of the files. Every rank must call this; all get the same answer.
@@ -108,12 +108,12 @@ def verify(folder: Path, comm: Comm) -> list[str]:
     except CheckpointError as error:
         files, findings = {}, [str(error)]
     largest_first = sorted(files, key=lambda name: (-files[name].size, name))
-    share = largest_first[comm.rank :: comm.world_size]
+    share = largest_first[ranks.rank :: ranks.world_size]
 
     def check() -> list[str]:
         return findings + [text for name in share if (text := _check(folder, name, files[name]))]
 
-    everyone = on_every_rank(comm, check)
+    everyone = on_every_rank(ranks, check, os_error=CheckpointError)
     return sorted({text for texts in everyone for text in texts})
 
 

@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from triptych.checkpoints.comm import ProcessGroupComm, on_every_rank
 from triptych.checkpoints.model_file import differences
 from triptych.checkpoints.sharded import (
     Tensors,
@@ -31,6 +30,7 @@ from triptych.checkpoints.sharded import (
 from triptych.configs.schema import ModelConfig
 from triptych.errors import CheckpointError
 from triptych.models.sharding import ShardingTable
+from triptych.parallel.agree import on_every_rank
 from triptych.parallel.device import HAS_CUDA, device_name, random_states, set_random_states
 from triptych.parallel.mesh import Mesh
 from triptych.parallel.zero.protocol import STATE_KINDS, ParamState, ShardedOptimizer
@@ -78,7 +78,7 @@ def save_state(folder: Path, run: RunTensors, numbers: Mapping[str, Any]) -> Non
             _write_json(folder / "data.json", {**numbers, "num_updates": num_updates})
             _write_json(folder / "environment.json", _environment(run.mesh))
 
-    on_every_rank(ProcessGroupComm(), write_the_rest)
+    on_every_rank(run.mesh.world, write_the_rest, os_error=CheckpointError)
 
 
 def load_numbers(folder: Path) -> dict[str, Any]:

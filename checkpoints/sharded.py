@@ -14,11 +14,9 @@ from typing import Any
 
 import psutil  # noqa: F401  # without it megatron-core's writing process dies, and saving hangs
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from triptych.checkpoints.comm import ProcessGroupComm
 from triptych.errors import CheckpointError
 from triptych.models.init import EMBEDDING, HEAD
 from triptych.models.sharding import ShardingTable, TensorSharding
@@ -65,7 +63,7 @@ def save_tensors(
         dist_checkpointing.save(state, str(folder), strategy)
     except CheckpointException as error:  # raised on every rank; rank 0 alone knows what failed
         failures = [f"rank {rank}: {failure}" for rank, (failure, _) in error.failures.items()]
-        raise CheckpointError("\n".join(ProcessGroupComm().all_gather(failures)[0])) from error
+        raise CheckpointError("\n".join(mesh.world.all_gather(failures)[0])) from error
 
 
 def load_tensors(
@@ -146,9 +144,7 @@ def tensor_problems(
         key: tuple(tensor.global_shape)
         for key, tensor in _sharded_state(kinds, mesh, table).items()
     }
-    everyone: list[dict[str, tuple[int, ...]]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyone, mine)
-    wanted = {key: shape for keys in everyone for key, shape in keys.items()}
+    wanted = {key: shape for keys in mesh.world.all_gather(mine) for key, shape in keys.items()}
     found = stored_shapes(folder)
     of_kind = {key for key in found if key.startswith(f"{strict}.")}
     return _one_line_for_all_layers(

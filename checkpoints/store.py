@@ -17,11 +17,11 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from triptych.checkpoints.comm import Comm, on_every_rank, on_rank_0
 from triptych.checkpoints.manifest import (
     COMMIT,
     CheckpointManifest,
@@ -33,7 +33,9 @@ from triptych.checkpoints.manifest import (
     write_synced,
 )
 from triptych.errors import CheckpointError
+from triptych.parallel.agree import Ranks, on_every_rank, on_rank_0
 
+T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"step_(\d+)\.(\d+)(\.tmp|\.damaged|\.deleted)?")
@@ -54,14 +56,14 @@ class CheckpointStore:
     """Writes, finds and retires the checkpoints of one run.
 
     Only the run that owns ``root`` has one: it renames damaged folders and removes what a crash
-    left behind. Whoever only reads uses ``locate``. Every rank of ``comm`` must call every method.
+    left behind. Whoever only reads uses ``locate``. Every rank of ``ranks`` must call every method.
     """
 
-    def __init__(self, root: Path, comm: Comm) -> None:
+    def __init__(self, root: Path, ranks: Ranks) -> None:
         self.root = root
-        self._comm = comm
+        self._ranks = ranks
         self._attempt: int | None = None
-        self._committed: Path | None = None
+        self._ranksitted: Path | None = None
 
     def begin(self, step: int) -> Path:
         """A new temporary folder with ``shards/`` and ``rng/`` in it, for all ranks to write into.
@@ -72,7 +74,7 @@ class CheckpointStore:
         Raises:
             CheckpointError: it cannot be made, or a rank does not see it.
         """
-        folder = on_rank_0(self._comm, lambda: self._claim(step))
+        folder = self._on_rank_0(lambda: self._claim(step))
 
         def see() -> None:
             if not folder.is_dir():
@@ -81,7 +83,7 @@ class CheckpointStore:
                     "run.dir must lie on a file system that all nodes share"
                 )
 
-        on_every_rank(self._comm, see)
+        on_every_rank(self._ranks, see, os_error=CheckpointError)
         return folder
 
     def commit(self, folder: Path, info: dict[str, Any]) -> Path:
@@ -94,8 +96,12 @@ class CheckpointStore:
         Raises:
             CheckpointError: on every rank, if any rank failed; the folder then stays temporary.
         """
-        self._comm.all_gather(None)  # no rank still writes
-        shares = on_every_rank(self._comm, lambda: record_files(folder, self._comm.rank))
+        self._ranks.all_gather(None)  # no rank still writes
+        shares = on_every_rank(
+            self._ranks,
+            lambda: record_files(folder, self._ranks.rank),
+            os_error=CheckpointError,
+        )
         name = _parse(folder.name)
         files = {path: record for share in shares for path, record in sorted(share.items())}
         manifest = CheckpointManifest(step=name.step, attempt=name.attempt, info=info, files=files)
@@ -109,8 +115,8 @@ class CheckpointStore:
             _rename(hint, self.root / "latest")
             return final
 
-        self._committed = on_rank_0(self._comm, publish)
-        return self._committed
+        self._ranksitted = self._on_rank_0(publish)
+        return self._ranksitted
 
     def newest(self) -> Path | None:
         """The newest checkpoint whose every byte is as it was written; None in a run without any.
@@ -121,18 +127,18 @@ class CheckpointStore:
         Raises:
             CheckpointError: there are checkpoints, and none of them is good.
         """
-        on_rank_0(self._comm, self._tidy)
+        self._on_rank_0(self._tidy)
         rejected = []
-        for folder in on_rank_0(self._comm, lambda: step_folders(self.root)):
-            problems = verify(folder, self._comm)
+        for folder in self._on_rank_0(lambda: step_folders(self.root)):
+            problems = verify(folder, self._ranks)
             if not problems:
                 return folder
             damaged = folder.with_name(f"{folder.name}.damaged")
-            on_rank_0(self._comm, partial(_rename, folder, damaged))
+            self._on_rank_0(partial(_rename, folder, damaged))
             rejected.append(_listed(f"{folder.name} is damaged, renamed {damaged.name}", problems))
-            if self._comm.rank == 0:
+            if self._ranks.rank == 0:
                 _log.warning("checkpoint %s", rejected[-1])
-        damaged_names = on_rank_0(self._comm, lambda: _names(self.root, ".damaged"))
+        damaged_names = self._on_rank_0(lambda: _names(self.root, ".damaged"))
         if damaged_names:
             raise CheckpointError(
                 _listed(f"{self.root} has no good checkpoint", rejected or damaged_names)
@@ -150,13 +156,16 @@ class CheckpointStore:
 
         def delete() -> list[Path]:
             folders = step_folders(self.root)
-            if not folders or folders[0] != self._committed:
+            if not folders or folders[0] != self._ranksitted:
                 return []
             for folder in folders[keep:]:
                 _delete(folder)
             return folders[keep:]
 
-        return on_rank_0(self._comm, delete)
+        return self._on_rank_0(delete)
+
+    def _on_rank_0(self, action: Callable[[], T]) -> T:
+        return on_rank_0(self._ranks, action, os_error=CheckpointError)
 
     def _claim(self, step: int) -> Path:
         self.root.mkdir(parents=True, exist_ok=True)
@@ -192,20 +201,20 @@ def step_folders(root: Path) -> list[Path]:
     return [root / name for name in sorted(_names(root, ""), key=_parse, reverse=True)]
 
 
-def locate(path: Path, comm: Comm) -> Path:
+def locate(path: Path, ranks: Ranks) -> Path:
     """The checkpoint that a person means by ``path``, verified. Every rank must call this.
 
     Changes nothing, and falls back on nothing.
 
     Args:
         path: a run folder or its ``checkpoints`` folder, for the newest in it; or one checkpoint.
-        comm: the ranks that share the reading.
+        ranks: who shares the reading.
 
     Raises:
         CheckpointError: there is none, with what was found instead; or it is damaged.
     """
-    folder, others = on_rank_0(comm, lambda: _resolve(path))
-    problems = verify(folder, comm)
+    folder, others = on_rank_0(ranks, lambda: _resolve(path), os_error=CheckpointError)
+    problems = verify(folder, ranks)
     if problems:
         advice = f"\n  -> the one before is {others[0]}; name it to use it" if others else ""
         raise CheckpointError(_listed(f"checkpoint {folder} is damaged", problems) + advice)

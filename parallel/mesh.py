@@ -11,6 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from triptych.parallel.agree import ProcessGroupRanks, Ranks
 from triptych.parallel.device import BACKEND, let_peers_work, local_device
 
 
@@ -69,6 +70,8 @@ class Mesh:
     """This rank's place, and its process groups (megatron-core's)."""
 
     dims: Dims
+    world: Ranks
+    """All ranks, to agree with."""
     rank: int
     tp_rank: int
     pp_rank: int
@@ -150,6 +153,7 @@ def build_mesh(tp: int, pp: int, *, seed: int, timeout_s: int, vpp: int = 1) -> 
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return Mesh(
         dims=Dims.of(dist.get_world_size(), tp, pp),
+        world=ProcessGroupRanks(),
         rank=dist.get_rank(),
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),

@@ -59,7 +59,9 @@ def reduce_replicas(
             replicas[name].data.copy_(tensors["master"])
     optimizer.load_state_by_param({name: state[name] for name in drifted}, optimizer.num_updates)
     name = max(drifts, key=lambda name: drifts[name], default="")
-    return _worst(Drift(drifts[name], name) if name and drifts[name] > 0 else Drift(0.0, ""))
+    mine = Drift(drifts[name], name) if name and drifts[name] > 0 else Drift(0.0, "")
+    everyone: list[Drift] = mesh.world.all_gather(mine)
+    return max(everyone, key=lambda drift: drift.largest)
 
 
 def _average_weight(parameter: nn.Parameter, mesh: Mesh) -> float:
@@ -82,9 +84,3 @@ def _average(tensor: Tensor, mesh: Mesh) -> float:
         dist.all_reduce(mean, group=mesh.tp_group)
         tensor.copy_(mean / mesh.dims.tp)
     return apart / max(float(high.abs().max()), float(low.abs().max())) if apart else 0.0
-
-
-def _worst(mine: Drift) -> Drift:
-    drifts: list[Drift] = [mine] * dist.get_world_size()
-    dist.all_gather_object(drifts, mine)
-    return max(drifts, key=lambda drift: drift.largest)

@@ -11,8 +11,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TextIO
 
-from triptych.checkpoints.comm import Comm
 from triptych.errors import ConfigError
+from triptych.parallel.agree import Ranks, on_rank_0
 
 _log = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ _NO_LOCKS_HERE = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 
 
 @contextlib.contextmanager
-def lock_run_dir(run_dir: Path, comm: Comm) -> Iterator[None]:
+def lock_run_dir(run_dir: Path, ranks: Ranks) -> Iterator[None]:
     """Keep other runs out of ``run_dir`` for as long as this lasts. Every rank must call this.
 
     Rank 0 holds ``run_dir/.lock`` by flock, which ends with its process, however that ends. On the
@@ -33,23 +33,22 @@ def lock_run_dir(run_dir: Path, comm: Comm) -> Iterator[None]:
             message names, or the folder cannot be written.
     """
     with contextlib.ExitStack() as stack:
-        refusal = None
-        if comm.rank == 0:
+
+        def enter() -> None:
             try:
                 stack.enter_context(_locked(run_dir))
             except BlockingIOError as held:
-                refusal = (
+                raise ConfigError(
                     f"run.dir={run_dir} is in use by {held}"
                     "  -> wait until that run ends, or take another run.dir"
-                )
+                ) from held
             except OSError as error:
-                refusal = (
+                raise ConfigError(
                     f"run.dir={run_dir} cannot be written: {error}"
                     "  -> run.dir=FOLDER, one with room where you may write"
-                )
-        refusal = comm.all_gather(refusal)[0]
-        if refusal is not None:
-            raise ConfigError(refusal)
+                ) from error
+
+        on_rank_0(ranks, enter, os_error=ConfigError)
         yield
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from triptych.checkpoints.comm import Comm, ProcessGroupComm
 from triptych.checkpoints.store import CheckpointStore
 from triptych.configs.compose import save_config
 from triptych.configs.schema import Config
@@ -15,6 +14,7 @@ from triptych.costs.layer_split import layers_per_chunk, planned_bubble
 from triptych.data.plan.order import Plan
 from triptych.errors import ConfigError
 from triptych.models.kernels import Installed, choose, choose_adam
+from triptych.parallel.agree import differing_ranks
 from triptych.parallel.mesh import Mesh, build_mesh, init_distributed, shutdown
 from triptych.train.console import say
 from triptych.train.data import Mixture, generate_samples
@@ -49,19 +49,18 @@ def pretrain(config: Config) -> TrainState:
         seed=config.seed,
         timeout_s=config.cluster.timeout_s,
     )
-    comm = ProcessGroupComm()
-    with lock_run_dir(Path(config.run.dir), comm):
-        return _run_stage(config, mesh, comm)
+    with lock_run_dir(Path(config.run.dir), mesh.world):
+        return _run_stage(config, mesh)
 
 
-def _run_stage(config: Config, mesh: Mesh, comm: Comm) -> TrainState:
+def _run_stage(config: Config, mesh: Mesh) -> TrainState:
     generate_samples(config, mesh)
     data = Mixture.open(config, config.data.mixtures[config.stage.name])
-    _refuse_different_plans(data.plan)
+    _refuse_different_plans(data.plan, mesh)
     engine = build_engine(config, mesh)
     _introduce(config, engine, data)
-    store = CheckpointStore(Path(config.run.dir) / "checkpoints", comm)
-    state = start(config, engine, data.plan, store, comm)
+    store = CheckpointStore(Path(config.run.dir) / "checkpoints", mesh.world)
+    state = start(config, engine, data.plan, store)
     if is_finished(config, engine, state):
         say(mesh, _finished(config, state))
         return state
@@ -103,16 +102,13 @@ def _open_run_folder(config: Config, mesh: Mesh, state: TrainState) -> None:
     dist.barrier()
 
 
-def _refuse_different_plans(plan: Plan) -> None:
+def _refuse_different_plans(plan: Plan, mesh: Mesh) -> None:
     """Every rank plans by itself; all must have planned the same.
 
     Raises:
         ConfigError: on every rank; names the ranks that differ from rank 0.
     """
-    hashes = [""] * dist.get_world_size()
-    dist.all_gather_object(hashes, plan.hash)
-    others = [rank for rank, value in enumerate(hashes) if value != hashes[0]]
-    if others:
+    if others := differing_ranks(mesh.world, plan.hash):
         raise ConfigError(
             f"ranks {others} planned other data than rank 0: their dataset folders differ"
             "  -> let all nodes read the same folders"

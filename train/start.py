@@ -5,7 +5,6 @@ From its own newest checkpoint, from another one's weights, or from random ones.
 
 from pathlib import Path
 
-from triptych.checkpoints.comm import Comm
 from triptych.checkpoints.run_state import (
     load_numbers,
     load_optimizer,
@@ -18,14 +17,13 @@ from triptych.configs.schema import Config
 from triptych.data.plan.order import Plan
 from triptych.errors import CheckpointError, ConfigError
 from triptych.models.init import init_parameters
+from triptych.parallel.agree import Ranks
 from triptych.train.console import say
 from triptych.train.engine import Engine
 from triptych.train.state import PlanSpan, TrainState
 
 
-def start(
-    config: Config, engine: Engine, plan: Plan, store: CheckpointStore, comm: Comm
-) -> TrainState:
+def start(config: Config, engine: Engine, plan: Plan, store: CheckpointStore) -> TrainState:
     """Set weights and optimizer state, and say where training stands. Every rank must call this.
 
     Raises:
@@ -33,10 +31,10 @@ def start(
             the checkpoint's.
         CheckpointError: nothing good to start from, or of another model or stage.
     """
-    folder = _own_checkpoint(config, store, comm)
+    folder = _own_checkpoint(config, store, engine.mesh.world)
     if folder is not None:
         return _resume(folder, config, engine, plan)
-    _init_weights(config, engine, comm)
+    _init_weights(config, engine)
     return TrainState(
         step=0,
         consumed_tokens=0,
@@ -46,11 +44,11 @@ def start(
     )
 
 
-def _own_checkpoint(config: Config, store: CheckpointStore, comm: Comm) -> Path | None:
+def _own_checkpoint(config: Config, store: CheckpointStore, ranks: Ranks) -> Path | None:
     if config.resume == "auto":
         return store.newest()
     if config.resume != "never":
-        return locate(Path(config.resume), comm)
+        return locate(Path(config.resume), ranks)
     if step_folders(store.root):
         raise ConfigError(
             f"resume=never, but {store.root} has checkpoints  -> resume=auto, or another run.dir"
@@ -89,14 +87,14 @@ def _on_new_plan(folder: Path, state: TrainState, config: Config, plan: Plan) ->
     return state.on_new_plan(plan.hash, plan.start)
 
 
-def _init_weights(config: Config, engine: Engine, comm: Comm) -> None:
+def _init_weights(config: Config, engine: Engine) -> None:
     mesh = engine.mesh
     if config.init.checkpoint is None:
         init_parameters(engine.bare_chunks, engine.sharding, mesh, config.seed)
         engine.optimizer.refresh_master_weights()
         say(mesh, f"weights: random, drawn from seed={config.seed} (init.allow_random=true)")
         return
-    folder = locate(Path(config.init.checkpoint), comm)
+    folder = locate(Path(config.init.checkpoint), mesh.world)
     refuse_other_model(folder, config.model, engine.tensors)
     load_weights(folder, engine.tensors)
     carried = "fresh"

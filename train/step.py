@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from triptych.costs.flops import NO_WORK, Workload
 from triptych.data.types import Batch, Step
 from triptych.errors import TrainingError
+from triptych.parallel.agree import ranks_where
 from triptych.parallel.mesh import ChunkPlace, Mesh
 from triptych.parallel.schedule import LossFunction, run_microbatches
 from triptych.parallel.zero.protocol import ShardedOptimizer
@@ -87,7 +88,7 @@ def train_step(
     grad_norm = optimizer.grad_norm()
     loss = _mean_loss(loss_sum, totals, mesh)
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        _stop(number, loss, grad_norm, loss_sum)
+        _stop(number, loss, grad_norm, loss_sum, mesh)
     optimizer.step(lr, grad_norm)
     return StepResult(loss, grad_norm, lr, totals)
 
@@ -164,11 +165,9 @@ def _mean_loss(loss_sum: Tensor, totals: Totals, mesh: Mesh) -> float:
     return float(total) / max(1, totals.num_supervised_tokens)
 
 
-def _stop(number: int, loss: float, grad_norm: float, loss_sum: Tensor) -> None:
+def _stop(number: int, loss: float, grad_norm: float, loss_sum: Tensor, mesh: Mesh) -> None:
     """Name the ranks whose own loss is not finite, and stop all."""
-    finite: list[bool] = [True] * dist.get_world_size()
-    dist.all_gather_object(finite, math.isfinite(float(loss_sum)))
-    ranks = [rank for rank, good in enumerate(finite) if not good]
+    ranks = ranks_where(mesh.world, not math.isfinite(float(loss_sum)))
     where = (
         f"the loss of rank {', '.join(map(str, ranks))}" if ranks else "a gradient, but no loss,"
     )

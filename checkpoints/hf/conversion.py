@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from triptych.checkpoints.comm import ProcessGroupComm, SingleProcess
 from triptych.checkpoints.hf.folder import HFReader, HFWriter
 from triptych.checkpoints.hf.model_config import model_config_from_hf
 from triptych.checkpoints.hf.name_table import name_table
@@ -23,6 +22,7 @@ from triptych.data.tokenizer import load_tokenizer
 from triptych.data.types import PixelLimits
 from triptych.errors import CheckpointError, ConfigError
 from triptych.models.qwen_vl.sharding_table import sharding_table
+from triptych.parallel.agree import SingleProcess
 from triptych.parallel.mesh import build_mesh, init_distributed
 
 TIMEOUT_S = 600
@@ -56,7 +56,7 @@ def import_hf(source: Path, output: Path) -> Path:
         for name, entry in name_table(model).items()
         if entry.exported
     }
-    store = CheckpointStore(output / "checkpoints", ProcessGroupComm())
+    store = CheckpointStore(output / "checkpoints", mesh.world)
     folder = store.begin(0)
     save_tensors(folder / "shards", {WEIGHTS: weights}, mesh, sharding_table(model))
     if mesh.is_main:

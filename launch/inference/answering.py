@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from triptych.checkpoints.comm import SingleProcess
 from triptych.checkpoints.model_file import read_model
 from triptych.checkpoints.run_state import RunTensors, load_weights
 from triptych.checkpoints.store import locate
@@ -22,6 +21,7 @@ from triptych.models.build import build_model
 from triptych.models.generate import greedy
 from triptych.models.parameters import global_parameters
 from triptych.models.qwen_vl.sharding_table import sharding_table
+from triptych.parallel.agree import SingleProcess
 from triptych.parallel.mesh import build_mesh, init_distributed
 
 TIMEOUT_S = 600

@@ -9,17 +9,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from triptych.checkpoints.comm import SingleProcess
 from triptych.checkpoints.manifest import COMMIT, MANIFEST, read_manifest, verify, writer_of
 from triptych.checkpoints.store import CheckpointStore, locate, step_folders
 from triptych.errors import CheckpointError
-from triptych.tests.helpers.limits import HANG_S
+from triptych.parallel.agree import SingleProcess
+from triptych.tests.helpers.thread_ranks import ThreadRanks, on_ranks
 
 INFO = {"plan": "c0ffee", "stage": 2, "layout": {"tp": 2, "pp": 1}}
 
@@ -319,7 +318,7 @@ def test_dying_anywhere_in_the_recovery_is_recovered_from(tmp_path, killer):
 WRITER = """
 import sys
 from pathlib import Path
-from triptych.checkpoints.comm import SingleProcess
+from triptych.parallel.agree import SingleProcess
 from triptych.checkpoints.store import CheckpointStore
 store = CheckpointStore(Path(sys.argv[1]), SingleProcess())
 step = 0
@@ -355,40 +354,12 @@ def test_sigkill_leaves_the_last_announced_checkpoint(tmp_path):
 # --- several ranks
 
 
-class ThreadComm:
-    """Ranks as threads of one process."""
-
-    def __init__(
-        self, rank: int, world_size: int, barrier: threading.Barrier, board: dict[int, Any]
-    ) -> None:
-        self.rank, self.world_size = rank, world_size
-        self._barrier, self._board = barrier, board
-
-    def all_gather(self, value: Any) -> list[Any]:
-        self._board[self.rank] = value
-        self._barrier.wait(timeout=HANG_S)
-        values = [self._board[rank] for rank in range(self.world_size)]
-        self._barrier.wait(timeout=HANG_S)
-        return values
-
-
-def on_ranks(world_size: int, action: Callable[[ThreadComm], Any]) -> list[Any]:
-    """Results of ``action`` on every rank, an exception standing for itself."""
-    barrier, board = threading.Barrier(world_size), {}
-    with ThreadPoolExecutor(world_size) as pool:
-        futures = [
-            pool.submit(action, ThreadComm(rank, world_size, barrier, board))
-            for rank in range(world_size)
-        ]
-    return [future.exception() or future.result() for future in futures]
-
-
 @pytest.mark.parametrize("world_size", [2, 5])
 def test_ranks_write_and_find_the_same_checkpoint(tmp_path, world_size):
-    def run(comm: ThreadComm) -> Path:
-        store = CheckpointStore(tmp_path, comm)
+    def run(ranks: ThreadRanks) -> Path:
+        store = CheckpointStore(tmp_path, ranks)
         for step in (1, 2, 3):
-            folder = save(store, step, comm.rank)
+            folder = save(store, step, ranks.rank)
         store.retain(2)
         return folder
 
@@ -403,19 +374,19 @@ def test_ranks_write_and_find_the_same_checkpoint(tmp_path, world_size):
 
     flip_bit(tmp_path / "step_000000003.0" / "shards" / f"__{world_size - 1}_0.distcp")
     resumed = on_ranks(
-        3, lambda comm: CheckpointStore(tmp_path, comm).newest()
+        3, lambda ranks: CheckpointStore(tmp_path, ranks).newest()
     )  # under another world size
     assert resumed == [tmp_path / "step_000000002.0"] * 3
-    named = on_ranks(3, lambda comm: locate(tmp_path / "step_000000002.0", comm))
+    named = on_ranks(3, lambda ranks: locate(tmp_path / "step_000000002.0", ranks))
     assert named == [tmp_path / "step_000000002.0"] * 3
 
 
 def test_a_rank_that_cannot_read_its_file_back_fails_the_commit_on_all(tmp_path):
-    def run(comm: ThreadComm) -> None:
-        store = CheckpointStore(tmp_path, comm)
-        save(store, 1, comm.rank)
+    def run(ranks: ThreadRanks) -> None:
+        store = CheckpointStore(tmp_path, ranks)
+        save(store, 1, ranks.rank)
         folder = store.begin(2)
-        if comm.rank == 1:
+        if ranks.rank == 1:
             (folder / "shards" / "__1_0.distcp").symlink_to("/proc/self/mem")  # reading gives EIO
         store.commit(folder, INFO)
 
@@ -427,21 +398,21 @@ def test_a_rank_that_cannot_read_its_file_back_fails_the_commit_on_all(tmp_path)
 
 def test_a_folder_that_a_rank_does_not_see_is_refused_on_all(tmp_path):
     """Two nodes whose run.dir is each one's own disk."""
-    errors = on_ranks(2, lambda comm: CheckpointStore(tmp_path, BlindRank1(comm)).begin(1))
+    errors = on_ranks(2, lambda ranks: CheckpointStore(tmp_path, BlindRank1(ranks)).begin(1))
     assert [type(error) for error in errors] == [CheckpointError] * 2
     assert "a file system that all nodes share" in str(errors[0])
 
 
-class BlindRank1(ThreadComm):
+class BlindRank1(ThreadRanks):
     """Rank 1 is told of a folder under another root."""
 
-    def __init__(self, comm: ThreadComm) -> None:
-        self.__dict__.update(vars(comm))
+    def __init__(self, ranks: ThreadRanks) -> None:
+        self.__dict__.update(vars(ranks))
 
     def all_gather(self, value: Any) -> list[Any]:
         values = super().all_gather(value)
         if self.rank == 1 and isinstance(values[0][0], Path):
-            return [(Path("/nonexistent"), None), *values[1:]]
+            return [values[0]._replace(result=Path("/nonexistent")), *values[1:]]
         return values
 
 
@@ -449,14 +420,14 @@ GLOO_RANK = """
 import os, sys
 from pathlib import Path
 import torch.distributed as dist
-from triptych.checkpoints.comm import ProcessGroupComm
+from triptych.parallel.agree import ProcessGroupRanks
 from triptych.checkpoints.store import CheckpointStore
 folder, rank, world_size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 dist.init_process_group(
     "gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world_size
 )
-comm = ProcessGroupComm()
-store = CheckpointStore(folder / "checkpoints", comm)
+ranks = ProcessGroupRanks()
+store = CheckpointStore(folder / "checkpoints", ranks)
 for step in (1, 2):
     temporary = store.begin(step)
     (temporary / "shards" / f"__{rank}_0.distcp").write_bytes(bytes([step, rank]) * 1000)
@@ -464,7 +435,7 @@ for step in (1, 2):
 if rank == 0:
     os.truncate(saved / "shards" / "__1_0.distcp", 7)
 dist.barrier()
-print(CheckpointStore(folder / "checkpoints", comm).newest().name)
+print(CheckpointStore(folder / "checkpoints", ranks).newest().name)
 dist.destroy_process_group()
 """
 

@@ -6,14 +6,15 @@ from unittest.mock import Mock
 import pytest
 import torch
 
+from triptych.parallel.agree import SingleProcess
 from triptych.parallel.mesh import Dims, Mesh
 
 
 def mesh_at(pp_rank: int, tp_rank: int, *, pp: int, tp: int) -> Mesh:
     """A rank's mesh without process groups."""
-    return Mesh(
-        Dims(tp=tp, pp=pp, dp=1), 0, tp_rank, pp_rank, 0, torch.device("cpu"), *[Mock()] * 4
-    )
+    dims = Dims(tp=tp, pp=pp, dp=1)
+    place = (0, tp_rank, pp_rank, 0, torch.device("cpu"))
+    return Mesh(dims, SingleProcess(), *place, *[Mock()] * 4)
 
 
 @pytest.mark.parametrize(("tp", "pp", "vpp"), [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 4, 3)])

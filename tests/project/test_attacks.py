@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from triptych.checkpoints.comm import SingleProcess
 from triptych.checkpoints.store import locate
 from triptych.configs.compose import load_config
 from triptych.configs.overrides import schema_keys
@@ -28,6 +27,7 @@ from triptych.data.digits import make as digits_module
 from triptych.data.digits.make import make_digits
 from triptych.errors import CheckpointError, ConfigError, DataError
 from triptych.launch import cli, prepare
+from triptych.parallel.agree import SingleProcess
 from triptych.tests.helpers.runs import Runs, checkpoint_names, losses, refusal
 
 SENSELESS = ("nan", "abc", "{a: 1}", "${oc.env:HOME}")

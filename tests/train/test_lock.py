@@ -13,15 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from triptych.checkpoints.comm import SingleProcess
 from triptych.errors import ConfigError
+from triptych.parallel.agree import SingleProcess
 from triptych.tests.helpers.runs import Runs, losses
 from triptych.train.lock import NAME, lock_run_dir
 
 HOLDER = """
 import os, sys
 from pathlib import Path
-from triptych.checkpoints.comm import SingleProcess
+from triptych.parallel.agree import SingleProcess
 from triptych.train.lock import lock_run_dir
 with lock_run_dir(Path(sys.argv[1]), SingleProcess()):
     if os.fork() == 0:  # as megatron-core's writers of checkpoints are

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from triptych.checkpoints.comm import ProcessGroupComm, on_rank_0
 from triptych.checkpoints.model_file import write_model
 from triptych.checkpoints.run_state import save_state
 from triptych.checkpoints.store import CheckpointStore
@@ -10,6 +9,7 @@ from triptych.configs.compose import save_config
 from triptych.configs.schema import Config
 from triptych.errors import CheckpointError
 from triptych.models.sharding import TensorSharding
+from triptych.parallel.agree import on_rank_0
 from triptych.parallel.replicas import reduce_replicas
 from triptych.train.console import say
 from triptych.train.engine import Engine
@@ -61,5 +61,5 @@ class Checkpointing(Hook):
             save_config(self._config, folder / "config.yaml")
             write_model(folder, self._config.model)
 
-        on_rank_0(ProcessGroupComm(), describe)
+        on_rank_0(self._engine.mesh.world, describe, os_error=CheckpointError)
         return self._store.commit(folder, info)
