@@ -40,12 +40,13 @@ def load_config(argv: Sequence[str]) -> Config:
         ConfigError: there is no such key or choice; a value has the wrong type, or is missing.
     """
     parser = _Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config-dir", type=Path)
+    parser.add_argument("--config-dir", type=Path, action="append", default=[])
     parser.add_argument("--print-config", action="store_true")
     parser.add_argument("--help", "-h", action="store_true")
     options, words = parser.parse_known_args(argv)
 
-    own_folders = [] if options.config_dir is None else [_own_folder(options.config_dir)]
+    own_folders = [_own_folder(folder) for folder in options.config_dir]
+    _refuse_same_names(own_folders)
     choices = _choices([FOLDER, *own_folders])
     if options.help:
         _print_and_exit(usage(choices, _default_choices()))
@@ -124,6 +125,23 @@ def _own_folder(folder: Path) -> Path:
     if shadows:
         raise ConfigError(f"{', '.join(shadows)}: this name is built in; give the file another one")
     return folder.resolve()
+
+
+def _refuse_same_names(folders: Sequence[Path]) -> None:
+    """Hydra would take the first file of a name, whichever was meant.
+
+    Raises:
+        ConfigError: two folders have a choice of the same name.
+    """
+    found: dict[Path, Path] = {}
+    for folder in folders:
+        for path in sorted(folder.glob("*/*.yaml")):
+            other = found.setdefault(path.relative_to(folder), folder)
+            if other != folder:
+                raise ConfigError(
+                    f"{path} and {other / path.relative_to(folder)} are the same choice"
+                    "  -> give one of the files another name"
+                )
 
 
 def _compose(overrides: Sequence[str], own_folders: Sequence[Path]) -> Config:

@@ -9,6 +9,7 @@ from dataclasses import is_dataclass
 from difflib import get_close_matches
 from typing import Any, get_origin, get_type_hints
 
+from triptych.configs.habits import habit_problems
 from triptych.configs.problems import Problem, either, refusal
 from triptych.configs.schema import Config
 
@@ -53,7 +54,7 @@ def _problems(word: str, choices: Choices) -> Iterator[Problem]:
     """What is wrong with one word."""
     match = OVERRIDE.fullmatch(word)
     if word.startswith("-"):
-        yield Problem(f"{word} is no option", "--help")
+        yield next(_habit_of_option(word), Problem(f"{word} is no option", "--help"))
     elif word.startswith("~"):
         yield Problem(f"{word}: no key can be removed", "KEY=null, where the key may be empty")
     elif match is None:
@@ -63,10 +64,11 @@ def _problems(word: str, choices: Choices) -> Iterator[Problem]:
     elif len(_kinds(match["key"])) < match["key"].count(".") + 1:
         known = [*choices, *schema_keys()]
         near = [f"{key}={match['value']}" for key in _nearest(match["key"], known)]
-        yield Problem(
+        unknown = Problem(
             f"{word}: there is no key {match['key']}",
             either(near) if near else "--print-config, which prints all keys",
         )
+        yield next(habit_problems(word, match["key"], match["value"]), unknown)
     elif match["key"].startswith(tuple(WEIGHTS)):
         yield from _weight_problems(word, match)
     elif is_dataclass(_kinds(match["key"])[-1]) and not match["value"].startswith("{"):
@@ -80,6 +82,12 @@ def _problems(word: str, choices: Choices) -> Iterator[Problem]:
             f"{word}: a run has one value for each key",
             f"{match['key']}=[{match['value']}] for a list",
         )
+
+
+def _habit_of_option(word: str) -> Iterator[Problem]:
+    """``--max_steps=10`` and ``--bf16``, as other tools take them."""
+    key, _, value = word.partition("=")
+    yield from habit_problems(word, key, value or "VALUE")
 
 
 def _choice_problems(word: str, match: re.Match[str], names: Sequence[str]) -> Iterator[Problem]:

@@ -9,6 +9,7 @@ import pytest
 
 from triptych.configs import compose, usage
 from triptych.configs.compose import load_config, read_config, save_config
+from triptych.configs.habits import HABITS
 from triptych.configs.overrides import schema_keys
 from triptych.configs.schema import Config, Decay, Precision, Recompute
 from triptych.configs.validate import validate
@@ -199,6 +200,20 @@ def test_a_config_dir_without_groups(tmp_path: Path) -> None:
         load_config(["--config-dir", str(tmp_path)])
 
 
+def test_several_config_dirs(tmp_path: Path) -> None:
+    for name, line in {"first": "window: 99", "second": "window: 77"}.items():
+        (tmp_path / name / "data").mkdir(parents=True)
+        (tmp_path / name / "data" / f"{name}.yaml").write_text(f"defaults: [sample]\n{line}\n")
+    (tmp_path / "second" / "model").mkdir()
+    (tmp_path / "second" / "model" / "own.yaml").write_text("defaults: [debug]\nname: own\n")
+    folders = [word for name in ("first", "second") for word in ("--config-dir", tmp_path / name)]
+    config = load_config([*map(str, folders), "data=first", "model=own"])
+    assert (config.data.window, config.model.name) == (99, "own")
+    (tmp_path / "second" / "data" / "first.yaml").write_text("defaults: [sample]\n")
+    with pytest.raises(ConfigError, match=r"second/data/first.yaml and .*first/data/first.yaml"):
+        load_config([*map(str, folders), "data=first"])
+
+
 def test_a_config_dir_that_shadows_a_choice(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data/sample.yaml").write_text("window: 1\n")
@@ -246,6 +261,26 @@ def test_a_config_dir_that_shadows_a_choice(tmp_path: Path) -> None:
 def test_what_the_command_line_may_not_say(word: str, message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         load_config([word])
+
+
+@pytest.mark.parametrize("name", sorted(HABITS))
+def test_keys_of_other_tools_are_answered_with_a_key_that_exists(name: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load_config([f"{name}=5"])
+    remedy = str(refused.value).partition("  -> try ")[2]
+    assert f"{name}=5: there is no key {name}" in str(refused.value)
+    groups = {path.name for path in CONFIGS.iterdir() if path.is_dir()}
+    typed = re.findall(r"([a-z_.]+\w)=", remedy)
+    assert typed
+    assert set(typed) <= {*schema_keys(), *groups}
+    assert "=5" in remedy or "{}" not in HABITS[name]
+    with pytest.raises(ConfigError, match=re.escape(remedy.replace("=5", "=VALUE"))):
+        load_config([f"--{name.replace('_', '-')}"])
+
+
+def test_no_habit_hides_a_key_of_ours() -> None:
+    """A key that exists is taken as it is; only what is unknown is looked up."""
+    assert not set(HABITS) & set(schema_keys())
 
 
 def test_all_wrong_words_are_reported_at_once() -> None:
