@@ -2,9 +2,19 @@
 
 import json
 from dataclasses import asdict
+from enum import Enum
 from pathlib import Path
+from typing import Any
 
-from triptych.configs.schema import LanguageConfig, ModelConfig, TokensConfig, VisionConfig
+from triptych.configs.schema import (
+    COLOURS,
+    LanguageConfig,
+    ModelConfig,
+    TokensConfig,
+    VisionConfig,
+    VisionMLP,
+    VisionNorm,
+)
 from triptych.errors import CheckpointError
 
 NAME = "model.json"
@@ -12,7 +22,7 @@ NAME = "model.json"
 
 def write_model(folder: Path, model: ModelConfig) -> None:
     """Write it beside the weights."""
-    (folder / NAME).write_text(json.dumps(asdict(model), indent=1) + "\n")
+    (folder / NAME).write_text(json.dumps(asdict(model), indent=1, default=_name) + "\n")
 
 
 def read_model(folder: Path) -> ModelConfig:
@@ -25,7 +35,7 @@ def read_model(folder: Path) -> ModelConfig:
         content = json.loads((folder / NAME).read_text())
         return ModelConfig(
             name=content["name"],
-            vision=VisionConfig(**content["vision"]),
+            vision=_vision(content["vision"]),
             language=LanguageConfig(**content["language"]),
             tokens=TokensConfig(**content["tokens"]),
         )
@@ -37,8 +47,34 @@ def differences(folder: Path, model: ModelConfig) -> list[str]:
     """Sizes, and what no tensor shows: heads, rotary base and sections, epsilon, token ids."""
     theirs, ours = asdict(read_model(folder)), asdict(model)
     return [
-        f"model.{group}.{key}={value}, the checkpoint has {theirs[group][key]}"
+        f"model.{group}.{key}={_shown(value)}, the checkpoint has {_shown(theirs[group][key])}"
         for group in ("vision", "language", "tokens")
         for key, value in ours[group].items()
         if theirs[group][key] != value
     ]
+
+
+def _shown(value: Any) -> Any:
+    return value.name if isinstance(value, Enum) else value
+
+
+def _vision(content: dict[str, Any]) -> VisionConfig:
+    """The tower; what is absent was not yet a choice when the file was written.
+
+    Files of those days say that pictures have three channels.
+
+    Raises:
+        KeyError: a norm or an MLP that this project does not have.
+        ValueError: other than three channels.
+    """
+    sizes = dict(content)
+    if sizes.pop("in_channels", COLOURS) != COLOURS:
+        raise ValueError(f"in_channels={content['in_channels']}; known is {COLOURS}")
+    norm = VisionNorm[sizes.pop("norm", VisionConfig().norm.name)]
+    mlp = VisionMLP[sizes.pop("mlp", VisionConfig().mlp.name)]
+    return VisionConfig(norm=norm, mlp=mlp, **sizes)
+
+
+def _name(member: Enum) -> str:
+    """As in the configuration."""
+    return member.name

@@ -55,27 +55,68 @@ class Decay(Enum):
     cosine = "cosine"
 
 
+COLOURS = 3
+"""Channels of a picture: red, green and blue, whatever the file has."""
+
+
+class VisionNorm(Enum):
+    """What normalises the rows of the ViT and the merger."""
+
+    layernorm = "layernorm"
+    rmsnorm = "rmsnorm"
+
+
+class VisionMLP(Enum):
+    """What each layer of the ViT does between its two linear layers."""
+
+    quick_gelu = "quick_gelu"
+    """``fc2(quick_gelu(fc1(x)))``."""
+    swiglu = "swiglu"
+    """Gated: ``down(silu(gate(x)) * up(x))``."""
+
+
 @dataclass(kw_only=True, slots=True)
 class VisionConfig:
-    """The ViT. Sizes of the released 2B, 7B and 72B models are all the same."""
+    """The ViT, described: layers, sharding, names, costs and preprocessing follow from it.
+
+    The defaults are those of Qwen2-VL, the same in the released 2B, 7B and 72B models. Linear
+    layers have biases, but the patch embedding has none.
+    """
 
     depth: int = 32
     """Number of transformer layers."""
     hidden_size: int = 1280
     num_heads: int = 16
     intermediate_size: int = 5120
+    """Width between the linear layers of an MLP; a gated one has gate and up of it."""
+    norm: VisionNorm = VisionNorm.layernorm
+    mlp: VisionMLP = VisionMLP.quick_gelu
     patch_size: int = 14
     """Pixels along each side of a patch."""
     temporal_patch_size: int = 2
     """Frames in a patch; an image is two identical frames."""
     spatial_merge_size: int = 2
     """Patches along each side that the merger joins into one token."""
-    in_channels: int = 3
+
+    @property
+    def is_gated(self) -> bool:
+        """The MLPs have a gate beside the projection that it opens."""
+        return self.mlp is VisionMLP.swiglu
+
+    @property
+    def fc1_size(self) -> int:
+        """Outputs of an MLP's first linear layer: gate and up together, where it is gated."""
+        return self.intermediate_size * (2 if self.is_gated else 1)
+
+    @property
+    def norm_has_bias(self) -> bool:
+        """The norms of ViT and merger shift, besides scaling."""
+        return self.norm is VisionNorm.layernorm
 
     @property
     def patch_dim(self) -> int:
         """Numbers in one patch, of all its channels and frames."""
-        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+        return COLOURS * self.temporal_patch_size * self.patch_size**2
 
     @property
     def patches_per_token(self) -> int:

@@ -13,9 +13,9 @@ one real rank (models/fake_rank.py, tests/models/test_fake_rank.py).
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from triptych.configs.schema import Config, Precision, Recompute
+from triptych.configs.schema import Config, Precision, Recompute, VisionNorm
 from triptych.costs.element_sizes import FP32, activation_bytes
-from triptych.costs.flops import Workload, patch_dim
+from triptych.costs.flops import Workload
 
 ROTARY_TABLES = 4
 """Cosine and sine, once for the queries and once for the keys of every layer."""
@@ -82,12 +82,14 @@ class Activations:
             recompute = self.config.parallel.recompute.vit is Recompute.full
             angles = self.load.num_patches * vision.hidden_size // vision.num_heads * FP32
             layer = width // self._shards if recompute else self.vit_layer()
-            pixels = self.load.num_patches // self._shards * patch_dim(vision) * self._b
+            pixels = self.load.num_patches // self._shards * vision.patch_dim * self._b
             kept += vision.depth * layer + pixels + angles * recompute
         if stage.vit.train or stage.adapter.train:
             # into the norm and the GELU, out of the merger where its tokens take their places
-            merged = self.load.num_patches // vision.spatial_merge_size**2
-            kept += 2 * width + merged * self.config.model.language.hidden_size * self._b
+            merged = self.load.num_patches // vision.patches_per_token
+            values = self.load.num_patches * vision.hidden_size
+            norm = self._vision_norm(values, trains=stage.adapter.train, gradient=stage.vit.train)
+            kept += norm + width + merged * self.config.model.language.hidden_size * self._b
         if stage.adapter.train:
             kept += 2 * width  # into the two linear layers
         return kept
@@ -95,19 +97,19 @@ class Activations:
     def vit_layer(self) -> int:
         """One layer of the ViT that trains, without recomputation."""
         vision, tp = self.config.model.vision, self.config.parallel.tp
-        inner, mlp = vision.hidden_size // tp, vision.intermediate_size // tp
+        inner, shard = vision.hidden_size // tp, vision.hidden_size // self._shards
         per_patch = (
-            2 * vision.hidden_size // self._shards  # into the norms
-            + 2 * vision.hidden_size // self._shards  # out of them, into the linear layers
+            2 * shard  # out of the norms, into the linear layers
             + 3 * inner  # queries, keys and values, of which the values are a view
             + 2 * inner  # queries and keys, turned
             + ROTARY_TABLES * vision.hidden_size // vision.num_heads
             + inner * (1 if self._fused_attention else 2)  # out of attention
-            + mlp  # into GELU
-            + mlp  # out of GELU, into the linear layer
+            + vision.fc1_size // tp  # into the activation
+            + vision.intermediate_size // tp  # out of it, into the linear layer
         )
         logsumexp = vision.num_heads // tp * FP32
-        return self.load.num_patches * (per_patch * self._b + logsumexp)
+        norm = self._vision_norm(self.load.num_patches * shard, trains=True, gradient=True)
+        return 2 * norm + self.load.num_patches * (per_patch * self._b + logsumexp)
 
     def decoder_layers(self, count: int) -> int:
         """``count`` decoder layers."""
@@ -165,11 +167,19 @@ class Activations:
         return self._norm() + rows * language.hidden_size * self._b
 
     def _norm(self) -> int:
-        """What an RMSNorm keeps of its S rows."""
+        """What an RMSNorm of the language model keeps of its S rows."""
         values = self._rows * self.config.model.language.hidden_size
-        if self.kernels.norm:
+        return self._rms_norm(values, trains=self.config.stage.llm.train, gradient=True)
+
+    def _vision_norm(self, values: int, *, trains: bool, gradient: bool) -> int:
+        """What a norm of ViT or merger keeps of its values; a LayerNorm is one kernel anywhere."""
+        if self.config.model.vision.norm is VisionNorm.layernorm:
             return values * self._b
-        return values * FP32 * (1 + self.config.stage.llm.train)
+        return self._rms_norm(values, trains=trains, gradient=gradient)
+
+    def _rms_norm(self, values: int, *, trains: bool, gradient: bool) -> int:
+        """What an RMSNorm keeps for the gradients of its weight and of its input."""
+        return values * (self._b if self.kernels.norm else FP32 * (trains + gradient))
 
     @property
     def _modules(self) -> Sequence[str]:

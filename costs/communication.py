@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from triptych.configs.schema import ClusterConfig, Config, Recompute, Zero
 from triptych.costs.compute import PartCompute, PassCompute, part_compute
 from triptych.costs.element_sizes import activation_bytes
-from triptych.costs.flops import Workload, patch_dim
+from triptych.costs.flops import Workload
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +129,7 @@ def tensor_communication(config: Config, load: Workload) -> TensorCommunication:
     patches = load.num_patches * vision.hidden_size * unit
     sharded, trains = config.parallel.sequence_parallel, config.stage.llm.train
     embedding = PassCommunication(
-        forward=_exposed(2 * tokens) + _exposed(load.num_patches * patch_dim(vision)),
+        forward=_exposed(2 * tokens) + _exposed(load.num_patches * vision.patch_dim),
         backward=_exposed(tokens) if sharded else Communication(),
     )
     if sharded:  # what leaves the ViT, gathered for the merger

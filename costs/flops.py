@@ -82,7 +82,7 @@ class ForwardFlops:
 def vit_flops(vision: VisionConfig, load: Workload) -> PartFlops:
     """Patch embedding and all layers of the ViT; attention within each frame, not causal."""
     hidden = vision.hidden_size
-    weights = patch_dim(vision) * hidden + vision.depth * _vit_layer_weights(vision)
+    weights = vision.patch_dim * hidden + vision.depth * _vit_layer_weights(vision)
     return PartFlops(
         linear=2.0 * weights * load.num_patches,
         attention=4.0 * hidden * vision.depth * load.patch_pairs,
@@ -92,7 +92,7 @@ def vit_flops(vision: VisionConfig, load: Workload) -> PartFlops:
 def adapter_flops(model: ModelConfig, load: Workload) -> PartFlops:
     """The merger: two linear layers per merged token."""
     merged = _merged_dim(model.vision)
-    num_merged = load.num_patches / model.vision.spatial_merge_size**2
+    num_merged = load.num_patches / model.vision.patches_per_token
     return PartFlops(linear=2.0 * merged * (merged + model.language.hidden_size) * num_merged)
 
 
@@ -113,7 +113,7 @@ def head_flops(model: ModelConfig, load: Workload) -> PartFlops:
     """Logits of the supervised tokens; tied or not, the product is the same."""
     language, num_targets = model.language, load.num_targets
     if num_targets is None:
-        num_merged = load.num_patches / model.vision.spatial_merge_size**2
+        num_merged = load.num_patches / model.vision.patches_per_token
         num_logits = load.num_tokens - num_merged
     else:
         num_logits = num_targets
@@ -189,15 +189,13 @@ def parameters(model: ModelConfig) -> Parameters:
     """
     vision, language = model.vision, model.language
     hidden, merged = vision.hidden_size, _merged_dim(vision)
-    vit_layer_vectors = 4 * hidden + vision.intermediate_size + hidden + 4 * hidden
+    norm = hidden * (1 + vision.norm_has_bias)
+    vit_layer_vectors = 4 * hidden + vision.fc1_size + hidden + 2 * norm
     embedding = language.vocab_size * language.hidden_size
     return Parameters(
-        vit=patch_dim(vision) * hidden
+        vit=vision.patch_dim * hidden
         + vision.depth * (_vit_layer_weights(vision) + vit_layer_vectors),
-        adapter=2 * hidden
-        + merged * (merged + language.hidden_size)
-        + merged
-        + language.hidden_size,
+        adapter=norm + merged * (merged + language.hidden_size) + merged + language.hidden_size,
         embedding=embedding,
         layers=language.num_layers * layer_parameters(language),
         final_norm=language.hidden_size,
@@ -205,18 +203,14 @@ def parameters(model: ModelConfig) -> Parameters:
     )
 
 
-def patch_dim(vision: VisionConfig) -> int:
-    """Numbers in one patch, of all its channels and frames."""
-    return vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-
-
 def _merged_dim(vision: VisionConfig) -> int:
-    return vision.hidden_size * vision.spatial_merge_size**2
+    return vision.hidden_size * vision.patches_per_token
 
 
 def _vit_layer_weights(vision: VisionConfig) -> int:
-    """QKV and output projection 4 E E, MLP 2 E F."""
-    return 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size
+    """QKV and output projection 4 E E, MLP 2 E F, or 3 E F where it is gated."""
+    mlp = vision.fc1_size + vision.intermediate_size
+    return 4 * vision.hidden_size**2 + vision.hidden_size * mlp
 
 
 def _decoder_layer_weights(language: LanguageConfig) -> int:

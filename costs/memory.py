@@ -122,7 +122,8 @@ def _working(activations: Activations, *, is_first: bool, is_last: bool) -> int:
     b = activation_bytes(config)
     mlp = 3 * language.intermediate_size // tp
     layer = load.num_tokens * (mlp + 2 * language.hidden_size) * b + activations.recomputed()
-    vit = load.num_patches * (2 * vision.intermediate_size // tp + 2 * vision.hidden_size) * b
+    vit_mlp = (vision.fc1_size + vision.intermediate_size) // tp
+    vit = load.num_patches * (vit_mlp + 2 * vision.hidden_size) * b
     if config.parallel.recompute.vit is Recompute.full:
         vit += activations.vit_layer()
     vocabulary = language.vocab_size // tp

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from triptych.configs.schema import PARTS, Config, ModelConfig
-from triptych.costs.flops import layer_parameters, parameters, patch_dim
+from triptych.costs.flops import layer_parameters, parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,4 +85,5 @@ def _shard(whole: int, replicated: int, tp: int) -> ParameterShard:
 def _vit_replicated(model: ModelConfig) -> int:
     """Patch embedding; of each layer two norms and the biases of the row-parallel layers."""
     vision = model.vision
-    return vision.hidden_size * (patch_dim(vision) + vision.depth * (2 * 2 + 2))
+    norms, row_parallel_biases = 2 * (1 + vision.norm_has_bias), 2
+    return vision.hidden_size * (vision.patch_dim + vision.depth * (norms + row_parallel_biases))

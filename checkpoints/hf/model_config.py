@@ -9,7 +9,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from triptych.configs.schema import LanguageConfig, ModelConfig, TokensConfig, VisionConfig
+from triptych.configs.schema import (
+    COLOURS,
+    LanguageConfig,
+    ModelConfig,
+    TokensConfig,
+    VisionConfig,
+    VisionMLP,
+    VisionNorm,
+)
 from triptych.data.media.image import CLIP_MEAN, CLIP_STD
 from triptych.data.tokenizer import load_tokenizer
 from triptych.data.types import PixelLimits
@@ -86,7 +94,6 @@ def model_config_from_hf(folder: Path) -> ModelConfig:
             patch_size=vision["patch_size"],
             temporal_patch_size=vision["temporal_patch_size"],
             spatial_merge_size=vision["spatial_merge_size"],
-            in_channels=vision.get("in_channels", vision.get("in_chans", 3)),
         ),
         language=LanguageConfig(
             hidden_size=text["hidden_size"],
@@ -117,6 +124,11 @@ def hf_config(model: ModelConfig) -> Json:
         raise CheckpointError(
             f"transformers' Qwen2-VL has head_dim = hidden_size / num_heads; model.language has "
             f"head_dim={language.head_dim}, {language.hidden_size} / {language.num_heads}"
+        )
+    if (vision.norm, vision.mlp) != (VisionNorm.layernorm, VisionMLP.quick_gelu):
+        raise CheckpointError(
+            "transformers' Qwen2-VL has norm=layernorm and mlp=quick_gelu; model.vision has "
+            f"norm={vision.norm.name} and mlp={vision.mlp.name}"
         )
     if vision.intermediate_size % vision.hidden_size:
         raise CheckpointError(
@@ -152,7 +164,7 @@ def hf_config(model: ModelConfig) -> Json:
             "hidden_act": "quick_gelu",
             "num_heads": vision.num_heads,
             "mlp_ratio": vision.intermediate_size // vision.hidden_size,
-            "in_channels": vision.in_channels,
+            "in_channels": COLOURS,
             "patch_size": vision.patch_size,
             "spatial_merge_size": vision.spatial_merge_size,
             "temporal_patch_size": vision.temporal_patch_size,
@@ -194,6 +206,7 @@ def _unsupported(raw: Json, text: Json, vision: Json, rope: Json) -> list[str]:
     width, heads, kv_heads = (
         text[key] for key in ("hidden_size", "num_attention_heads", "num_key_value_heads")
     )
+    channels = vision.get("in_channels", vision.get("in_chans", COLOURS))
     expectations = [
         ("rope type", rope_type, ("mrope", "default")),
         ("mrope_section", "given" if "mrope_section" in rope else "missing", ("given",)),
@@ -203,6 +216,7 @@ def _unsupported(raw: Json, text: Json, vision: Json, rope: Json) -> list[str]:
         ("attention_dropout", text.get("attention_dropout") or 0.0, (0.0,)),
         ("quantization_config", "given" if "quantization_config" in raw else "none", ("none",)),
         ("vision_config.hidden_act", vision["hidden_act"], ("quick_gelu",)),
+        ("vision_config.in_channels", channels, (COLOURS,)),
         ("vision_config.hidden_size", vision["hidden_size"], (width,)),
         ("vision_config rope_theta", vision_rope.get("rope_theta", 10000.0), (10000.0,)),
         ("hidden_size % num_attention_heads", width % heads, (0,)),

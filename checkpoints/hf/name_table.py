@@ -13,7 +13,7 @@ from triptych.checkpoints.hf.transforms import (
     Transform,
     VisionQKV,
 )
-from triptych.configs.schema import LanguageConfig, ModelConfig, VisionConfig
+from triptych.configs.schema import COLOURS, LanguageConfig, ModelConfig, VisionConfig
 from triptych.models.init import EMBEDDING, HEAD
 from triptych.models.qwen_vl.sharding_table import sharding_table
 from triptych.models.sharding import TensorSharding
@@ -73,26 +73,45 @@ def _entry(
 
 def _vision(config: VisionConfig) -> Iterator[Row]:
     width = config.hidden_size
-    kernel = (config.in_channels, config.temporal_patch_size, config.patch_size, config.patch_size)
+    kernel = (COLOURS, config.temporal_patch_size, config.patch_size, config.patch_size)
     qkv = VisionQKV(width // config.num_heads)
     name = "visual.patch_embed.proj.weight"
     yield "vision.patch_embed.weight", {name: (width, *kernel)}, Flatten(kernel)
     for i in range(config.depth):
         ours, theirs = f"vision.decoder.layers.{i}", f"visual.blocks.{i}"
         attention, mlp = f"{ours}.self_attention", f"{ours}.mlp"
-        yield from _affine(f"{ours}.input_layernorm", f"{theirs}.norm1", (width,))
+        yield from _norm(f"{ours}.input_layernorm", f"{theirs}.norm1", config)
         yield from _affine(f"{attention}.linear_qkv", f"{theirs}.attn.qkv", (3 * width, width), qkv)
         yield from _affine(f"{attention}.linear_proj", f"{theirs}.attn.proj", (width, width))
-        yield from _affine(f"{ours}.pre_mlp_layernorm", f"{theirs}.norm2", (width,))
-        inner = config.intermediate_size
-        yield from _affine(f"{mlp}.linear_fc1", f"{theirs}.mlp.fc1", (inner, width))
-        yield from _affine(f"{mlp}.linear_fc2", f"{theirs}.mlp.fc2", (width, inner))
+        yield from _norm(f"{ours}.pre_mlp_layernorm", f"{theirs}.norm2", config)
+        yield from _vision_mlp(mlp, f"{theirs}.mlp", config)
+
+
+def _vision_mlp(ours: str, theirs: str, config: VisionConfig) -> Iterator[Row]:
+    """Two linear layers with biases; of a gated MLP, the first one is two of theirs."""
+    width, inner = config.hidden_size, config.intermediate_size
+    if not config.is_gated:
+        yield from _affine(f"{ours}.linear_fc1", f"{theirs}.fc1", (inner, width))
+        yield from _affine(f"{ours}.linear_fc2", f"{theirs}.fc2", (width, inner))
+        return
+    for leaf, columns in (("weight", (width,)), ("bias", ())):
+        gate_up = {f"{theirs}.{x}_proj.{leaf}": (inner, *columns) for x in ("gate", "up")}
+        yield f"{ours}.linear_fc1.{leaf}", gate_up, GateUp()
+    yield from _affine(f"{ours}.linear_fc2", f"{theirs}.down_proj", (width, inner))
+
+
+def _norm(ours: str, theirs: str, config: VisionConfig) -> Iterator[Row]:
+    """A norm of the ViT or the merger: an RMSNorm has no bias."""
+    weight, *bias = _affine(ours, theirs, (config.hidden_size,))
+    yield weight
+    if config.norm_has_bias:
+        yield from bias
 
 
 def _merger(model: ModelConfig) -> Iterator[Row]:
     width = model.vision.hidden_size
     merged = width * model.vision.spatial_merge_size**2
-    yield from _affine("merger.norm", "visual.merger.ln_q", (width,))
+    yield from _norm("merger.norm", "visual.merger.ln_q", model.vision)
     yield from _affine("merger.fc1", "visual.merger.mlp.0", (merged, merged))
     yield from _affine("merger.fc2", "visual.merger.mlp.2", (model.language.hidden_size, merged))
 

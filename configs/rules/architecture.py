@@ -7,19 +7,10 @@ from math import gcd
 from triptych.configs.problems import Problem, typed_list
 from triptych.configs.schema import Config
 
-COLOURS = 3
-"""Pictures are read as red, green and blue."""
-
 
 def check_model(config: Config) -> Iterator[Problem]:
     """The sizes of the two towers fit together, and the special tokens fit the vocabulary."""
     vision, language, tokens = config.model.vision, config.model.language, config.model.tokens
-    if vision.in_channels != COLOURS:
-        yield Problem(
-            f"model.vision.in_channels={vision.in_channels} must be {COLOURS}: pictures are read as"
-            " red, green and blue",
-            f"model.vision.in_channels={COLOURS}",
-        )
     if vision.hidden_size % (4 * vision.num_heads):
         yield Problem(
             f"model.vision.hidden_size={vision.hidden_size} must be a multiple of 4*num_heads ="

@@ -17,7 +17,6 @@ AT_LEAST = {
         "model.vision.patch_size",
         "model.vision.temporal_patch_size",
         "model.vision.spatial_merge_size",
-        "model.vision.in_channels",
         "model.language.hidden_size",
         "model.language.num_layers",
         "model.language.num_heads",
@@ -64,7 +63,6 @@ AT_MOST = {
     64: ("model.vision.spatial_merge_size", "model.vision.temporal_patch_size"),
     1024: (
         "model.vision.patch_size",
-        "model.vision.in_channels",
         "train.micro_batch_size",
         "data.num_workers",
         "data.prefetch_steps",

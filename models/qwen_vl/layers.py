@@ -3,6 +3,7 @@
 Megatron-core's transformer layers with our norm and our packed core attention plugged in.
 """
 
+from triptych.configs.schema import VisionConfig, VisionNorm
 from triptych.models.activations import SwiGLU
 from triptych.models.attention import PackedCoreAttention
 from triptych.models.kernels import Kernel, KernelTable
@@ -26,19 +27,28 @@ def language_block(
     num_layers: int, table: KernelTable, *, overlap_tp_comm: bool
 ) -> TransformerBlockSubmodules:
     """``num_layers`` causal decoder layers and a final RMSNorm."""
-    norm = LigerRMSNorm if table.rms_norm.kernel is Kernel.LIGER else RMSNorm
-    compiled = table.activation.kernel is Kernel.COMPILED
-    swiglu = ModuleSpec(module=SwiGLU, params={"compiled": compiled})
-    layer = _layer(norm, swiglu, AttnMaskType.causal, table, overlap_tp_comm)
+    norm = _rms_norm(table)
+    layer = _layer(norm, _swiglu(table), AttnMaskType.causal, table, overlap_tp_comm)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
 
 
 def vision_block(
-    num_layers: int, table: KernelTable, *, overlap_tp_comm: bool
+    config: VisionConfig, table: KernelTable, *, overlap_tp_comm: bool
 ) -> TransformerBlockSubmodules:
-    """``num_layers`` layers that look both ways within a frame; no final norm."""
-    layer = _layer(LayerNorm, None, AttnMaskType.no_mask, table, overlap_tp_comm)
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers)
+    """The ViT's layers, which look both ways within a frame; no final norm."""
+    norm = LayerNorm if config.norm is VisionNorm.layernorm else _rms_norm(table)
+    activation = _swiglu(table) if config.is_gated else None  # None: transformer_configs.py has it
+    layer = _layer(norm, activation, AttnMaskType.no_mask, table, overlap_tp_comm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * config.depth)
+
+
+def _rms_norm(table: KernelTable) -> type[RMSNorm]:
+    return LigerRMSNorm if table.rms_norm.kernel is Kernel.LIGER else RMSNorm
+
+
+def _swiglu(table: KernelTable) -> ModuleSpec:
+    compiled = table.activation.kernel is Kernel.COMPILED
+    return ModuleSpec(module=SwiGLU, params={"compiled": compiled})
 
 
 def _layer(

@@ -3,12 +3,12 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from triptych.configs.schema import LanguageConfig, Precision, VisionConfig
+from triptych.configs.schema import LanguageConfig, Precision, VisionConfig, VisionNorm
 from triptych.parallel.dtypes import DTYPES
 
 
 class Merger(nn.Module):
-    """Joins 2x2 neighbouring patches into one token of the language model.
+    """Joins neighbouring patches, 2x2 in the released models, into one token of the language model.
 
     Replicated over tp: it has few parameters.
     """
@@ -19,7 +19,8 @@ class Merger(nn.Module):
         super().__init__()
         dtype = DTYPES[precision]
         self.merged_size = vision.hidden_size * vision.spatial_merge_size**2
-        self.norm = nn.LayerNorm(vision.hidden_size, eps=1e-6, dtype=dtype)
+        norm = nn.LayerNorm if vision.norm is VisionNorm.layernorm else nn.RMSNorm
+        self.norm = norm(vision.hidden_size, eps=1e-6, dtype=dtype)
         self.fc1 = nn.Linear(self.merged_size, self.merged_size, dtype=dtype)
         self.fc2 = nn.Linear(self.merged_size, language.hidden_size, dtype=dtype)
 

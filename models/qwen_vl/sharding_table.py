@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from triptych.configs.schema import ModelConfig
+from triptych.configs.schema import ModelConfig, VisionConfig
 from triptych.models.sharding import ShardingTable, TensorSharding
 
 REPLICATED, ROWS = TensorSharding.REPLICATED, TensorSharding.ROWS
@@ -17,27 +17,27 @@ def sharding_table(model: ModelConfig) -> ShardingTable:
     The head is in it also where it is the embedding: the last pp stage has a copy.
     """
     return ShardingTable(
-        patterns=dict([*_vision(), *_merger(), *_language()]),
+        patterns=dict([*_vision(model.vision), *_merger(model.vision), *_language()]),
         tied=model.language.tie_word_embeddings,
     )
 
 
-def _vision() -> Iterator[Row]:
+def _vision(config: VisionConfig) -> Iterator[Row]:
     layer = "vision.decoder.layers.*"
     yield "vision.patch_embed.weight", REPLICATED
-    yield from _layer_norm(f"{layer}.input_layernorm")
+    yield from _vision_norm(f"{layer}.input_layernorm", config)
     yield from _column_parallel(f"{layer}.self_attention.linear_qkv", ROWS)
     yield from _row_parallel(f"{layer}.self_attention.linear_proj")
-    yield from _layer_norm(f"{layer}.pre_mlp_layernorm")
-    yield from _column_parallel(f"{layer}.mlp.linear_fc1", ROWS)
+    yield from _vision_norm(f"{layer}.pre_mlp_layernorm", config)
+    yield from _column_parallel(f"{layer}.mlp.linear_fc1", GATED_ROWS if config.is_gated else ROWS)
     yield from _row_parallel(f"{layer}.mlp.linear_fc2")
 
 
-def _merger() -> Iterator[Row]:
+def _merger(config: VisionConfig) -> Iterator[Row]:
     for linear in ("merger.fc1", "merger.fc2"):
         yield f"{linear}.weight", REPLICATED
         yield f"{linear}.bias", REPLICATED
-    yield from _layer_norm("merger.norm")
+    yield from _vision_norm("merger.norm", config)
 
 
 def _language() -> Iterator[Row]:
@@ -65,6 +65,7 @@ def _row_parallel(name: str) -> Iterator[Row]:
     yield f"{name}.bias", REPLICATED
 
 
-def _layer_norm(name: str) -> Iterator[Row]:
+def _vision_norm(name: str, config: VisionConfig) -> Iterator[Row]:
     yield f"{name}.weight", REPLICATED
-    yield f"{name}.bias", REPLICATED
+    if config.norm_has_bias:
+        yield f"{name}.bias", REPLICATED

@@ -11,12 +11,15 @@ from triptych.configs.schema import (
     Precision,
     Recompute,
     VisionConfig,
+    VisionNorm,
 )
 from triptych.models.activations import quick_gelu
 from triptych.models.kernels import Kernel, KernelTable
 from triptych.parallel.dtypes import DTYPES
 
 from megatron.core.transformer.transformer_config import TransformerConfig
+
+NORMALIZATIONS = {VisionNorm.layernorm: "LayerNorm", VisionNorm.rmsnorm: "RMSNorm"}
 
 
 def language_transformer(
@@ -62,23 +65,27 @@ def language_transformer(
 def vision_transformer(
     config: VisionConfig, parallel: ParallelConfig, precision: Precision, table: KernelTable
 ) -> TransformerConfig:
-    """The ViT.
-
-    LayerNorm, quick GELU, bias everywhere; lives whole in the first pipeline stage.
-    """
+    """The ViT: biases everywhere; lives whole in the first chunk. Layer specs have the norm."""
     return TransformerConfig(
         num_layers=config.depth,
         hidden_size=config.hidden_size,
         num_attention_heads=config.num_heads,
         ffn_hidden_size=config.intermediate_size,
-        normalization="LayerNorm",
+        normalization=NORMALIZATIONS[config.norm],
         layernorm_epsilon=1e-6,
-        activation_func=quick_gelu(compiled=table.activation.kernel is Kernel.COMPILED),
+        **_vision_activation(config, table),
         add_bias_linear=True,
         add_qkv_bias=True,
         **_common(parallel, precision, table),
         **_recompute(parallel.recompute.vit, []),
     )
+
+
+def _vision_activation(config: VisionConfig, table: KernelTable) -> dict[str, Any]:
+    if config.is_gated:
+        return dict(gated_linear_unit=True, activation_func=F.silu, use_te_activation_func=True)
+    compiled = table.activation.kernel is Kernel.COMPILED
+    return dict(activation_func=quick_gelu(compiled=compiled))
 
 
 def _common(parallel: ParallelConfig, precision: Precision, table: KernelTable) -> dict[str, Any]:

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from triptych.configs.schema import ParallelConfig, Precision, VisionConfig
-from triptych.costs.flops import patch_dim
 from triptych.data.media.image import normalize_patches
 from triptych.models.attention import Segments
 from triptych.models.kernels import KernelTable
@@ -54,12 +53,12 @@ class VisionTower(MegatronModule):
         self.num_shards = place.tp if transformer.sequence_parallel else 1
         self.shard = place.tp_rank if transformer.sequence_parallel else 0
         self.patch_embed = nn.Linear(
-            patch_dim(config), config.hidden_size, bias=False, dtype=self.dtype
+            config.patch_dim, config.hidden_size, bias=False, dtype=self.dtype
         )
         mark_shared(self.patch_embed, transformer)
         self.decoder = TransformerBlock(
             transformer,
-            vision_block(config.depth, table, overlap_tp_comm=parallel.overlap.tp_comm),
+            vision_block(config, table, overlap_tp_comm=parallel.overlap.tp_comm),
             post_layer_norm=False,
             post_process=False,
         )

@@ -20,7 +20,14 @@ from transformers import (
 from triptych.checkpoints.hf.folder import INDEX, SINGLE, HFReader, HFWriter
 from triptych.checkpoints.hf.model_config import hf_config, model_config_from_hf
 from triptych.checkpoints.hf.name_table import hub_name, name_table
-from triptych.configs.schema import LanguageConfig, ModelConfig, TokensConfig, VisionConfig
+from triptych.configs.schema import (
+    LanguageConfig,
+    ModelConfig,
+    TokensConfig,
+    VisionConfig,
+    VisionMLP,
+    VisionNorm,
+)
 from triptych.data.tokenizer import train_tokenizer
 from triptych.data.types import PixelLimits
 from triptych.errors import CheckpointError, ConfigError
@@ -378,6 +385,7 @@ def test_a_hub_config_of_transformers_4_which_leaves_out_defaults(tmp_path):
         ({"quantization_config": {"bits": 4}}, "quantization_config='given'"),
         ({"num_attention_heads": 5}, "hidden_size % num_attention_heads=2"),
         ({"vision_config": {"hidden_size": 99}}, "vision_config.hidden_size=99; known is 32"),
+        ({"vision_config": {"in_channels": 4}}, "vision_config.in_channels=4; known is 3"),
     ],
 )
 def test_features_we_do_not_have_are_named(tmp_path, change, message):
@@ -423,6 +431,8 @@ def test_a_tokenizer_that_contradicts_the_config_is_refused(tmp_path, tokenizer)
     [
         ("language", {"head_dim": 16}, "head_dim = hidden_size / num_heads"),
         ("vision", {"intermediate_size": 80}, "a whole mlp_ratio"),
+        ("vision", {"norm": VisionNorm.rmsnorm}, "norm=layernorm and mlp=quick_gelu"),
+        ("vision", {"mlp": VisionMLP.swiglu}, "norm=layernorm and mlp=quick_gelu"),
     ],
 )
 def test_sizes_that_transformers_cannot_have_are_refused(tmp_path, part, sizes, message):

@@ -4,7 +4,13 @@ from dataclasses import replace
 
 import pytest
 
-from triptych.configs.schema import LanguageConfig, ModelConfig
+from triptych.configs.schema import (
+    LanguageConfig,
+    ModelConfig,
+    VisionConfig,
+    VisionMLP,
+    VisionNorm,
+)
 from triptych.costs.flops import (
     NO_WORK,
     Workload,
@@ -14,6 +20,7 @@ from triptych.costs.flops import (
     layer_parameters,
     parameters,
     training_flops,
+    vit_flops,
 )
 
 QWEN2_VL_2B = ModelConfig(
@@ -51,6 +58,7 @@ QWEN2_VL_72B = ModelConfig(
     ),
 )
 MODELS = [QWEN2_VL_2B, QWEN2_VL_7B, QWEN2_VL_72B]
+QWEN2_5_VIT = {"norm": VisionNorm.rmsnorm, "mlp": VisionMLP.swiglu}
 LOAD = Workload(num_tokens=8192, token_pairs=3 * 2730**2, num_patches=8192, patch_pairs=8 * 1024**2)
 
 
@@ -136,3 +144,24 @@ def test_workloads_add_up():
     assert first + second == Workload(8, 34, 12, 80, num_targets=5)
     assert sum([first, second], NO_WORK) == first + second
     assert (first + replace(second, num_targets=None)).num_targets is None
+
+
+@pytest.mark.parametrize(
+    ("model", "intermediate_size", "vision"),
+    [(QWEN2_VL_7B, 3420, 676_550_144), (QWEN2_VL_72B, 3456, 704_573_696)],
+    ids=["7B", "72B"],
+)
+def test_a_vit_with_rmsnorm_and_gated_mlps_is_as_large_as_qwen2_5s(
+    model: ModelConfig, intermediate_size: int, vision: int
+) -> None:
+    tower = VisionConfig(intermediate_size=intermediate_size, **QWEN2_5_VIT)
+    counted = parameters(replace(model, vision=tower))
+    assert counted.vit + counted.adapter == vision
+
+
+def test_a_gated_mlp_costs_half_as_much_again() -> None:
+    """Per patch and layer: 6 E F FLOPs where a plain one has 4 E F."""
+    gated = VisionConfig(mlp=VisionMLP.swiglu)
+    more = vit_flops(gated, LOAD).linear - vit_flops(VisionConfig(), LOAD).linear
+    assert more == 2 * 1280 * 5120 * LOAD.num_patches * gated.depth
+    assert vit_flops(gated, LOAD).attention == vit_flops(VisionConfig(), LOAD).attention

@@ -106,12 +106,15 @@ class LayoutCase:
     """The optimizer, and what it overlaps: megatron, megatron+grads, megatron+all or deepspeed.
     With all but the first, sequence-parallel layers overlap what they exchange."""
     precision: str = "fp32"
+    tower: str = "plain"
+    """The kind of ViT."""
 
     def __str__(self) -> str:
         head = "tied" if self.tied else "untied"
         how = f"vit {self.vit}, llm {self.llm}, {self.zero}"
         dtype = "" if self.precision == "fp32" else f" {self.precision}"
-        return f"{self.layout} {self.stage} {head} mbs{self.micro_batch_size} {how}{dtype}"
+        tower = "" if self.tower == "plain" else f" {self.tower}"
+        return f"{self.layout} {self.stage} {head} mbs{self.micro_batch_size} {how}{dtype}{tower}"
 
 
 @dataclass(frozen=True)
@@ -231,6 +234,7 @@ def config_of(case: LayoutCase) -> Config:
             kv_heads=4,
             head_dim=8,
             tied=case.tied,
+            tower=case.tower,
             vision_head_dim=8,
             num_layers=sum(layout.layers),
         ),

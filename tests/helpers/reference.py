@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -17,7 +18,14 @@ from torch import Tensor, nn
 
 from triptych.checkpoints.hf.model_config import hf_config
 from triptych.checkpoints.hf.name_table import hub_name
-from triptych.configs.schema import LanguageConfig, ModelConfig, TokensConfig, VisionConfig
+from triptych.configs.schema import (
+    LanguageConfig,
+    ModelConfig,
+    TokensConfig,
+    VisionConfig,
+    VisionMLP,
+    VisionNorm,
+)
 from triptych.data.media.image import CLIP_MEAN, CLIP_STD
 
 PATCH_DIM = VisionConfig().patch_dim
@@ -27,6 +35,12 @@ TOKENS = TokensConfig(
 FIRST_TEXT_TOKEN = 14
 MROPE_SECTIONS = {8: [2, 1, 1], 16: [2, 3, 3], 24: [2, 4, 6]}
 """By head_dim; the released models have 2 : 3 : 3."""
+
+TOWERS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "gated": {"norm": VisionNorm.rmsnorm, "mlp": VisionMLP.swiglu},
+}
+"""Name of a kind of ViT -> what its description says besides sizes."""
 
 
 def small_model(
@@ -39,6 +53,7 @@ def small_model(
     vision_head_dim: int = 16,
     num_layers: int = 4,
     vocab_size: int = 64,
+    tower: str = "plain",
 ) -> ModelConfig:
     """A model of a few hundred thousand parameters, with uneven mrope sections.
 
@@ -49,7 +64,8 @@ def small_model(
     return ModelConfig(
         name="small",
         vision=VisionConfig(
-            depth=2, hidden_size=width, num_heads=vision_heads, intermediate_size=2 * width
+            depth=2, hidden_size=width, num_heads=vision_heads, intermediate_size=2 * width,
+            **TOWERS[tower],
         ),
         language=LanguageConfig(
             hidden_size=heads * head_dim, num_layers=num_layers, num_heads=heads,

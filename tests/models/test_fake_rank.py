@@ -19,6 +19,7 @@ from triptych.models.fake_rank import count_rank
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts the kernels of a CPU")
 
 TOLERANCE = 0.01
+GATED = ["model.vision.norm=rmsnorm", "model.vision.mlp=swiglu"]
 SEVENTY_TWO = ["model=qwen2_vl_72b", "parallel=tp8_pp8", "cluster.gpus=1024"]
 
 
@@ -78,6 +79,10 @@ def test_72b_on_1024_ranks(words: list[str]) -> None:
         (["model=qwen2_vl_2b", "cluster.gpus=64", "parallel.recompute.vit=full"], [0]),
         (["model=qwen2_vl_2b", "cluster.gpus=64", "parallel.pp=4", "parallel.vpp=2"], [0, 3]),
         (["model=qwen2_vl_7b", "parallel=tp4", "cluster.gpus=64"], [0]),
+        (["model=debug", "parallel=tp2", "cluster.gpus=8", *GATED, "stage=1"], [0]),
+        (["model=debug", "parallel=tp2", "cluster.gpus=8", *GATED, "stage=2"], [0]),
+        (["model=debug", "cluster.gpus=8", *GATED, "stage=3"], [0]),
+        (["model=qwen2_vl_2b", "parallel=tp2", "cluster.gpus=64", *GATED], [0]),
     ],
     ids=lambda words: " ".join(map(str, words)),
 )

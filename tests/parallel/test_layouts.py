@@ -16,6 +16,8 @@ from unittest import mock
 import pytest
 import torch
 
+from triptych.models.qwen_vl.sharding_table import sharding_table
+from triptych.models.sharding import TensorSharding
 from triptych.tests.helpers.layouts import (
     LAYOUTS,
     LAYOUTS_OF_8_LAYERS,
@@ -139,7 +141,9 @@ def alone(outcomes) -> Callable[[LayoutCase], LayoutOutcome]:
 
     def of(case: LayoutCase) -> LayoutOutcome:
         layout = Layout(layers=(sum(case.layout.layers),))
-        plain = LayoutCase(layout, case.stage, case.tied, precision=case.precision)
+        plain = LayoutCase(
+            layout, case.stage, case.tied, precision=case.precision, tower=case.tower
+        )
         if plain not in known:
             known[plain] = outcomes(plain.layout, [plain], num_steps=STEPS)[0]
         return known[plain]
@@ -214,6 +218,19 @@ def test_cases_drawn_from_the_whole_grid_equal_one_process(layout, outcomes, alo
     check(outcomes, alone, table, random.Random(str(layout)).sample(grid(layout), 12))
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        LayoutCase(Layout(tp=2), tower="gated"),
+        LayoutCase(Layout(tp=2, sequence_parallel=True), zero="megatron+all", tower="gated"),
+        LayoutCase(Layout(pp=2, dp=2, layers=(1, 3)), "stage1", vit="full", tower="gated"),
+    ],
+    ids=str,
+)
+def test_another_vit_equals_one_process(case, outcomes, alone, table):
+    check(outcomes, alone, table, [case], num_steps=STEPS)
+
+
 BF16 = [
     LayoutCase(Layout(tp=2, sequence_parallel=True), zero="megatron+all"),
     pytest.param(LayoutCase(Layout(tp=4), llm="full"), marks=pytest.mark.slow),
@@ -285,6 +302,18 @@ def nothing_clipped():
     return mock.patch(name, return_value=None)
 
 
+def gated_matrix_taken_for_a_plain_one():
+    """Cut into rows, gate and up of the ViT's MLP would come to lie on different tp ranks."""
+    rows = dict.fromkeys((FC1 + ".weight", FC1 + ".bias"), TensorSharding.ROWS)
+
+    def as_if_plain(model):
+        right = sharding_table(model)
+        return dataclasses.replace(right, patterns={**right.patterns, **rows})
+
+    return mock.patch("triptych.train.engine.sharding_table", as_if_plain)
+
+
+FC1 = "vision.decoder.layers.*.mlp.linear_fc1"
 FAULTS = [
     (loss_averaged_by_microbatch, LayoutCase(Layout())),
     (loss_averaged_by_microbatch, LayoutCase(Layout(dp=2))),
@@ -294,6 +323,7 @@ FAULTS = [
     (pieces_not_marked, LayoutCase(Layout(tp=2))),
     (replicas_counted_on_every_tp_rank, LayoutCase(Layout(tp=2))),
     (tied_embedding_not_summed, LayoutCase(Layout(pp=2, layers=(1, 3)), tied=True)),
+    (gated_matrix_taken_for_a_plain_one, LayoutCase(Layout(tp=2), tower="gated")),
     (nothing_clipped, LayoutCase(Layout(dp=2))),
 ]
 
