@@ -108,4 +108,4 @@ def test_tokens_and_gradients_equal_transformers(mesh: Mesh) -> None:
 
 
 def apart(got: Tensor, want: Tensor, floor: float = 0.0) -> float:
-    return float((got - want).detach().abs().max()) / max(float(want.abs().max()), floor)
+    return float((got - want).detach().abs().max()) / max(float(want.detach().abs().max()), floor)
