@@ -6,6 +6,7 @@ from unittest import mock
 
 import pytest
 
+from triptych.configs.schema import Config
 from triptych.data.dataset.dataset import Dataset
 from triptych.data.loading.loader import Loader
 from triptych.data.media import kinds
@@ -28,7 +29,7 @@ def runs(pool, digits, tmp_path) -> Runs:
     return Runs(pool, digits, tmp_path)
 
 
-def count_decodes(argv: list[str]) -> tuple[int, int, int]:
+def count_decodes(config: Config) -> tuple[int, int, int]:
     """Train; returns what the loader says it decoded, and decodes and reads as counted here."""
     calls, told = Counter(), []
     decode, read, close = kinds.decode_image, Dataset.read_media, Loader.close
@@ -50,7 +51,7 @@ def count_decodes(argv: list[str]) -> tuple[int, int, int]:
         mock.patch.object(Dataset, "read_media", counted_read),
         mock.patch.object(Loader, "close", telling_close),
     ):
-        train(argv)
+        train(config)
     return told[0], calls["decode"], calls["read"]
 
 

@@ -12,6 +12,7 @@ from triptych.parallel.megatron_finder import prepare_megatron
 MODULES = (
     "torch._dynamo",
     "torch.distributed.checkpoint",
+    "deepspeed.runtime.zero.muon.original_muon",  # else with the first optimizer, for a second
     "hydra._internal.core_plugins",
     "megatron.core.dist_checkpointing.strategies.torch",
     "megatron.core.distributed",
@@ -19,6 +20,8 @@ MODULES = (
     "megatron.core.optimizer",
     "megatron.core.pipeline_parallel",
     "triptych.configs.validate",
+    "triptych.parallel.zero.deepspeed",
+    "triptych.parallel.zero.megatron",
     "triptych.train.run",
 )
 

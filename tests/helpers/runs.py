@@ -1,4 +1,4 @@
-"""Whole runs on the ranks of a pool: the command's own path from its words to ``pretrain``."""
+"""Whole runs on the ranks of a pool, by ``pretrain``, from the words of its command line."""
 
 import contextlib
 import io
@@ -7,7 +7,7 @@ import json
 import os
 import pkgutil
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,6 +16,7 @@ import pytest
 import torch.distributed as dist
 
 from triptych.configs.compose import load_config
+from triptych.configs.schema import Config
 from triptych.configs.validate import validate
 from triptych.errors import TriptychError
 from triptych.tests.helpers.limits import HANG_S
@@ -84,14 +85,16 @@ class Runs:
             self.call(train_and_die, name, layout, *more, target=target, call=call)
 
     def call(self, function: Callable[..., Any], name: str, layout: str, *more: str, **kwargs: Any):
-        """``function(argv, **kwargs)`` on the ranks of the layout."""
-        argv = self.words(name, layout, *more)
-        return self._pool(LAYOUTS[layout][0]).run(function, argv=argv, **kwargs)
+        """``function(config, **kwargs)`` on the ranks of the layout.
+
+        The command line is read once, here: on every rank it would cost as much as three steps.
+        """
+        config = load_config(self.words(name, layout, *more))
+        return self._pool(LAYOUTS[layout][0]).run(function, config=config, **kwargs)
 
 
-def train(argv: Sequence[str]) -> str:
-    """Run the command; returns what this rank wrote to the terminal. Every rank must call this."""
-    config = load_config(argv)
+def train(config: Config) -> str:
+    """Train; returns what this rank wrote to the terminal. Every rank must call this."""
     validate(config, world_size=dist.get_world_size())
     output = io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
@@ -99,17 +102,17 @@ def train(argv: Sequence[str]) -> str:
     return output.getvalue()
 
 
-def refusal(argv: Sequence[str]) -> str:
-    """Run the command, which must refuse; returns the error as the terminal shows it."""
+def refusal(config: Config) -> str:
+    """Train, which must be refused; returns the error as the terminal shows it."""
     try:
-        train(argv)
+        train(config)
     except TriptychError as error:
         return f"{type(error).__name__}: {error}"
     raise AssertionError("nothing was refused")
 
 
-def train_and_die(argv: Sequence[str], target: str, call: int) -> None:
-    """Run the command; every rank kills itself when it calls ``target`` for the ``call``-th time.
+def train_and_die(config: Config, target: str, call: int) -> None:
+    """Train; every rank kills itself when it calls ``target`` for the ``call``-th time.
 
     As kill -9 does: nothing is flushed, no handler runs.
     """
@@ -121,7 +124,7 @@ def train_and_die(argv: Sequence[str], target: str, call: int) -> None:
         return original(*args, **kwargs)
 
     with mock.patch(target, die):
-        train(argv)
+        train(config)
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from PIL import Image
 from triptych.checkpoints.store import locate
 from triptych.configs.compose import load_config
 from triptych.configs.overrides import schema_keys
+from triptych.configs.schema import Config
 from triptych.configs.validate import validate
 from triptych.data.dataset.dataset import Dataset
 from triptych.data.digits import make as digits_module
@@ -265,7 +266,7 @@ def test_a_full_disk_on_one_rank_fails_the_save_on_all_and_loses_nothing(target,
     assert len(losses(runs.dir("run"))) == 4
 
 
-def refusal_on_full_disk(argv: list[str], target: str) -> str:
+def refusal_on_full_disk(config: Config, target: str) -> str:
     """``refusal``, with a disk that has no room for what rank 1 writes by ``target``."""
     import torch.distributed as dist
 
@@ -273,9 +274,9 @@ def refusal_on_full_disk(argv: list[str], target: str) -> str:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     if dist.get_rank() != 1:
-        return refusal(argv)
+        return refusal(config)
     with mock.patch(target, fail):
-        return refusal(argv)
+        return refusal(config)
 
 
 # --- the world outside

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from triptych.configs.compose import read_config
+from triptych.configs.schema import Config
 from triptych.costs.flops import Workload, forward_flops
 from triptych.data.dataset.dataset import Dataset
 from triptych.data.types import PixelLimits
@@ -228,7 +229,7 @@ def test_a_loss_that_is_not_finite_stops_every_rank(layout, ranks, microbatch, r
     assert len(losses(runs.dir("run"))) == 6
 
 
-def spoil_loss(argv: list[str], ranks: list[int], microbatch: int) -> tuple[str, int]:
+def spoil_loss(config: Config, ranks: list[int], microbatch: int) -> tuple[str, int]:
     """Returns the error, and how many updates were made."""
     calls, updates = Counter(), Counter()
 
@@ -248,7 +249,7 @@ def spoil_loss(argv: list[str], ranks: list[int], microbatch: int) -> tuple[str,
         mock.patch("triptych.train.step.counted", spoilt),
         mock.patch.object(MegatronZero, "step", counted_step),
     ):
-        return refusal(argv), updates["step"]
+        return refusal(config), updates["step"]
 
 
 @distributed
@@ -266,7 +267,7 @@ def test_a_batch_without_supervised_tokens_is_skipped_by_all_ranks(layout, runs)
     assert list(packs(runs.dir("run"))) == [1, 2, 3, 4]
 
 
-def unsupervise(argv: list[str], step: int) -> None:
+def unsupervise(config: Config, step: int) -> None:
     """Train with no supervised token in one step."""
     from triptych.data.loading.loader import Loader
 
@@ -280,7 +281,7 @@ def unsupervise(argv: list[str], step: int) -> None:
         return found
 
     with mock.patch.object(Loader, "__next__", emptied):
-        train(argv)
+        train(config)
 
 
 @distributed

@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 
+from triptych.configs.schema import Config
 from triptych.tests.helpers.processes import wait_until_dead
 from triptych.tests.helpers.runs import (
     LAYOUTS,
@@ -285,7 +286,7 @@ def tensors(runs: Runs, name: str, checkpoint: str) -> dict[str, torch.Tensor]:
     return runs.call(load_plain, name, "single", folder=str(folder))[0]
 
 
-def load_plain(argv: list[str], folder: str) -> dict[str, torch.Tensor]:
+def load_plain(config: Config, folder: str) -> dict[str, torch.Tensor]:
     from megatron.core import dist_checkpointing
 
     return dist_checkpointing.load_plain_tensors(folder)
@@ -306,6 +307,6 @@ def test_saving_leaves_no_process_behind(runs):
     assert runs.call(children_after, "run", "dp2", "train.num_steps=1") == [[], []]
 
 
-def children_after(argv: list[str]) -> list[str]:
-    train(argv)
+def children_after(config: Config) -> list[str]:
+    train(config)
     return [" ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)]
