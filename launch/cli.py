@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from triptych.errors import CheckpointError, ConfigError, TriptychError
+from triptych.train.console import console
 
 SPEAKER_FIRST_S = 3.0
 """How long the silent ranks wait, so that torchrun does not stop rank 0 before it has spoken."""
@@ -25,7 +26,8 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     """
     rank = int(os.environ.get("RANK", "0"))
     try:
-        main(sys.argv[1:])
+        with console(rank):
+            main(sys.argv[1:])
     except (ConfigError, CheckpointError) as error:  # raised on all ranks alike
         if rank != 0:
             time.sleep(SPEAKER_FIRST_S)

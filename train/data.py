@@ -112,7 +112,7 @@ def generate_samples(config: Config, mesh: Mesh) -> None:
     """Make the sample datasets, where asked for and not there. Every rank must call this."""
     root = Path(config.data.root)
     if config.data.generate and mesh.is_main and not have_digits(root):
-        say(mesh, f"making sample data in {root}")
+        say(f"making sample data in {root}")
         make_digits(root)
     dist.barrier()
 

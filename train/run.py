@@ -16,7 +16,7 @@ from triptych.errors import ConfigError
 from triptych.models.kernels import Installed, choose, choose_adam
 from triptych.parallel.agree import differing_ranks
 from triptych.parallel.mesh import Mesh, build_mesh, init_distributed, shutdown
-from triptych.train.console import say
+from triptych.train.console import say, take_over_libraries
 from triptych.train.data import Mixture, generate_samples
 from triptych.train.engine import Engine, build_engine
 from triptych.train.hooks.chain import HookChain
@@ -58,11 +58,12 @@ def _run_stage(config: Config, mesh: Mesh) -> TrainState:
     data = Mixture.open(config, config.data.mixtures[config.stage.name])
     _refuse_different_plans(data.plan, mesh)
     engine = build_engine(config, mesh)
+    take_over_libraries()
     _introduce(config, engine, data)
     store = CheckpointStore(Path(config.run.dir) / "checkpoints", mesh.world)
     state = start(config, engine, data.plan, store)
     if is_finished(config, engine, state):
-        say(mesh, _finished(config, state))
+        say(_finished(config, state))
         return state
     _open_run_folder(config, mesh, state)
     loader = data.loader(config, mesh, state.cursor)
@@ -74,9 +75,9 @@ def _run_stage(config: Config, mesh: Mesh) -> TrainState:
         stack.callback(gc.unfreeze)
         state, asked = train(config, engine, loader, state, hooks)
     if is_finished(config, engine, state):
-        say(mesh, _finished(config, state))
+        say(_finished(config, state))
     else:
-        say(mesh, _stopped(config, state, gather_reasons(asked)))
+        say(_stopped(config, state, gather_reasons(asked)))
     return state
 
 
@@ -119,7 +120,6 @@ def _introduce(config: Config, engine: Engine, data: Mixture) -> None:
     mesh, dims, layers = engine.mesh, engine.mesh.dims, layers_per_chunk(config)
     packs, seq_len = config.train.global_batch_size, config.train.seq_len
     say(
-        mesh,
         f"{config.stage.name} of {config.model.name} -> {config.run.dir}\n"
         f"ranks: {dims.world_size} = tp {dims.tp} x pp {dims.pp} x dp {dims.dp}; "
         f"decoder layers by {'stage' if config.parallel.vpp == 1 else 'chunk'}: "

@@ -72,7 +72,7 @@ def _resume(folder: Path, config: Config, engine: Engine, plan: Plan) -> TrainSt
     load_optimizer(folder, engine.tensors, partly=False)
     same_ranks = load_random_state(folder, engine.mesh)
     note = "" if same_ranks else " (another number of ranks: random states start afresh)"
-    say(engine.mesh, f"resumed from {folder}, step {state.step}{note}")
+    say(f"resumed from {folder}, step {state.step}{note}")
     return state
 
 
@@ -92,7 +92,7 @@ def _init_weights(config: Config, engine: Engine) -> None:
     if config.init.checkpoint is None:
         init_parameters(engine.bare_chunks, engine.sharding, mesh, config.seed)
         engine.optimizer.refresh_master_weights()
-        say(mesh, f"weights: random, drawn from seed={config.seed} (init.allow_random=true)")
+        say(f"weights: random, drawn from seed={config.seed} (init.allow_random=true)")
         return
     folder = locate(Path(config.init.checkpoint), mesh.world)
     refuse_other_model(folder, config.model, engine.tensors)
@@ -101,4 +101,4 @@ def _init_weights(config: Config, engine: Engine) -> None:
     if config.init.optimizer_state:
         load_optimizer(folder, engine.tensors, partly=True)
         carried = "carried over for what goes on training"
-    say(mesh, f"weights: {folder}; optimizer state {carried}; schedule and data from the start")
+    say(f"weights: {folder}; optimizer state {carried}; schedule and data from the start")

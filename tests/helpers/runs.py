@@ -21,6 +21,7 @@ from triptych.configs.validate import validate
 from triptych.errors import TriptychError
 from triptych.tests.helpers.limits import HANG_S
 from triptych.tests.helpers.pool import RankFailureError, RankPool
+from triptych.train.console import console
 from triptych.train.run import pretrain
 
 SMALL = (
@@ -97,7 +98,11 @@ def train(config: Config) -> str:
     """Train; returns what this rank wrote to the terminal. Every rank must call this."""
     validate(config, world_size=dist.get_world_size())
     output = io.StringIO()
-    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+    with (
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(output),
+        console(dist.get_rank()),
+    ):
         pretrain(config)
     return output.getvalue()
 

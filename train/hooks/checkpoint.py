@@ -44,7 +44,7 @@ class Checkpointing(Hook):
             ) from error
         self._store.retain(self._config.run.keep)
         averaged = f" (tp copies of weights had drifted: {drift}; averaged)" if drift.name else ""
-        say(self._engine.mesh, f"checkpoint: {final}{averaged}")
+        say(f"checkpoint: {final}{averaged}")
 
     def _save(self, state: TrainState) -> Path:
         """Write a checkpoint and commit it; returns its folder."""

@@ -34,7 +34,7 @@ class Progress(Hook):
         self._tokens.append(event.result.totals.workload.num_tokens)
         self._flops.append(event.metrics["flops"])
         if event.state.step % self._config.log.every == 0 or event.is_last:
-            say(self._mesh, self._line(event))
+            say(self._line(event))
 
     def _line(self, event: StepEvent) -> str:
         elapsed = self._ends[-1] - self._ends[0]

@@ -18,7 +18,7 @@ class Quarantine(Hook):
     """
 
     def __init__(self, run_dir: Path, mesh: Mesh) -> None:
-        self._folder, self._mesh = run_dir / QUARANTINE, mesh
+        self._folder = run_dir / QUARANTINE
         self._lines = JsonLines(self._folder / f"dp_{mesh.dp_rank:05d}.jsonl")
         self._told = False
 
@@ -27,7 +27,6 @@ class Quarantine(Hook):
         number = event.result.totals.num_unreadable
         if number and not self._told:
             say(
-                self._mesh,
                 f"samples that cannot be read are left out of the loss, {number} in this step; "
                 f"{self._folder} names them and says why, and metrics.jsonl counts them",
             )
