@@ -6,7 +6,6 @@ the hash of the manifest. A folder without a matching ``COMMIT`` is not a checkp
 
 import json
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,15 +13,12 @@ from typing import Any
 
 import xxhash
 
+from triptych.checkpoints.layout import COMMIT, MANIFEST, CheckpointFolder, writer_of
 from triptych.data.hashed_files import HashedFile, hash_file
 from triptych.errors import CheckpointError
 from triptych.parallel.agree import Ranks, on_every_rank
 
-MANIFEST = "MANIFEST.json"
-COMMIT = "COMMIT"
 FORMAT = 1
-
-_OWNER = re.compile(r"(?:__|rank_)(\d+)[_.]")  # megatron's __3_0.distcp, our rank_00003.pt
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -45,12 +41,6 @@ class CheckpointManifest:
     """By path in the folder, with forward slashes."""
 
 
-def writer_of(name: str) -> int:
-    """The rank that a file belongs to: named in ``__3_0.distcp`` and ``rank_3.pt``, else 0."""
-    match = _OWNER.match(name.rsplit("/", 1)[-1])
-    return int(match.group(1)) if match else 0
-
-
 def record_files(folder: Path, rank: int) -> dict[str, SavedFile]:
     """Hash and sync to disk the files that ``rank`` wrote, and the folders they lie in."""
     records = {}
@@ -66,12 +56,12 @@ def record_files(folder: Path, rank: int) -> dict[str, SavedFile]:
     return records
 
 
-def write_manifest(folder: Path, manifest: CheckpointManifest) -> None:
+def write_manifest(folder: CheckpointFolder, manifest: CheckpointManifest) -> None:
     """Write ``MANIFEST.json``, then ``COMMIT``, each on disk before the next operation starts."""
     text = json.dumps({"format": FORMAT, **asdict(manifest)}, indent=1) + "\n"
     content = text.encode()
-    write_synced(folder / MANIFEST, content)
-    write_synced(folder / COMMIT, f"{xxhash.xxh3_128_hexdigest(content)}\n".encode())
+    write_synced(folder.manifest, content)
+    write_synced(folder.commit, f"{xxhash.xxh3_128_hexdigest(content)}\n".encode())
 
 
 def read_manifest(folder: Path) -> CheckpointManifest:
@@ -81,8 +71,8 @@ def read_manifest(folder: Path) -> CheckpointManifest:
         CheckpointError: COMMIT or MANIFEST.json is missing, or they do not belong together.
     """
     try:
-        commit = (folder / COMMIT).read_bytes().decode(errors="replace").strip()
-        manifest = (folder / MANIFEST).read_bytes()
+        commit = CheckpointFolder(folder).commit.read_bytes().decode(errors="replace").strip()
+        manifest = CheckpointFolder(folder).manifest.read_bytes()
     except FileNotFoundError as error:
         raise CheckpointError(f"{Path(error.filename).name} is missing") from error
     except OSError as error:

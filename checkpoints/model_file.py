@@ -6,6 +6,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from triptych.checkpoints.layout import CheckpointFolder
 from triptych.configs.schema import (
     COLOURS,
     LanguageConfig,
@@ -17,22 +18,21 @@ from triptych.configs.schema import (
 )
 from triptych.errors import CheckpointError
 
-NAME = "model.json"
 
-
-def write_model(folder: Path, model: ModelConfig) -> None:
+def write_model(path: Path, model: ModelConfig) -> None:
     """Write it beside the weights."""
-    (folder / NAME).write_text(json.dumps(asdict(model), indent=1, default=_name) + "\n")
+    path.write_text(json.dumps(asdict(model), indent=1, default=_name) + "\n")
 
 
 def read_model(folder: Path) -> ModelConfig:
-    """The model of a checkpoint.
+    """The model of the checkpoint in ``folder``.
 
     Raises:
         CheckpointError: the file is missing, or of another version of this project.
     """
+    path = CheckpointFolder(folder).model
     try:
-        content = json.loads((folder / NAME).read_text())
+        content = json.loads(path.read_text())
         return ModelConfig(
             name=content["name"],
             vision=_vision(content["vision"]),
@@ -40,7 +40,7 @@ def read_model(folder: Path) -> ModelConfig:
             tokens=TokensConfig(**content["tokens"]),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / NAME} does not describe a model: {error}") from error
+        raise CheckpointError(f"{path} does not describe a model: {error}") from error
 
 
 def differences(folder: Path, model: ModelConfig) -> list[str]:

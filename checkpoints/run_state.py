@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
+from triptych.checkpoints.layout import CheckpointFolder
 from triptych.checkpoints.model_file import differences
 from triptych.checkpoints.sharded import (
     Tensors,
@@ -49,11 +49,11 @@ class RunTensors:
     mesh: Mesh
 
 
-def save_state(folder: Path, run: RunTensors, numbers: Mapping[str, Any]) -> None:
+def save_state(folder: CheckpointFolder, run: RunTensors, numbers: Mapping[str, Any]) -> None:
     """Write everything into a folder that the store has begun. Every rank must call this.
 
     Args:
-        folder: from ``CheckpointStore.begin``.
+        folder: of a ``CheckpointWriter``.
         run: the tensors.
         numbers: plain JSON; comes back from ``load_numbers``.
 
@@ -68,15 +68,15 @@ def save_state(folder: Path, run: RunTensors, numbers: Mapping[str, Any]) -> Non
         num_updates = run.optimizer.num_updates
         for kind in STATE_KINDS:
             kinds[kind] = {name: tensors[kind] for name, tensors in state.items()}
-    save_tensors(folder / "shards", kinds, run.mesh, run.sharding)
+    save_tensors(folder.shards, kinds, run.mesh, run.sharding)
 
     def write_the_rest() -> None:
         random_state = io.BytesIO()  # written at once, a full disk is an OSError
         torch.save(_random_state(), random_state)
-        (folder / "rng" / f"rank_{run.mesh.rank:05d}.pt").write_bytes(random_state.getvalue())
+        folder.random_state(run.mesh.rank).write_bytes(random_state.getvalue())
         if run.mesh.is_main:
-            _write_json(folder / "data.json", {**numbers, "num_updates": num_updates})
-            _write_json(folder / "environment.json", _environment(run.mesh))
+            _write_json(folder.numbers, {**numbers, "num_updates": num_updates})
+            _write_json(folder.environment, _environment(run.mesh))
 
     on_every_rank(run.mesh.world, write_the_rest, os_error=CheckpointError)
 
@@ -87,12 +87,13 @@ def load_numbers(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it was imported, so no run has saved it.
     """
-    if not (folder / "data.json").is_file():
+    path = CheckpointFolder(folder).numbers
+    if not path.is_file():
         raise CheckpointError(
             f"{folder} has weights only, no position in the data and no optimizer state, as it was "
             "imported  -> init.checkpoint=FOLDER starts from it, with init.optimizer_state=false"
         )
-    numbers: dict[str, Any] = json.loads((folder / "data.json").read_text())
+    numbers: dict[str, Any] = json.loads(path.read_text())
     return numbers
 
 
@@ -104,7 +105,8 @@ def refuse_other_model(folder: Path, model: ModelConfig, run: RunTensors) -> Non
     """
     kinds = {WEIGHTS: run.parameters}
     problems = differences(folder, model)
-    problems += tensor_problems(folder / "shards", kinds, run.mesh, run.sharding, strict=WEIGHTS)
+    shards = CheckpointFolder(folder).shards
+    problems += tensor_problems(shards, kinds, run.mesh, run.sharding, strict=WEIGHTS)
     if problems:
         raise CheckpointError(
             f"{folder} is of another model:\n  "
@@ -119,7 +121,7 @@ def load_weights(folder: Path, run: RunTensors) -> None:
     The model is that of the checkpoint: ``refuse_other_model`` comes before, or it was built by the
     checkpoint's ``model.json``.
     """
-    load_tensors(folder / "shards", {WEIGHTS: run.parameters}, run.mesh, run.sharding)
+    load_tensors(CheckpointFolder(folder).shards, {WEIGHTS: run.parameters}, run.mesh, run.sharding)
     if run.optimizer is not None:
         run.optimizer.refresh_master_weights()
 
@@ -136,7 +138,7 @@ def load_optimizer(folder: Path, run: RunTensors, *, partly: bool) -> None:
         CheckpointError: state of a parameter that trains is missing, and not ``partly``.
     """
     assert run.optimizer is not None
-    shards = folder / "shards"
+    shards = CheckpointFolder(folder).shards
     state = {name: _empty_state(p) for name, p in run.parameters.items() if p.requires_grad}
     if partly:
         stored = stored_shapes(shards)
@@ -157,12 +159,12 @@ def load_random_state(folder: Path, mesh: Mesh) -> bool:
 
     False, and nothing changed, where another number of ranks or other devices wrote it.
     """
-    path = folder / "rng" / f"rank_{mesh.rank:05d}.pt"
-    if len(list(path.parent.glob("rank_*.pt"))) != dist.get_world_size():
+    checkpoint = CheckpointFolder(folder)
+    if checkpoint.num_random_states != mesh.dims.world_size:
         return False
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = torch.load(checkpoint.random_state(mesh.rank), map_location="cpu", weights_only=True)
     if HAS_CUDA != ("cuda" in state):
         return False
     set_random_states(state)
@@ -187,7 +189,7 @@ def _environment(mesh: Mesh) -> dict[str, Any]:
     return {
         "python": sys.version.split()[0],
         "platform": platform.platform(),
-        "world_size": dist.get_world_size(),
+        "world_size": mesh.dims.world_size,
         "layout": str(mesh.dims),
         "device": device_name(),
         "packages": {name: version(name) for name in packages},

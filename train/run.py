@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from triptych.checkpoints.layout import CHECKPOINTS
 from triptych.checkpoints.store import CheckpointStore
 from triptych.configs.compose import save_config
 from triptych.configs.schema import Config
@@ -60,7 +61,7 @@ def _run_stage(config: Config, mesh: Mesh) -> TrainState:
     engine = build_engine(config, mesh)
     take_over_libraries()
     _introduce(config, engine, data)
-    store = CheckpointStore(Path(config.run.dir) / "checkpoints", mesh.world)
+    store = CheckpointStore(Path(config.run.dir) / CHECKPOINTS, mesh.world)
     state = start(config, engine, data.plan, store)
     if is_finished(config, engine, state):
         say(_finished(config, state))

@@ -5,6 +5,8 @@ From its own newest checkpoint, from another one's weights, or from random ones.
 
 from pathlib import Path
 
+from triptych.checkpoints.layout import step_folders
+from triptych.checkpoints.locate import locate
 from triptych.checkpoints.run_state import (
     load_numbers,
     load_optimizer,
@@ -12,7 +14,7 @@ from triptych.checkpoints.run_state import (
     load_weights,
     refuse_other_model,
 )
-from triptych.checkpoints.store import CheckpointStore, locate, step_folders
+from triptych.checkpoints.store import CheckpointStore
 from triptych.configs.schema import Config
 from triptych.data.plan.order import Plan
 from triptych.errors import CheckpointError, ConfigError

@@ -12,10 +12,12 @@ import torch
 from triptych.checkpoints.hf.folder import HFReader, HFWriter
 from triptych.checkpoints.hf.model_config import model_config_from_hf
 from triptych.checkpoints.hf.name_table import name_table
-from triptych.checkpoints.model_file import read_model, write_model
+from triptych.checkpoints.layout import CHECKPOINTS, CheckpointFolder, step_folders
+from triptych.checkpoints.locate import locate
+from triptych.checkpoints.model_file import read_model
 from triptych.checkpoints.run_state import WEIGHTS
 from triptych.checkpoints.sharded import load_tensors, save_tensors, weights_dtype
-from triptych.checkpoints.store import CheckpointStore, locate, step_folders
+from triptych.checkpoints.store import CheckpointStore
 from triptych.configs.compose import read_config
 from triptych.configs.schema import DataConfig, ModelConfig
 from triptych.data.tokenizer import load_tokenizer
@@ -44,7 +46,8 @@ def import_hf(source: Path, output: Path) -> Path:
         CheckpointError: not a Qwen2-VL model, its tensors are not those of its config.json, or
             ``output`` has checkpoints.
     """
-    if others := step_folders(output / "checkpoints"):
+    root = output / CHECKPOINTS
+    if others := step_folders(root):
         raise CheckpointError(f"{others[0]} is there already -> name another folder")
     model = model_config_from_hf(source)
     _refuse_foreign_tokens(source, model)
@@ -56,12 +59,10 @@ def import_hf(source: Path, output: Path) -> Path:
         for name, entry in name_table(model).items()
         if entry.exported
     }
-    store = CheckpointStore(output / "checkpoints", mesh.world)
-    folder = store.begin(0)
-    save_tensors(folder / "shards", {WEIGHTS: weights}, mesh, sharding_table(model))
-    if mesh.is_main:
-        write_model(folder, model)
-    return store.commit(folder, {"stage": "imported", "from": source.name})
+    writer = CheckpointStore(root, mesh.world).begin(0)
+    save_tensors(writer.folder.shards, {WEIGHTS: weights}, mesh, sharding_table(model))
+    writer.describe(model)
+    return writer.commit({"stage": "imported", "from": source.name})
 
 
 def export_hf(source: Path, output: Path, tokenizer: Path) -> Path:
@@ -86,12 +87,13 @@ def export_hf(source: Path, output: Path, tokenizer: Path) -> Path:
     writer = HFWriter(output, model)
     init_distributed(TIMEOUT_S)
     mesh = build_mesh(1, 1, seed=0, timeout_s=TIMEOUT_S)
-    sharding, dtype = sharding_table(model), weights_dtype(folder / "shards")
+    shards = CheckpointFolder(folder).shards
+    sharding, dtype = sharding_table(model), weights_dtype(shards)
     for name, entry in name_table(model).items():
         if not entry.exported:
             continue
         weight = torch.empty(entry.shape, dtype=dtype)
-        load_tensors(folder / "shards", {WEIGHTS: {name: weight}}, mesh, sharding)
+        load_tensors(shards, {WEIGHTS: {name: weight}}, mesh, sharding)
         writer.add(name, weight)
     writer.finish(tokenizer, _limits_of(folder))
     return folder
@@ -99,7 +101,7 @@ def export_hf(source: Path, output: Path, tokenizer: Path) -> Path:
 
 def _limits_of(folder: Path) -> PixelLimits:
     """What the run that saved the checkpoint made of its images; Qwen's own, if it was imported."""
-    config = folder / "config.yaml"
+    config = CheckpointFolder(folder).config
     data = read_config(config).data if config.is_file() else DataConfig()
     return PixelLimits(data.min_pixels, data.max_pixels)
 

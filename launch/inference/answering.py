@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
+from triptych.checkpoints.layout import CheckpointFolder
+from triptych.checkpoints.locate import locate
 from triptych.checkpoints.model_file import read_model
 from triptych.checkpoints.run_state import RunTensors, load_weights
-from triptych.checkpoints.store import locate
 from triptych.configs.compose import read_config
 from triptych.configs.schema import ModelConfig, ParallelConfig
 from triptych.data.loading.collate import Segment
@@ -67,7 +68,7 @@ class Answerer:
             ConfigError: no tokenizer, or the checkpoint has no configuration: it was imported.
         """
         folder = locate(checkpoint, SingleProcess())
-        config, sizes = read_config(folder / "config.yaml"), read_model(folder)
+        config, sizes = read_config(CheckpointFolder(folder).config), read_model(folder)
         loaded = load_tokenizer(tokenizer)
         init_distributed(TIMEOUT_S)
         mesh = build_mesh(1, 1, seed=0, timeout_s=TIMEOUT_S)

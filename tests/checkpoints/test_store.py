@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 
-from triptych.checkpoints.manifest import COMMIT, MANIFEST, read_manifest, verify, writer_of
-from triptych.checkpoints.store import CheckpointStore, locate, step_folders
+from triptych.checkpoints.layout import COMMIT, MANIFEST, CheckpointFolder, step_folders, writer_of
+from triptych.checkpoints.locate import locate
+from triptych.checkpoints.manifest import read_manifest, verify
+from triptych.checkpoints.store import CheckpointStore
 from triptych.errors import CheckpointError
 from triptych.parallel.agree import SingleProcess
 from triptych.tests.helpers.thread_ranks import ThreadRanks, on_ranks
@@ -25,13 +27,14 @@ INFO = {"plan": "c0ffee", "stage": 2, "layout": {"tp": 2, "pp": 1}}
 
 def save(store: CheckpointStore, step: int, rank: int = 0) -> Path:
     """What the ranks of a run do: begin, write, commit. The content says the step."""
-    folder = store.begin(step)
-    (folder / "shards" / f"__{rank}_0.distcp").write_bytes(bytes([step % 256, rank]) * 500)
-    (folder / "rng" / f"rank_{rank:05d}.pt").write_bytes(b"r" * 10)
+    writer = store.begin(step)
+    folder = writer.folder
+    (folder.shards / f"__{rank}_0.distcp").write_bytes(bytes([step % 256, rank]) * 500)
+    folder.random_state(rank).write_bytes(b"r" * 10)
     if rank == 0:
-        (folder / "shards" / ".metadata").write_bytes(b"m" * 40)
-        (folder / "data.json").write_text(json.dumps({"step": step}))
-    return store.commit(folder, INFO)
+        (folder.shards / ".metadata").write_bytes(b"m" * 40)
+        folder.numbers.write_text(json.dumps({"step": step}))
+    return writer.commit(INFO)
 
 
 def run_with(*steps: int, root: Path) -> list[Path]:
@@ -304,7 +307,7 @@ def test_dying_anywhere_in_a_save_costs_at_most_that_save(tmp_path, killer):
 def test_dying_anywhere_in_the_recovery_is_recovered_from(tmp_path, killer):
     def scenario(root: Path) -> None:
         store = CheckpointStore(root, SingleProcess())
-        (store.begin(300) / "shards" / "__0_0.distcp").write_bytes(b"half")
+        (store.begin(300).folder.shards / "__0_0.distcp").write_bytes(b"half")
         flip_bit(root / "step_000000200.0" / "data.json")
         newest(root)
         save(CheckpointStore(root, SingleProcess()), 300)
@@ -324,10 +327,10 @@ store = CheckpointStore(Path(sys.argv[1]), SingleProcess())
 step = 0
 while True:
     step += 1
-    folder = store.begin(step)
+    writer = store.begin(step)
     for part in range(3):
-        (folder / "shards" / f"__0_{part}.distcp").write_bytes(bytes([step % 256]) * 300_000)
-    store.commit(folder, {"step": step})
+        (writer.folder.shards / f"__0_{part}.distcp").write_bytes(bytes([step % 256]) * 300_000)
+    writer.commit({"step": step})
     store.retain(2)
     print(step, flush=True)
 """
@@ -385,10 +388,11 @@ def test_a_rank_that_cannot_read_its_file_back_fails_the_commit_on_all(tmp_path)
     def run(ranks: ThreadRanks) -> None:
         store = CheckpointStore(tmp_path, ranks)
         save(store, 1, ranks.rank)
-        folder = store.begin(2)
+        writer = store.begin(2)
         if ranks.rank == 1:
-            (folder / "shards" / "__1_0.distcp").symlink_to("/proc/self/mem")  # reading gives EIO
-        store.commit(folder, INFO)
+            file = writer.folder.shards / "__1_0.distcp"
+            file.symlink_to("/proc/self/mem")  # reading gives EIO
+        writer.commit(INFO)
 
     errors = on_ranks(2, run)
     assert [type(error) for error in errors] == [CheckpointError] * 2
@@ -411,8 +415,9 @@ class BlindRank1(ThreadRanks):
 
     def all_gather(self, value: Any) -> list[Any]:
         values = super().all_gather(value)
-        if self.rank == 1 and isinstance(values[0][0], Path):
-            return [values[0]._replace(result=Path("/nonexistent")), *values[1:]]
+        if self.rank == 1 and isinstance(values[0].result, CheckpointFolder):
+            elsewhere = CheckpointFolder(Path("/nonexistent"))
+            return [values[0]._replace(result=elsewhere), *values[1:]]
         return values
 
 
@@ -429,9 +434,9 @@ dist.init_process_group(
 ranks = ProcessGroupRanks()
 store = CheckpointStore(folder / "checkpoints", ranks)
 for step in (1, 2):
-    temporary = store.begin(step)
-    (temporary / "shards" / f"__{rank}_0.distcp").write_bytes(bytes([step, rank]) * 1000)
-    saved = store.commit(temporary, {})
+    writer = store.begin(step)
+    (writer.folder.shards / f"__{rank}_0.distcp").write_bytes(bytes([step, rank]) * 1000)
+    saved = writer.commit({})
 if rank == 0:
     os.truncate(saved / "shards" / "__1_0.distcp", 7)
 dist.barrier()

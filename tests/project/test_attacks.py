@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from triptych.checkpoints.store import locate
+from triptych.checkpoints.locate import locate
 from triptych.configs.compose import load_config
 from triptych.configs.overrides import schema_keys
 from triptych.configs.schema import Config

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.distributed
 PRETRAIN = Path(__file__).parents[2] / "launch" / "pretrain.py"
 PROGRESS = "triptych.train.hooks.progress.Progress.after_step"
 SAVE_STATE = "triptych.train.hooks.checkpoint.save_state"
-COMMIT = "triptych.checkpoints.store.CheckpointStore.commit"
+COMMIT = "triptych.checkpoints.checkpoint_writer.CheckpointWriter.commit"
 
 
 @pytest.fixture

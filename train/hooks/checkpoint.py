@@ -2,14 +2,11 @@
 
 from pathlib import Path
 
-from triptych.checkpoints.model_file import write_model
 from triptych.checkpoints.run_state import save_state
 from triptych.checkpoints.store import CheckpointStore
-from triptych.configs.compose import save_config
 from triptych.configs.schema import Config
 from triptych.errors import CheckpointError
 from triptych.models.sharding import TensorSharding
-from triptych.parallel.agree import on_rank_0
 from triptych.parallel.replicas import reduce_replicas
 from triptych.train.console import say
 from triptych.train.engine import Engine
@@ -54,12 +51,7 @@ class Checkpointing(Hook):
             "plan": state.segments[-1].plan,
             "layout": str(self._engine.mesh.dims),
         }
-        folder = self._store.begin(state.step)
-        save_state(folder, self._engine.tensors, numbers)
-
-        def describe() -> None:
-            save_config(self._config, folder / "config.yaml")
-            write_model(folder, self._config.model)
-
-        on_rank_0(self._engine.mesh.world, describe, os_error=CheckpointError)
-        return self._store.commit(folder, info)
+        writer = self._store.begin(state.step)
+        save_state(writer.folder, self._engine.tensors, numbers)
+        writer.describe(self._config.model, self._config)
+        return writer.commit(info)
