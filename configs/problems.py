@@ -1,6 +1,8 @@
 """How problems of a configuration are told: all at once, one line each, with what fixes it."""
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from triptych.errors import ConfigError
@@ -26,6 +28,16 @@ def refusal(problems: Sequence[Problem]) -> ConfigError:
     )
     lines = [f"  {problem.rule:<{width}}  -> try {problem.remedy}" for problem in problems]
     return ConfigError("\n".join([f"{count} in this run", *lines]))
+
+
+def from_hub(name: str) -> str:
+    """How a model of the hub comes into a folder, where ``name`` may be one: no path that exists.
+
+    Reads on after a remedy.
+    """
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is None or Path(name).parent.exists():
+        return ""
+    return f"; from the hub: hf download {name} --local-dir {name.partition('/')[2]}"
 
 
 def either(choices: Sequence[object]) -> str:

@@ -5,7 +5,7 @@ from difflib import get_close_matches
 from math import inf
 from pathlib import Path
 
-from triptych.configs.problems import Problem, either
+from triptych.configs.problems import Problem, either, from_hub
 from triptych.configs.schema import Config
 
 
@@ -42,7 +42,8 @@ def check_data(config: Config) -> Iterator[Problem]:
     if not Path(data.tokenizer).is_dir():
         yield Problem(
             f"data.tokenizer={data.tokenizer} is no folder",
-            "data.tokenizer=FOLDER, one that holds a Hugging Face tokenizer",
+            "data.tokenizer=FOLDER, one that holds a Hugging Face tokenizer"
+            + from_hub(data.tokenizer),
         )
     for source in data.sources:
         if source in read and not Path(data.sources[source].path).is_dir():

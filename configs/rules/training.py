@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from triptych.configs.problems import Problem, either, typed_list
+from triptych.configs.problems import Problem, either, from_hub, typed_list
 from triptych.configs.schema import PARTS, Config, Recompute
 
 NOT_IN_WANDB_PROJECT = "/\\#?%:"
@@ -65,7 +65,8 @@ def check_start(config: Config) -> Iterator[Problem]:
     if init.checkpoint is not None and not resumes and not Path(init.checkpoint).exists():
         yield Problem(
             f"init.checkpoint={init.checkpoint} does not exist",
-            "the folder of a run, of one of its checkpoints, or of a converted model",
+            "the folder of a run, of one of its checkpoints, or that launch/convert.py import wrote"
+            + from_hub(init.checkpoint),
         )
 
 

@@ -67,6 +67,7 @@ def test_every_count_has_an_upper_bound() -> None:
         ("log.wandb_project=''", "log.wandb_project= must be a name without any of /\\#?%:  -> try log.wandb_project=triptych"),
         ("cluster.measured=[1,2]", "cluster.measured=[1,2] may name efficiency, link_efficiency, latency_us or reserved_gib  -> try cluster.measured=[]"),
         ("cluster.measured=[efficiency,x]", "-> try cluster.measured=[efficiency]"),
+        ("init.checkpoint=Qwen/Qwen2-VL-7B", "convert.py import wrote; from the hub: hf download Qwen/Qwen2-VL-7B --local-dir Qwen2-VL-7B"),
         ("resume=''", "resume is empty  -> try resume=auto, resume=never or a path"),
         ("init.checkpoint=''", "init.checkpoint is empty  -> try init.checkpoint=PATH, or init.checkpoint=null for none"),
         ("resume=runs/nowhere", "resume=runs/nowhere does not exist  -> try resume=auto, resume=never or a path"),
@@ -165,6 +166,8 @@ def test_folders_exist_unless_they_are_generated(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     validate(load_config(argv), world_size=1)
     refused([*argv, "train.validate_every=5"], f"data.sources.heldout.path={tmp_path}/heldout is")
+    hub = refused([*argv, "data.tokenizer=Qwen/Qwen2-VL-7B"], "data.tokenizer=Qwen/Qwen2-VL-7B is")
+    assert "; from the hub: hf download Qwen/Qwen2-VL-7B --local-dir Qwen2-VL-7B" in hub
 
 
 @pytest.mark.parametrize(
