@@ -47,6 +47,18 @@ class Oversize(Enum):
     error = "error"
 
 
+class Part(Enum):
+    """A part of the model that trains or is frozen as a whole, and has its own learning rate."""
+
+    VIT = "vit"
+    ADAPTER = "adapter"
+    LLM = "llm"
+
+
+PARTS = tuple(part.value for part in Part)
+"""Their names: the keys of ``StageConfig``, of learning rates and of counts."""
+
+
 class Decay(Enum):
     """How a learning rate falls after its warm-up."""
 
@@ -183,10 +195,6 @@ class PartConfig:
     warmup: float = 0.01
     """Share of the token budget over which the rate rises linearly from 0."""
     decay: Decay = Decay.cosine
-
-
-PARTS = ("vit", "adapter", "llm")
-"""Each trains or is frozen, and has its own learning rate."""
 
 
 @dataclass(kw_only=True, slots=True)

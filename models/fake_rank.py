@@ -16,10 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from triptych.configs.schema import Config
+from triptych.configs.schema import Config, Part
 from triptych.costs.flops import Workload
 from triptych.data.types import Batch
-from triptych.models.parameters import Part, global_parameters, part_of
+from triptych.models.parameters import global_parameters, part_of
 from triptych.models.qwen_vl.model import Qwen2VL
 from triptych.parallel.dtypes import DTYPES
 from triptych.parallel.mesh import ChunkPlace, Mesh, build_mesh, shutdown

@@ -1,21 +1,12 @@
 """Parameters under names that no layout changes, their part, and megatron-core's marks on them."""
 
 from collections.abc import Iterable, Iterator
-from enum import Enum
 from typing import Any
 
 from torch import nn
 
+from triptych.configs.schema import Part
 from triptych.models.sharding import ShardingTable, TensorSharding
-
-
-class Part(Enum):
-    """A part of the model that trains or is frozen as a whole."""
-
-    VIT = "vit"
-    ADAPTER = "adapter"
-    LLM = "llm"
-
 
 _PART_PREFIXES = {"vision.": Part.VIT, "merger.": Part.ADAPTER, "language.": Part.LLM}
 

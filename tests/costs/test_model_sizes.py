@@ -12,8 +12,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from triptych.checkpoints.hf.name_table import name_table
 from triptych.configs.compose import load_config
-from triptych.configs.schema import ModelConfig, ParallelConfig, Precision
-from triptych.models.parameters import Part, global_parameters, part_of
+from triptych.configs.schema import ModelConfig, ParallelConfig, Part, Precision
+from triptych.models.parameters import global_parameters, part_of
 from triptych.models.qwen_vl.model import Qwen2VL
 from triptych.models.qwen_vl.sharding_table import sharding_table
 from triptych.models.sharding import full_shape

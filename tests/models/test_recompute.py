@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from triptych.configs.schema import (
     ModelConfig,
     ParallelConfig,
+    Part,
     Precision,
     Recompute,
     RecomputeConfig,
@@ -17,7 +18,7 @@ from triptych.configs.schema import (
 from triptych.models.build import build_model
 from triptych.models.fake_rank import saved_storages
 from triptych.models.init import init_parameters
-from triptych.models.parameters import Part, part_of
+from triptych.models.parameters import part_of
 from triptych.models.qwen_vl.sharding_table import sharding_table
 from triptych.parallel.mesh import Mesh
 from triptych.tests.helpers.reference import conversations, small_model

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from triptych.configs.compose import load_config
-from triptych.configs.schema import Decay, PartConfig, StageConfig
-from triptych.models.parameters import Part, part_of
+from triptych.configs.schema import Decay, Part, PartConfig, StageConfig
+from triptych.models.parameters import part_of
 from triptych.parallel.mesh import build_mesh
 from triptych.tests.helpers.layouts import (
     TRAINED,

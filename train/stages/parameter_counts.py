@@ -7,8 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from triptych.configs.schema import Part
 from triptych.models.init import HEAD
-from triptych.models.parameters import Part, part_of
+from triptych.models.parameters import part_of
 from triptych.models.sharding import ShardingTable, TensorSharding
 from triptych.parallel.mesh import Mesh
 from triptych.train.stages.stage import Stage

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from triptych.configs.schema import Decay, PartConfig, StageConfig
-from triptych.models.parameters import Part, part_of
+from triptych.configs.schema import Decay, Part, PartConfig, StageConfig
+from triptych.models.parameters import part_of
 
 
 class Stage:
