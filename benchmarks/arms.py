@@ -90,12 +90,12 @@ def batches_of(samples: Sequence[Segment], config: Config) -> list[Batch]:
 
 def ours(engine: Engine, batches: Sequence[Batch]) -> Arm:
     """Packs through the engine of a run."""
-    num_targets = sum(int(batch.loss_mask.sum()) for batch in batches)
+    num_supervised_tokens = sum(batch.num_supervised_tokens for batch in batches)
 
     def step() -> float:
         engine.optimizer.zero_grad()
         loss = sum_losses(engine.chunks, batches, engine.mesh, forward_only=False)
-        return float(loss) / num_targets
+        return float(loss) / num_supervised_tokens
 
     return step
 

@@ -122,7 +122,7 @@ class Estimate:
         """Model FLOPs per LLM token: ViT with merger, language model."""
         load = self.shape.load
         model, stage = self.config.model, self.config.stage
-        images = Workload(0, 0, load.num_patches, load.patch_pairs, num_targets=0)
+        images = Workload(0, 0, load.num_patches, load.patch_pairs, num_supervised_tokens=0)
         vision, everything = stage_flops(model, stage, images), stage_flops(model, stage, load)
         return vision / load.num_tokens, (everything - vision) / load.num_tokens
 

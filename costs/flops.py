@@ -25,22 +25,22 @@ class Workload:
     """ViT patches; 0 for text."""
     patch_pairs: int
     """Sum over the frames of the squared number of patches."""
-    num_targets: int | None = None
+    num_supervised_tokens: int | None = None
     """Tokens that logits and loss are computed of; None: all but those that come from the ViT."""
 
     def __add__(self, other: "Workload") -> "Workload":
-        """Both together; targets that one of them does not count, the sum does not count either."""
-        counted = self.num_targets is not None and other.num_targets is not None
+        """Both together; where one does not count supervised tokens, the sum does not either."""
+        ours, theirs = self.num_supervised_tokens, other.num_supervised_tokens
         return Workload(
             self.num_tokens + other.num_tokens,
             self.token_pairs + other.token_pairs,
             self.num_patches + other.num_patches,
             self.patch_pairs + other.patch_pairs,
-            num_targets=(self.num_targets or 0) + (other.num_targets or 0) if counted else None,
+            num_supervised_tokens=None if ours is None or theirs is None else ours + theirs,
         )
 
 
-NO_WORK = Workload(0, 0, 0, 0, num_targets=0)
+NO_WORK = Workload(0, 0, 0, 0, num_supervised_tokens=0)
 """Where a sum of workloads begins."""
 
 
@@ -111,12 +111,12 @@ def mlp_flops(language: LanguageConfig, load: Workload) -> PartFlops:
 
 def head_flops(model: ModelConfig, load: Workload) -> PartFlops:
     """Logits of the supervised tokens; tied or not, the product is the same."""
-    language, num_targets = model.language, load.num_targets
-    if num_targets is None:
+    language, num_supervised_tokens = model.language, load.num_supervised_tokens
+    if num_supervised_tokens is None:
         num_merged = load.num_patches / model.vision.patches_per_token
         num_logits = load.num_tokens - num_merged
     else:
-        num_logits = num_targets
+        num_logits = num_supervised_tokens
     return PartFlops(linear=2.0 * language.hidden_size * language.vocab_size * num_logits)
 
 

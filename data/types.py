@@ -157,7 +157,7 @@ class Batch:
 
     @property
     def workload(self) -> Workload:
-        """What the FLOPs of the batch follow from, padding excepted, targets as they stand now."""
+        """What the FLOPs of the batch follow from, padding excepted, as the loss mask is now."""
         lengths = self.cu_seqlens.long().diff()[: len(self.sample_ids)]
         frames, height, width = self.grid_thw.unbind(dim=1)
         return Workload(
@@ -165,12 +165,17 @@ class Batch:
             token_pairs=int(lengths.square().sum()),
             num_patches=self.num_patches,
             patch_pairs=int((frames * (height * width).square()).sum()),
-            num_targets=int(self.loss_mask.sum()),
+            num_supervised_tokens=self.num_supervised_tokens,
         )
 
     @property
-    def target_index(self) -> Tensor:
-        """(num_targets,) int64 on the CPU: the positions that count."""
+    def num_supervised_tokens(self) -> int:
+        """Tokens that count in the loss."""
+        return int(self.loss_mask.sum())
+
+    @property
+    def supervised_index(self) -> Tensor:
+        """(num_supervised_tokens,) int64 on the CPU: the positions that count in the loss."""
         return torch.from_numpy(np.flatnonzero(self.loss_mask.numpy()))
 
 

@@ -140,10 +140,10 @@ class _Microbatch(Batch):
     """A batch that was told its targets: they cannot be looked up among fake tensors."""
 
     targets: Tensor
-    """(num_targets,) int64."""
+    """(num_supervised_tokens,) int64."""
 
     @property
-    def target_index(self) -> Tensor:
+    def supervised_index(self) -> Tensor:
         """The positions that count."""
         return self.targets
 

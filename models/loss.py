@@ -38,7 +38,7 @@ class SummedLoss(nn.Module):
         self.tp_group = tp_group
         self.sequence_parallel = sequence_parallel
 
-    def forward(self, hidden_T1H: Tensor, labels_T: Tensor, target_index: Tensor) -> Tensor:
+    def forward(self, hidden_T1H: Tensor, labels_T: Tensor, supervised_index: Tensor) -> Tensor:
         """Sum the losses. Every rank of ``tp_group`` must call this.
 
         Keeps for the backward pass (S, H) and, where the head trains, (V, H), both in the dtype of
@@ -48,17 +48,17 @@ class SummedLoss(nn.Module):
         Args:
             hidden_T1H: (T, 1, H), or (T / tp, 1, H) of this rank with sequence parallelism.
             labels_T: (T,) int64.
-            target_index: (S,) int64, the positions that count; S may be 0.
+            supervised_index: (S,) int64, the positions that count; S may be 0.
 
         Returns:
             0-d float64, the same on every rank of ``tp_group``.
         """
         if self.sequence_parallel:  # its backward pass sums over the ranks, and scatters
             hidden_T1H = gather_from_sequence_parallel_region(hidden_T1H, group=self.tp_group)
-        hidden_SH = hidden_T1H.squeeze(1).index_select(0, target_index)
+        hidden_SH = hidden_T1H.squeeze(1).index_select(0, supervised_index)
         if not self.sequence_parallel:  # its backward pass sums over the ranks
             hidden_SH = copy_to_tensor_model_parallel_region(hidden_SH, group=self.tp_group)
-        labels_S = labels_T.index_select(0, target_index)
+        labels_S = labels_T.index_select(0, supervised_index)
         loss: Tensor = _SummedCrossEntropy.apply(  # type: ignore[no-untyped-call]  # torch has none
             hidden_SH, self.weight, labels_S, self.tp_group, torch.is_grad_enabled()
         )

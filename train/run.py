@@ -78,7 +78,7 @@ def _run_stage(config: Config, mesh: Mesh) -> TrainState:
     if is_finished(config, engine, state):
         say(_finished(config, state))
     else:
-        say(_stopped(config, state, gather_reasons(asked)))
+        say(_stopped(config, state, gather_reasons(mesh.world, asked)))
     return state
 
 

@@ -36,8 +36,9 @@ class Totals:
     @property
     def num_supervised_tokens(self) -> int:
         """Tokens that the loss is the mean over."""
-        assert self.workload.num_targets is not None, "batches count their targets"
-        return self.workload.num_targets
+        number = self.workload.num_supervised_tokens
+        assert number is not None, "batches count them"
+        return number
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +115,7 @@ def sum_losses(
         chunk: nn.Module, batch: Batch, place: ChunkPlace
     ) -> tuple[Tensor, LossFunction[Tensor]]:
         batch = to_device(batch, mesh, place)
-        return chunk(batch), lambda loss_sum: counted(loss_sum, batch.loss_mask)
+        return chunk(batch), lambda loss_sum: counted(loss_sum, batch.num_supervised_tokens)
 
     lengths = [len(batch.input_ids) for batch in batches]
     sums = run_microbatches(chunks, batches, lengths, forward, mesh, forward_only=forward_only)
@@ -122,19 +123,19 @@ def sum_losses(
     return torch.stack(sums).sum() if sums else zero
 
 
-def counted(loss_sum: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def counted(loss_sum: Tensor, num_supervised_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     """What megatron-core's schedule wants of the last stage.
 
     Args:
-        loss_sum: 0-d float64, over the tokens that count.
-        loss_mask: (T,) bool on the CPU.
+        loss_sum: 0-d float64, over the supervised tokens.
+        num_supervised_tokens: of the microbatch.
 
     Returns:
-        The sum to differentiate, the number of tokens that count, and the sum to report. The
+        The sum to differentiate, the number as a 0-d int32 tensor, and the sum to report. The
         schedule turns the gradients of all sums into the gradient of the mean over the global
         batch (parallel/schedule.py).
     """
-    return loss_sum, loss_mask.sum().int(), loss_sum.detach()
+    return loss_sum, torch.tensor(num_supervised_tokens, dtype=torch.int32), loss_sum.detach()
 
 
 def count(step: Step, mesh: Mesh, *, asks_to_stop: bool = False) -> Totals:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-import torch.distributed as dist
+from triptych.parallel.agree import Ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,9 +13,8 @@ class StopReason:
     """For people, as "Slurm ends the job in two minutes"."""
 
 
-def gather_reasons(own: StopReason | None) -> str:
-    """Who asked, and why, as all ranks know it then. Every rank must call this, once they stop."""
-    reasons: list[StopReason | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(reasons, own)
+def gather_reasons(ranks: Ranks, own: StopReason | None) -> str:
+    """Who asked, and why, for all to know. Every rank must call this, once they have stopped."""
+    reasons: list[StopReason | None] = ranks.all_gather(own)
     told = [f"rank {rank}: {reason.text}" for rank, reason in enumerate(reasons) if reason]
     return "; ".join(told)

@@ -114,8 +114,8 @@ class Qwen2VL(MegatronModule):
             return hidden_T1H
         if not with_loss:
             return self.language.logits(hidden_T1H)
-        target_index = upload(batch.target_index, device)
-        loss: Tensor = self.language.loss(hidden_T1H, batch.labels, target_index)
+        supervised_index = upload(batch.supervised_index, device)
+        loss: Tensor = self.language.loss(hidden_T1H, batch.labels, supervised_index)
         return loss
 
     def _embed(self, batch: Batch) -> Tensor:

@@ -83,7 +83,7 @@ def test_parameters_equal_the_released_sizes(model, vision, total):
 def test_without_attention_a_token_costs_two_flops_per_weight(model):
     """Norms and biases are vectors: under 0.1 % of the parameters."""
     counts = parameters(model)
-    flops = forward_flops(model, Workload(1, 0, 4, 0, num_targets=1))
+    flops = forward_flops(model, Workload(1, 0, 4, 0, num_supervised_tokens=1))
     assert flops.layers.total == pytest.approx(2 * counts.layers, rel=1e-3)
     assert flops.head.total == 2 * counts.embedding
     assert flops.vit.total == pytest.approx(4 * 2 * counts.vit, rel=1e-3)
@@ -117,7 +117,7 @@ def test_only_supervised_tokens_have_logits():
     per_token = 2 * language.hidden_size * language.vocab_size
     text_and_image = Workload(100, 0, 4 * 60, 0)
     assert head_flops(QWEN2_VL_7B, text_and_image).total == (100 - 60) * per_token
-    answers = replace(text_and_image, num_targets=7)
+    answers = replace(text_and_image, num_supervised_tokens=7)
     assert head_flops(QWEN2_VL_7B, answers).total == 7 * per_token
 
 
@@ -140,10 +140,13 @@ def test_what_is_frozen_costs_less():
 
 
 def test_workloads_add_up():
-    first, second = Workload(5, 25, 8, 64, num_targets=2), Workload(3, 9, 4, 16, num_targets=3)
-    assert first + second == Workload(8, 34, 12, 80, num_targets=5)
+    first, second = (
+        Workload(5, 25, 8, 64, num_supervised_tokens=2),
+        Workload(3, 9, 4, 16, num_supervised_tokens=3),
+    )
+    assert first + second == Workload(8, 34, 12, 80, num_supervised_tokens=5)
     assert sum([first, second], NO_WORK) == first + second
-    assert (first + replace(second, num_targets=None)).num_targets is None
+    assert (first + replace(second, num_supervised_tokens=None)).num_supervised_tokens is None
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def test_patches_of_a_frame_see_only_each_other():
     """An image of 4 patches and two frames of 8."""
     shown = segment([PAD, 1, 4, 4, 4, 4], [0] * 6, [(1, 2, 2), (2, 2, 4)])
     batch = collate([shown], MODEL, pad_to=4, with_pixels=False)
-    assert batch.workload == Workload(6, 6**2, 4 + 2 * 8, 4**2 + 2 * 8**2, num_targets=0)
+    assert batch.workload == Workload(6, 6**2, 4 + 2 * 8, 4**2 + 2 * 8**2, num_supervised_tokens=0)
 
 
 def test_batch_by_hand():
@@ -59,7 +59,7 @@ def test_batch_by_hand():
     assert (batch.pixel_values == 8).all()
     assert batch.sample_ids == ((0, 7), (0, 3))
     assert (batch.num_tokens, batch.num_patches) == (13, 24)
-    assert batch.workload == Workload(13, 10**2 + 3**2, 24, 24**2, num_targets=4)
+    assert batch.workload == Workload(13, 10**2 + 3**2, 24, 24**2, num_supervised_tokens=4)
     dtypes = {
         "input_ids": torch.int64,
         "labels": torch.int64,

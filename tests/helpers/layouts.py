@@ -126,7 +126,7 @@ class RankOutcome:
     dp_rank: int
     loss_sums: dict[str, float]
     """By kind of global batch."""
-    num_targets: dict[str, int]
+    num_supervised_tokens: dict[str, int]
     norms: dict[str, float]
     grads: dict[str, dict[str, Tensor]]
     parameters: dict[str, Tensor]
@@ -331,7 +331,7 @@ def join(pieces: Sequence[RankOutcome], case: LayoutCase) -> LayoutOutcome:
     replicas = [piece for piece in pieces if piece.tp_rank == 0]
     sums = {kind: sum(piece.loss_sums[kind] for piece in replicas) for kind in KINDS}
     return LayoutOutcome(
-        losses={kind: sums[kind] / pieces[0].num_targets[kind] for kind in KINDS},
+        losses={kind: sums[kind] / pieces[0].num_supervised_tokens[kind] for kind in KINDS},
         norms=pieces[0].norms,
         grads={kind: _join(pieces, case, lambda p, k=kind: p.grads[k]) for kind in KINDS},
         parameters=_join(pieces, case, lambda piece: piece.parameters),

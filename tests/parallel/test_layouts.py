@@ -256,8 +256,8 @@ def test_bf16_stays_within_the_error_of_one_bf16_process(case, outcomes, alone):
 
 
 def loss_averaged_by_microbatch():
-    def averaged(loss_sum, loss_mask):
-        mean = loss_sum / loss_mask.sum().clamp(min=1)
+    def averaged(loss_sum, num_supervised_tokens):
+        mean = loss_sum / max(1, num_supervised_tokens)
         return mean, torch.ones((), dtype=torch.int32), loss_sum.detach()
 
     return mock.patch("triptych.train.step.counted", averaged)

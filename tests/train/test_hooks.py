@@ -78,7 +78,7 @@ def test_waiting_for_data_is_measured_apart(runs):
 SLOW_S = 1.0
 
 
-def train_on_slow_media(argv: list[str], rank: int) -> str:
+def train_on_slow_media(config: Config, rank: int) -> str:
     """Train with a loader that is late in step 2 on one rank."""
     from triptych.data.loading.loader import Loader
 
@@ -91,7 +91,7 @@ def train_on_slow_media(argv: list[str], rank: int) -> str:
         return next_step(self)
 
     with mock.patch.object(Loader, "__next__", late):
-        return train(argv)
+        return train(config)
 
 
 @distributed
@@ -115,7 +115,7 @@ def test_flops_are_those_of_the_samples_in_any_layout(runs, digits):
                     token_pairs=length**2,
                     num_patches=int(sizes[s].num_patches[i]),
                     patch_pairs=int(sizes[s].num_patch_pairs[i]),
-                    num_targets=int(sources[s].sample(i).targets[1:].sum()),
+                    num_supervised_tokens=int(sources[s].sample(i).targets[1:].sum()),
                 )
                 flops[line["step"]] += 3 * forward_flops(config.model, load).total
     for name, ranks in {"dp2": 2, "tp2 pp2": 4}.items():
@@ -233,10 +233,10 @@ def spoil_loss(config: Config, ranks: list[int], microbatch: int) -> tuple[str, 
     """Returns the error, and how many updates were made."""
     calls, updates = Counter(), Counter()
 
-    def spoilt(loss_sum: torch.Tensor, loss_mask: torch.Tensor):
+    def spoilt(loss_sum: torch.Tensor, num_supervised_tokens: int):
         calls["loss"] += 1
         at_fault = calls["loss"] == microbatch and dist.get_rank() in ranks
-        return counted(loss_sum * (math.nan if at_fault else 1.0), loss_mask)
+        return counted(loss_sum * (math.nan if at_fault else 1.0), num_supervised_tokens)
 
     def counted_step(self, lr, grad_norm):
         updates["step"] += 1

@@ -7,6 +7,7 @@ from unittest import mock
 import pytest
 import torch.distributed as dist
 
+from triptych.configs.schema import Config
 from triptych.parallel.mesh import build_mesh
 from triptych.tests.helpers.layouts import make_step
 from triptych.tests.helpers.runs import Runs, metrics, packs, train, without_times
@@ -65,11 +66,11 @@ class Asking(Hook):
         return StopReason("it is enough") if event.state.step == self._step else None
 
 
-def train_and_ask(argv: list[str], rank: int, step: int) -> str:
+def train_and_ask(config: Config, rank: int, step: int) -> str:
     """Run the command; one rank asks after ``step``."""
     asking = [Asking(step)] if dist.get_rank() == rank else []
     with mock.patch("triptych.train.run.HookChain", lambda hooks: HookChain([*asking, *hooks])):
-        return train(argv)
+        return train(config)
 
 
 @pytest.mark.parametrize(
