@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from triptych.configs.schema import Oversize
+from triptych.data.dataset.sizes import sizes_of
 from triptych.data.plan.order import Plan
 from triptych.data.plan.plan_sources import PlanSource
-from triptych.data.types import Sizes
 
 NUM_SAMPLES = 200_000
 SEQ_LEN, WINDOW = 8192, 4096
@@ -47,5 +47,5 @@ def _draw_source(name: str, rng: np.random.Generator) -> PlanSource:
     patches = (4 * np.maximum(1, np.rint(sides / 28)).prod(axis=0)).astype(np.int64)
     text = np.clip(rng.lognormal(np.log(median), spread, NUM_SAMPLES), 8, 6000).astype(np.int64)
     tokens: NDArray[np.int64] = patches.sum(axis=1) // 4 + 2 * num_images + text
-    sizes = Sizes(tokens, patches.sum(axis=1), (patches**2).sum(axis=1))
+    sizes = sizes_of(tokens, patches.sum(axis=1), (patches**2).sum(axis=1))
     return PlanSource(name, weight, sizes)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -51,6 +52,17 @@ class PixelLimits:
     max_pixels: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SizesSummary:
+    """What would otherwise take a pass over all counts."""
+
+    least_tokens: int
+    most_tokens: int
+    most_patches: int
+    xxh3_128: list[str]
+    """Hashes of the three columns of ``Sizes``, as little-endian int64, in hex."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sizes:
     """What every sample of a dataset counts, under one geometry of patches and its limits."""
@@ -61,6 +73,9 @@ class Sizes:
     """(num_samples,) ViT patches."""
     num_patch_pairs: NDArray[np.int64]
     """(num_samples,) sum over frames of squared patch counts: what ViT attention costs."""
+    summary: SizesSummary
+    file: Path | None = None
+    """Where the counts are mapped from; None where they are in memory."""
 
     def __len__(self) -> int:
         return len(self.num_tokens)

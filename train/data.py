@@ -8,12 +8,13 @@ import torch.distributed as dist
 
 from triptych.configs.schema import Config
 from triptych.costs.compute import compute_of_pack
-from triptych.data.dataset.dataset import Dataset
+from triptych.data.dataset.dataset import SIZES, Dataset
 from triptych.data.digits.make import have_digits, make_digits
 from triptych.data.loading.loader import Loader, validation_step
 from triptych.data.loading.reader import BatchFormat
 from triptych.data.plan.order import Cursor, Plan
-from triptych.data.plan.plan_sources import PlanSource, plan_sources
+from triptych.data.plan.passes import remember_in
+from triptych.data.plan.plan_sources import plan_sources
 from triptych.data.tokenizer import load_tokenizer
 from triptych.data.types import PixelLimits, Step
 from triptych.errors import ConfigError
@@ -48,7 +49,8 @@ class Mixture:
                 f"than model.language.vocab_size={config.model.language.vocab_size}"
                 "  -> take the tokenizer that the model was made with"
             )
-        sources = [Dataset.open(config.data.sources[name].path, name) for name in weights]
+        fallback = Path(config.run.dir) / SIZES
+        sources = [Dataset.open(config.data.sources[name].path, name, fallback) for name in weights]
         for source in sources:
             source.check_tokens(config.model.tokens, tokenizer.fingerprint)
         num_samples = sum(len(source) for source in sources)
@@ -59,6 +61,7 @@ class Mixture:
             max_patches=config.data.max_patches,
             window=min(config.data.window, num_samples) if once else config.data.window,
             oversize=config.data.oversize,
+            remember=remember_in([*(source.path / SIZES for source in sources), fallback]),
         )
         return cls(sources, plan)
 
@@ -94,18 +97,11 @@ class Mixture:
 
     def __str__(self) -> str:
         listed = ", ".join(
-            f"{source.name} {source.weight:g} of {len(source):,} samples" + self._too_long(source)
-            for source in self.plan.sources
+            f"{source.name} {source.weight:g} of {len(source):,} samples"
+            + _too_long(len(source) - num_fitting)
+            for source, num_fitting in zip(self.plan.sources, self.plan.num_fitting, strict=True)
         )
         return f"{listed}; plan {self.plan.hash[:12]}"
-
-    def _too_long(self, source: PlanSource) -> str:
-        """How many of its samples fit no pack, where there are any; they are left out whole."""
-        fits = source.fits(
-            slice(None), seq_len=self.plan.seq_len, max_patches=self.plan.max_patches
-        )
-        count = len(source) - int(fits.sum())
-        return f" ({count:,} too long for a pack, skipped)" if count else ""
 
 
 def generate_samples(config: Config, mesh: Mesh) -> None:
@@ -115,6 +111,11 @@ def generate_samples(config: Config, mesh: Mesh) -> None:
         say(f"making sample data in {root}")
         make_digits(root)
     dist.barrier()
+
+
+def _too_long(count: int) -> str:
+    """How many samples of a source fit no pack, where there are any; they are left out whole."""
+    return f" ({count:,} too long for a pack, skipped)" if count else ""
 
 
 def _limits(config: Config) -> PixelLimits:

@@ -5,8 +5,10 @@ text.bin text.idx     ids of each sample, one placeholder per image
 loss.bin              uint8, parallel to text.bin: which tokens are targets
 media.idx             one row per image: sample, shard, offset, size, hash, width, height
 shards/000000.tar     webdataset shards
+sizes/*.sizes         made by runs, no part of the dataset: what samples count under their limits
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,17 +18,20 @@ import xxhash
 import yaml
 
 from triptych.configs.schema import TokensConfig, VisionConfig
-from triptych.data.dataset.media_index import MediaIndex
+from triptych.data.dataset.media_index import MediaIndex, media_grids, sum_by_sample
+from triptych.data.dataset.sizes import Columns, open_sizes
 from triptych.data.dataset.text_file import TextFile, check_size
 from triptych.data.hashed_files import HashedFile, hash_file
 from triptych.data.media.kinds import kind_of
-from triptych.data.stores.local import LocalStore
+from triptych.data.stores.store import open_store
 from triptych.data.tokens import placeholders
 from triptych.data.types import Media, PixelLimits, Sample, Sizes
 from triptych.errors import DataError
 
 FORMAT_VERSION = 1
 SHARD_NAME = "{:06d}.tar"
+SIZES = "sizes"
+"""Folder of counts, in the dataset or in ``run.dir``."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -52,27 +57,36 @@ class DatasetManifest:
 class Dataset:
     """The samples of a dataset folder (``data.types.Source``). Threads may share it."""
 
-    def __init__(self, path: Path, name: str, manifest: DatasetManifest, fingerprint: str) -> None:
+    def __init__(
+        self,
+        path: Path,
+        name: str,
+        manifest: DatasetManifest,
+        fingerprint: str,
+        sizes_folders: Sequence[Path],
+    ) -> None:
         self.path = path
         self.name = name
         self.manifest = manifest
         self.fingerprint = fingerprint
         """Changes with any byte of the dataset."""
+        self._sizes_folders = sizes_folders
         for file, record in manifest.files.items():
             check_size(path / file, record.size)
         self._text = TextFile(path / "text")
         check_size(path / "loss.bin", self._text.num_tokens)
         self._targets = np.memmap(path / "loss.bin", dtype=np.uint8, mode="r")
         self._media = MediaIndex(path / "media.idx", manifest.num_media)
-        self._store = LocalStore(path / "shards")
+        self._store = open_store(str(path / "shards"))
 
     @classmethod
-    def open(cls, path: Path | str, name: str) -> "Dataset":
+    def open(cls, path: Path | str, name: str, fallback: Path | None = None) -> "Dataset":
         """Opens a dataset folder; checks the size of every file, reads no hash.
 
         Args:
             path: the folder.
             name: what the dataset is called in the mixture and in errors.
+            fallback: where counts are written if the folder cannot be.
         Raises:
             DataError: the folder is none, incomplete, empty, or of another version.
         """
@@ -87,7 +101,8 @@ class Dataset:
         manifest = _parse_manifest(data, file)
         if not manifest.num_samples:
             raise DataError(f"{path} is empty: it has no samples  -> leave it out of the mixture")
-        return cls(path, name, manifest, xxhash.xxh3_128_hexdigest(data))
+        sizes_folders = [path / SIZES, *([fallback] if fallback else [])]
+        return cls(path, name, manifest, xxhash.xxh3_128_hexdigest(data), sizes_folders)
 
     def check_tokens(self, tokens: TokensConfig, tokenizer: str) -> None:
         """Refuses a model or tokenizer that reads the ids of this dataset differently.
@@ -129,16 +144,30 @@ class Dataset:
         return len(self._text)
 
     def sizes(self, limits: PixelLimits, vision: VisionConfig) -> Sizes:
-        """What every sample counts under these limits, cut into the patches of this tower."""
-        grids = self._media.grids(limits, vision)
-        patches = grids.prod(axis=1)
-        tokens = patches // vision.patches_per_token - 1
-        pairs = grids[:, 0] * (grids[:, 1] * grids[:, 2]) ** 2
-        return Sizes(
-            self._media.sum_by_sample(tokens, len(self)) + self._text.lengths,
-            self._media.sum_by_sample(patches, len(self)),
-            self._media.sum_by_sample(pairs, len(self)),
-        )
+        """What every sample counts under these limits, cut into the patches of this tower.
+
+        Memory-mapped: see ``data.dataset.sizes``.
+        """
+        geometry = ("patch_size", "temporal_patch_size", "spatial_merge_size")
+        identity = {
+            "dataset": self.fingerprint,
+            **asdict(limits),
+            **{name: getattr(vision, name) for name in geometry},
+        }
+
+        def count(start: int, end: int) -> Columns:
+            rows = self._media.rows_of(start, end)
+            grids = media_grids(rows, limits, vision)
+            patches = grids.prod(axis=1)
+            placeholders_more = patches // vision.patches_per_token - 1
+            pairs = grids[:, 0] * (grids[:, 1] * grids[:, 2]) ** 2
+            return (
+                sum_by_sample(rows, placeholders_more, start, end) + self._text.lengths[start:end],
+                sum_by_sample(rows, patches, start, end),
+                sum_by_sample(rows, pairs, start, end),
+            )
+
+        return open_sizes(count, len(self), identity, self._sizes_folders)
 
     def sample(self, index: int) -> Sample:
         """Text and media references of one sample; reads no pixels.

@@ -58,9 +58,7 @@ class MediaIndex:
 
     def of_sample(self, sample: int) -> tuple[Media, ...]:
         """The media of a sample in order of appearance; a binary search."""
-        start = bisect_left(self._samples, sample)
-        end = bisect_left(self._samples, sample + 1, lo=start)
-        return tuple(_media(row) for row in self.rows[start:end])
+        return tuple(_media(row) for row in self.rows_of(sample, sample + 1))
 
     def sample_of(self, media: Media) -> int | None:
         """The sample that a media item belongs to; reads every row, for error messages."""
@@ -68,23 +66,35 @@ class MediaIndex:
         found = np.flatnonzero(here)
         return int(self._samples[found[0]]) if len(found) else None
 
-    def grids(self, limits: PixelLimits, vision: VisionConfig) -> NDArray[np.int64]:
-        """Grids of all media, (num_rows, 3) int64, in unmerged patches.
+    def rows_of(self, start: int, end: int) -> NDArray[np.void]:
+        """The rows of the samples from ``start`` to before ``end``; a binary search."""
+        first = bisect_left(self._samples, start)
+        return self.rows[first : bisect_left(self._samples, end, lo=first)]
 
-        Raises:
-            DataError: a media item is of a kind that is not supported.
-        """
-        grids = np.empty((len(self.rows), 3), dtype=np.int64)
-        for code in np.unique(self.rows["kind"]).tolist():
-            here = self.rows["kind"] == code
-            grids[here] = kind_of(code).grids(self.rows[here], limits, vision)
-        return grids
 
-    def sum_by_sample(self, values: NDArray[np.int64], num_samples: int) -> NDArray[np.int64]:
-        """Adds up a value per row within each sample, (num_samples,) int64."""
-        sums = np.zeros(num_samples, dtype=np.int64)
-        np.add.at(sums, self._samples.astype(np.int64), values)
-        return sums
+def media_grids(
+    rows: NDArray[np.void], limits: PixelLimits, vision: VisionConfig
+) -> NDArray[np.int64]:
+    """Grids of the media of some rows, (num_rows, 3) int64, in unmerged patches.
+
+    Raises:
+        DataError: a media item is of a kind that is not supported.
+    """
+    grids = np.empty((len(rows), 3), dtype=np.int64)
+    kinds = np.ascontiguousarray(rows["kind"])
+    for code in np.unique(kinds).tolist():
+        here = kinds == code
+        grids[here] = kind_of(code).grids(rows[here], limits, vision)
+    return grids
+
+
+def sum_by_sample(
+    rows: NDArray[np.void], values: NDArray[np.int64], start: int, end: int
+) -> NDArray[np.int64]:
+    """A value per row, added up within each sample from ``start`` on, (end - start,) int64."""
+    sums = np.zeros(end - start, dtype=np.int64)
+    np.add.at(sums, rows["sample"].astype(np.int64) - start, values)
+    return sums
 
 
 def _media(row: np.void) -> Media:

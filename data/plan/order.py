@@ -20,8 +20,9 @@ from triptych.configs.schema import Oversize
 from triptych.costs.flops import Workload
 from triptych.data.plan.mixture import draw_sources, integer_shares
 from triptych.data.plan.pack import best_fit
+from triptych.data.plan.passes import Passes, Remember, compute_anew, pass_over
 from triptych.data.plan.permute import derive_key, shuffled
-from triptych.data.plan.plan_sources import PlanSource, check_weights, fitting_share
+from triptych.data.plan.plan_sources import PlanSource, check_samples, check_weights, fitting_share
 from triptych.data.types import Pack, SampleId
 from triptych.errors import DataError
 
@@ -81,8 +82,9 @@ class Plan:
         max_patches: int,
         window: int,
         oversize: Oversize,
+        remember: Remember = compute_anew,
     ) -> None:
-        """Checks and hashes the metadata: a few passes over every array.
+        """Checks and hashes the metadata: a pass over every count, unless it is remembered.
 
         Args:
             sources: at least one, of distinct names; their order numbers them.
@@ -91,6 +93,7 @@ class Plan:
             max_patches: ViT patches in a pack, at most.
             window: samples that are packed together.
             oversize: what becomes of a sample beyond seq_len or max_patches.
+            remember: where results of that pass are kept.
 
         Raises:
             ConfigError: no source, one name twice, or a weight that is not positive.
@@ -102,12 +105,16 @@ class Plan:
         self.seed, self.seq_len, self.max_patches, self.window = seed, seq_len, max_patches, window
         self._shares = integer_shares([source.weight for source in sources])
         self._keys = [derive_key(seed, "samples", source.name) for source in sources]
-        self._fitting_shares = [
-            fitting_share(source, seq_len=seq_len, max_patches=max_patches, oversize=oversize)
-            for source in sources
-        ]
-        self.hash = self._hash()
+        check_samples(sources)
+        passes = self._passes(remember)
+        self.hash = passes.hash
         """xxh3-128, in hex, of all that decides the order and the costs."""
+        self.num_fitting = passes.num_fitting
+        """Samples of each source that fit into a pack."""
+        self._fitting_shares = [
+            fitting_share(*found, seq_len=seq_len, max_patches=max_patches, oversize=oversize)
+            for found in zip(self.sources, passes.num_fitting, passes.misfits, strict=True)
+        ]
         self._cached: _Window | None = None
 
     @property
@@ -208,6 +215,18 @@ class Plan:
         )
         return _Window(start, end, packs)
 
+    def _passes(self, remember: Remember) -> Passes:
+        budgets = (self.seq_len, self.max_patches, self.window)
+        head = repr((_VERSION, self.seed, *budgets, self._shares))
+        counts = [(s.name, len(s), s.sizes.summary.xxh3_128) for s in self.sources]
+        return remember(
+            xxhash.xxh3_128_hexdigest(repr((head, counts)).encode()),
+            sum(map(len, self.sources)),
+            lambda: pass_over(
+                self.sources, head, seq_len=self.seq_len, max_patches=self.max_patches
+            ),
+        )
+
     def _draw(self, number: int, first: int, count: int) -> tuple[NDArray[np.int64], int]:
         """The next samples of a source that fit, and how many places of its shuffle they took."""
         source = self.sources[number]
@@ -222,14 +241,3 @@ class Plan:
             missing -= len(fitting)
             place = 1 + int(places[-1] if missing else places[fitting[-1]])
         return np.concatenate(kept), place - first
-
-    def _hash(self) -> str:
-        digest = xxhash.xxh3_128()
-        budgets = (self.seq_len, self.max_patches, self.window)
-        digest.update(repr((_VERSION, self.seed, *budgets, self._shares)).encode())
-        for source in self.sources:
-            digest.update(repr((source.name, len(source))).encode())
-            sizes = source.sizes
-            for array in (sizes.num_tokens, sizes.num_patches, sizes.num_patch_pairs):
-                digest.update(np.ascontiguousarray(array, dtype="<i8").data)
-        return digest.hexdigest()

@@ -83,33 +83,54 @@ def check_weights(sources: Sequence[PlanSource]) -> None:
     _raise_all(problems)
 
 
-def fitting_share(
-    source: PlanSource, *, seq_len: int, max_patches: int, oversize: Oversize
-) -> float:
-    """The share of a source's samples that fit into a pack; reads every length.
+def check_samples(sources: Sequence[PlanSource]) -> None:
+    """Refuse sources that have nothing to draw.
 
     Raises:
-        DataError: the source is empty, a sample has no tokens, none fits, or one does not fit and
-            ``oversize`` is error.
+        DataError: a source is empty, or a sample has no tokens.
     """
-    if not len(source):
-        raise DataError(f"source {source.name!r} is empty: there is no sample to draw")
-    if source.sizes.num_tokens.min() < 1:
-        index = int(source.sizes.num_tokens.argmin())
-        raise DataError(f"source {source.name!r}, sample {index}: it has no tokens")
-    fits = source.fits(slice(None), seq_len=seq_len, max_patches=max_patches)
-    index = int(fits.argmin())
-    found = (
-        f"source {source.name!r}, sample {index}: {source.sizes.num_tokens[index]} tokens and "
-        f"{source.sizes.num_patches[index]} patches, but a pack takes train.seq_len={seq_len} "
-        f"and data.max_patches={max_patches}"
-    )
-    remedy = "raise them, or lower data.max_pixels"
-    if not fits.any():
-        raise DataError(f"no sample fits into a pack, as {found}  -> {remedy}")
-    if oversize is Oversize.error and not fits[index]:
+    for source in sources:
+        if not len(source):
+            raise DataError(f"source {source.name!r} is empty: there is no sample to draw")
+        if source.sizes.summary.least_tokens < 1:
+            index = int(source.sizes.num_tokens.argmin())
+            raise DataError(f"source {source.name!r}, sample {index}: it has no tokens")
+
+
+def fitting_share(
+    source: PlanSource,
+    num_fitting: int,
+    misfit: int | None,
+    *,
+    seq_len: int,
+    max_patches: int,
+    oversize: Oversize,
+) -> float:
+    """The share of a source's samples that fit into a pack.
+
+    Args:
+        source: which one.
+        num_fitting: samples of it that fit.
+        misfit: the first that does not.
+        seq_len: tokens in a pack, at most.
+        max_patches: ViT patches in a pack, at most.
+        oversize: what becomes of samples that do not fit.
+
+    Raises:
+        DataError: none fits, or one does not fit and ``oversize`` is error.
+    """
+    if misfit is not None and (not num_fitting or oversize is Oversize.error):
+        sizes = source.sizes
+        found = (
+            f"source {source.name!r}, sample {misfit}: {sizes.num_tokens[misfit]} tokens and "
+            f"{sizes.num_patches[misfit]} patches, but a pack takes train.seq_len={seq_len} "
+            f"and data.max_patches={max_patches}"
+        )
+        remedy = "raise them, or lower data.max_pixels"
+        if not num_fitting:
+            raise DataError(f"no sample fits into a pack, as {found}  -> {remedy}")
         raise DataError(f"{found}  -> {remedy}, or data.oversize=skip")
-    return float(fits.mean())
+    return num_fitting / len(source)
 
 
 def _raise_all(problems: Sequence[str]) -> None:

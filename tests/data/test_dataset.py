@@ -11,11 +11,11 @@ from PIL import Image
 
 from triptych.configs.schema import ModelConfig, TokensConfig, VisionConfig
 from triptych.data.dataset.dataset import Dataset
-from triptych.data.dataset.media_index import MediaIndex, media_row
+from triptych.data.dataset.media_index import MediaIndex, media_grids, media_row
 from triptych.data.dataset.text_file import TextFile, TextWriter
 from triptych.data.media.image import image_grids
 from triptych.data.prepare.build_dataset import build_dataset
-from triptych.data.stores import local
+from triptych.data.stores import retrying
 from triptych.data.tokenizer import train_tokenizer
 from triptych.data.tokens import encode_record, expand
 from triptych.data.types import Media, MediaKind, PixelLimits
@@ -106,7 +106,7 @@ def test_media_rows_keep_every_field(tmp_path):
     assert [index.of_sample(i) for i in range(4)] == [(image,), (), (video, image), ()]
     assert index.sample_of(video) == 2
     with pytest.raises(DataError, match="videos are not supported yet"):
-        index.grids(LIMITS, VISION)
+        media_grids(index.rows, LIMITS, VISION)
     with pytest.raises(DataError, match="192 bytes, its index says 256"):
         MediaIndex(tmp_path / "media.idx", 4)
 
@@ -217,7 +217,7 @@ def test_a_shard_that_is_cut_or_lost_under_a_run(folder, monkeypatch):
     shard.write_bytes(shard.read_bytes()[: media.offset + 5])
     with pytest.raises(DataError, match=r"000000\.tar ends at byte .* the shard was cut"):
         dataset.read_media(media)
-    monkeypatch.setattr(local, "PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr(retrying, "PAUSES_S", (0.0, 0.0))
     shard.unlink()
     with pytest.raises(StorageError, match=r"000000\.tar cannot be read: No such file.* resumes"):
         dataset.read_media(media)
@@ -236,9 +236,9 @@ def test_a_file_system_that_comes_back_is_waited_for(folder, monkeypatch):
         if len(waits) == 2:
             away.rename(shards)
 
-    monkeypatch.setattr(local.time, "sleep", wait)
+    monkeypatch.setattr(retrying.time, "sleep", wait)
     assert dataset.read_media(media) == expected
-    assert waits == list(local.PAUSES_S[:2])
+    assert waits == list(retrying.PAUSES_S[:2])
 
 
 def edit_manifest(folder, **changes) -> None:

@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from triptych.configs.schema import Oversize, VisionConfig
+from triptych.data.dataset.sizes import sizes_of
 from triptych.data.plan.mixture import draw_sources, integer_shares
 from triptych.data.plan.order import Cursor, Plan
 from triptych.data.plan.permute import derive_key, shuffled
 from triptych.data.plan.plan_sources import PlanSource, plan_sources
-from triptych.data.types import PixelLimits, Sizes
+from triptych.data.types import PixelLimits
 from triptych.errors import ConfigError, DataError
 
 weights = st.lists(st.decimals("0.001", "20", places=3).map(float), min_size=1, max_size=12)
@@ -24,7 +25,7 @@ weights = st.lists(st.decimals("0.001", "20", places=3).map(float), min_size=1, 
 def plan_source(name="text", weight=1.0, num_tokens=(10, 20, 30), num_patches=None):
     tokens = np.asarray(num_tokens, dtype=np.int64)
     patches = np.zeros_like(tokens) if num_patches is None else np.asarray(num_patches)
-    return PlanSource(name, weight, Sizes(tokens, patches, patches**2))
+    return PlanSource(name, weight, sizes_of(tokens, patches, patches**2))
 
 
 def make_plan(*sources, **settings):
@@ -45,11 +46,11 @@ def mixed_sources(num_samples=500, seed=0):
     double = 4 * draw.integers(4, 60, (num_samples, 2))
     text = np.clip(draw.lognormal(4.0, 0.8, (3, num_samples)), 4, 700).astype(np.int64)
     return (
-        PlanSource("captions", 0.5, Sizes(single // 4 + 2 + text[0] // 3, single, single**2)),
+        PlanSource("captions", 0.5, sizes_of(single // 4 + 2 + text[0] // 3, single, single**2)),
         PlanSource(
             "interleaved",
             0.3,
-            Sizes(double.sum(1) // 4 + 4 + text[1], double.sum(1), (double**2).sum(1)),
+            sizes_of(double.sum(1) // 4 + 4 + text[1], double.sum(1), (double**2).sum(1)),
         ),
         plan_source("text", 0.2, text[2]),
     )
@@ -282,7 +283,7 @@ class MetadataSource:
 
     def sizes(self, limits, vision):
         counts = np.array([limits.min_pixels, limits.max_pixels])
-        return Sizes(counts, counts * vision.patches_per_token, counts)
+        return sizes_of(counts, counts * vision.patches_per_token, counts)
 
 
 def test_weights_and_sources_must_match():
