@@ -52,7 +52,7 @@ class TextFile:
 
     @property
     def num_tokens(self) -> int:
-        """Of all samples together."""
+        """Tokens of all samples together."""
         return len(self._ids)
 
     def span(self, index: int) -> slice:

@@ -34,7 +34,7 @@ class Pictures:
     of_one: Sequence[Picture]
     of_two: Sequence[Picture]
     close_ups: Sequence[Picture]
-    """Of one digit each."""
+    """Pictures of one digit each."""
 
     def draw(self, rng: random.Random) -> Picture:
         """One with one or two digits."""

@@ -31,7 +31,7 @@ class Passes:
     num_fitting: list[int]
     """Samples of each source that fit into a pack."""
     misfits: list[int | None]
-    """Of each source, the first sample that does not fit."""
+    """The first sample of each source that does not fit."""
 
 
 Remember = Callable[[str, int, Callable[[], Passes]], Passes]

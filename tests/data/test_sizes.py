@@ -2,13 +2,14 @@
 
 import errno
 import json
-import multiprocessing
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 
 from triptych.configs.schema import Oversize, VisionConfig
 from triptych.data import make_once
@@ -138,25 +139,14 @@ def count_and_tell(folder: Path, start: int, end: int):
     return count(start, end)
 
 
-def open_when_all_are_there(folder: Path, barrier) -> None:
-    barrier.wait(120)
-    sizes = open_sizes(
-        lambda start, end: count_and_tell(folder, start, end), NUM_SAMPLES, IDENTITY, [folder]
-    )
-    assert columns(sizes) == EXPECTED
+def open_when_all_are_there(folder: Path) -> list[list[int]]:
+    dist.barrier()
+    return columns(open_sizes(partial(count_and_tell, folder), NUM_SAMPLES, IDENTITY, [folder]))
 
 
-def test_of_processes_that_start_together_one_counts(tmp_path):
-    context = multiprocessing.get_context("fork")
-    barrier = context.Barrier(4)
-    processes = [
-        context.Process(target=open_when_all_are_there, args=(tmp_path, barrier)) for _ in range(4)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0] * 4
+@pytest.mark.distributed
+def test_of_processes_that_start_together_one_counts(pool, tmp_path):
+    assert pool(4).run(open_when_all_are_there, folder=tmp_path) == [EXPECTED] * 4
     assert (tmp_path / "told").read_text() == "counted\n"
     assert {path.name for path in tmp_path.iterdir()} == {
         ".lock",
