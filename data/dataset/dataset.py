@@ -23,7 +23,7 @@ from triptych.data.dataset.sizes import Columns, open_sizes
 from triptych.data.dataset.text_file import TextFile, check_size
 from triptych.data.hashed_files import HashedFile, hash_file
 from triptych.data.media.kinds import kind_of
-from triptych.data.stores.store import open_store
+from triptych.data.stores.media_store import open_store
 from triptych.data.tokens import placeholders
 from triptych.data.types import Media, PixelLimits, Sample, Sizes
 from triptych.errors import DataError

@@ -20,7 +20,7 @@ class Place(Protocol):
 
 
 class RetryingStore:
-    """A place, and patience (``data.stores.store.Store``)."""
+    """A place, and patience (``data.stores.media_store.Store``)."""
 
     def __init__(self, place: Place) -> None:
         self._place = place

@@ -2,7 +2,7 @@
 
 import pytest
 
-from triptych.data.stores.store import open_store
+from triptych.data.stores.media_store import open_store
 from triptych.errors import ConfigError, DataError
 
 
