@@ -80,16 +80,16 @@ def _swiglu_grad(grad_output: Tensor, gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     grad = torch.empty_like(gate_up)
     grad_gate, grad_up = grad.chunk(2, dim=-1)
-    grad_gate.copy_(torch.ops.aten.silu_backward(grad_output * up, gate))
-    grad_up.copy_(F.silu(gate).mul_(grad_output))
+    torch.ops.aten.silu_backward.grad_input(grad_output * up, gate, grad_input=grad_gate)
+    torch.mul(F.silu(gate), grad_output, out=grad_up)
     return grad
 
 
 def _quick_gelu(x: Tensor) -> Tensor:
-    return torch.sigmoid(QUICK_GELU_SLOPE * x).mul_(x)
+    return (QUICK_GELU_SLOPE * x).sigmoid_().mul_(x)
 
 
 def _quick_gelu_grad(grad_output: Tensor, x: Tensor) -> Tensor:
-    gate = torch.sigmoid(QUICK_GELU_SLOPE * x)
+    gate = (QUICK_GELU_SLOPE * x).sigmoid_()
     slope = (1 - gate).mul_(x).mul_(QUICK_GELU_SLOPE).add_(1)
     return slope.mul_(gate).mul_(grad_output)

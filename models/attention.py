@@ -110,17 +110,74 @@ def attention_per_segment(
     Returns (T, N, D).
     """
     runs = _equal_runs(segments.bounds)
-    tokens = [length * count for length, count in runs]
+    if q_TND.device.type == "cpu":
+        out: Tensor = _PerSegmentOnCpu.apply(  # type: ignore[no-untyped-call]  # torch has none
+            q_TND, k_TKD, v_TKD, runs, causal, scale
+        )
+        return out
     outputs = []
-    for pieces, (length, _) in zip(
-        zip(*(x.split(tokens) for x in (q_TND, k_TKD, v_TKD)), strict=True), runs, strict=True
-    ):
-        q, k, v = (piece.unflatten(0, (-1, length)).transpose(1, 2) for piece in pieces)
-        out = F.scaled_dot_product_attention(
+    for q, k, v in zip(*(_by_run(x, runs) for x in (q_TND, k_TKD, v_TKD)), strict=True):
+        piece = F.scaled_dot_product_attention(
             q, k, v, is_causal=causal, scale=scale, enable_gqa=q.size(1) != k.size(1)
         )
-        outputs.append(out.transpose(1, 2).flatten(0, 1))
+        outputs.append(piece.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs)
+
+
+class _PerSegmentOnCpu(torch.autograd.Function):
+    """The same as one node of the graph, over the kernel that torch takes on a CPU.
+
+    A pack of short samples has dozens of runs, and autograd spends longer on the cutting and
+    joining of each than the kernel on attention.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q_TND: Tensor,
+        k_TKD: Tensor,
+        v_TKD: Tensor,
+        runs: Sequence[tuple[int, int]],
+        causal: bool,
+        scale: float,
+    ) -> Tensor:
+        ctx.runs, ctx.causal, ctx.scale = runs, causal, scale
+        pieces = zip(*(_by_run(x, runs) for x in (q_TND, k_TKD, v_TKD)), strict=True)
+        attended = [
+            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                q, k, v, 0.0, causal, scale=scale
+            )
+            for q, k, v in pieces
+        ]
+        kept = [tensor for piece in attended for tensor in piece]
+        ctx.save_for_backward(q_TND, k_TKD, v_TKD, *kept)
+        return torch.cat([piece.transpose(1, 2).flatten(0, 1) for piece, _ in attended])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_TND,) = grads
+        q_TND, k_TKD, v_TKD, *kept = ctx.saved_tensors
+        inputs = [_by_run(x, ctx.runs) for x in (grad_TND, q_TND, k_TKD, v_TKD)]
+        results = [x.new_empty(x.shape) for x in (q_TND, k_TKD, v_TKD)]
+        places = [_by_run(x, ctx.runs) for x in results]
+        for grad, q, k, v, out, logsumexp, *where in zip(
+            *inputs, kept[::2], kept[1::2], *places, strict=True
+        ):
+            found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                grad, q, k, v, out, logsumexp, 0.0, ctx.causal, scale=ctx.scale
+            )
+            for place, value in zip(where, found, strict=True):
+                place.copy_(value)
+        return *results, None, None, None
+
+
+def _by_run(x_TND: Tensor, runs: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """Views of each run, (number of segments, N, segment length, D)."""
+    pieces = x_TND.split([length * count for length, count in runs])
+    return [
+        piece.unflatten(0, (count, length)).transpose(1, 2)
+        for piece, (length, count) in zip(pieces, runs, strict=True)
+    ]
 
 
 def _equal_runs(bounds: Sequence[int]) -> list[tuple[int, int]]:

@@ -1,6 +1,8 @@
 """Temporal, height and width positions of multimodal rotary embedding (M-RoPE)."""
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from triptych.errors import DataError
@@ -34,8 +36,8 @@ def build_position_ids(
     Source: arXiv 2409.12191 §2.1. transformers 5 is no oracle here: it resumes after max(h, w) and
         forgets t, so after a long video its text begins too early.
     """
-    is_media = (input_ids == image_pad) | (input_ids == video_pad)
-    starts, lengths = _runs(is_media)
+    ids = input_ids.numpy()
+    starts, lengths = _runs((ids == image_pad) | (ids == video_pad))
     grids: list[list[int]] = grid_thw.tolist()
     merged = [(t, h // spatial_merge_size, w // spatial_merge_size) for t, h, w in grids]
     if lengths != [t * h * w for t, h, w in merged]:
@@ -43,29 +45,21 @@ def build_position_ids(
             f"placeholder runs of {lengths} tokens do not fit media grids of {merged} merged "
             "patches  -> each image or video needs exactly one run of t*h*w placeholders"
         )
-    pieces = []
+    positions = np.empty((3, len(ids)), dtype=np.int64)
     end, position = 0, 0
-    for start, length, (t, h, w) in zip(starts, lengths, merged, strict=True):
-        pieces.append(_text_positions(position, start - end))
+    for start, length, grid in zip(starts, lengths, merged, strict=True):
+        positions[:, end:start] = np.arange(position, position + start - end)
         position += start - end
-        axes = (torch.arange(t), torch.arange(h), torch.arange(w))
-        patches = torch.stack(torch.meshgrid(*axes, indexing="ij")).view(3, length)
-        pieces.append(patches + position)
-        position += max(t, h, w)
         end = start + length
-    pieces.append(_text_positions(position, len(input_ids) - end))
-    return torch.cat(pieces, dim=1)
+        positions[:, start:end] = np.indices(grid).reshape(3, length) + position
+        position += max(grid)
+    positions[:, end:] = np.arange(position, position + len(ids) - end)
+    return torch.from_numpy(positions)
 
 
-def _text_positions(start: int, length: int) -> Tensor:
-    return torch.arange(start, start + length).expand(3, length)
-
-
-def _runs(mask: Tensor) -> tuple[list[int], list[int]]:
+def _runs(mask: NDArray[np.bool_]) -> tuple[list[int], list[int]]:
     """Starts and lengths of the runs of True."""
-    padded = torch.zeros(len(mask) + 2, dtype=torch.int8)
-    padded[1:-1] = mask
-    steps = padded.diff()
-    starts: list[int] = (steps == 1).nonzero().view(-1).tolist()
-    ends: list[int] = (steps == -1).nonzero().view(-1).tolist()
+    edges = np.flatnonzero(np.diff(mask, prepend=False, append=False))
+    starts: list[int] = edges[::2].tolist()
+    ends: list[int] = edges[1::2].tolist()
     return starts, [end - start for start, end in zip(starts, ends, strict=True)]

@@ -18,6 +18,7 @@ What becomes of an unusual file: every image ends up as 8-bit RGB, or is refused
 """
 
 import io
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -91,6 +92,22 @@ def image_grids(
     return np.stack([np.ones_like(h), h // vision.patch_size, w // vision.patch_size], axis=-1)
 
 
+def image_grid(
+    height: int, width: int, limits: PixelLimits, vision: VisionConfig
+) -> tuple[int, int, int]:
+    """The grid of one image; remembered, for sizes recur and arrays of one element cost most."""
+    return _grid(height, width, limits, vision.resize_factor, vision.patch_size)
+
+
+@lru_cache(maxsize=2**14)
+def _grid(
+    height: int, width: int, limits: PixelLimits, factor: int, patch_size: int
+) -> tuple[int, int, int]:
+    bounds = {"min_pixels": limits.min_pixels, "max_pixels": limits.max_pixels}
+    [h], [w] = smart_resize([height], [width], factor=factor, **bounds)
+    return 1, int(h) // patch_size, int(w) // patch_size
+
+
 def decode_image(data: bytes, where: str) -> Image.Image:
     """Decodes a file to upright 8-bit RGB by the rules at the top of this file.
 
@@ -160,7 +177,7 @@ def image_patches(
         DataError: one side is more than 200 times the other.
     Source: arXiv 2409.12191 §2.1; equals transformers' ``Qwen2VLImageProcessorPil``.
     """
-    _, rows, columns = image_grids([image.height], [image.width], limits, vision)[0].tolist()
+    _, rows, columns = image_grid(image.height, image.width, limits, vision)
     merge, side = vision.spatial_merge_size, vision.patch_size
     size = (columns * side, rows * side)
     if image.size != size:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from triptych.configs.schema import VisionConfig
-from triptych.data.media.image import decode_image, image_grids, image_patches
+from triptych.data.media.image import decode_image, image_grid, image_grids, image_patches
 from triptych.data.types import Media, MediaKind, PixelLimits
 from triptych.errors import DataError
 
@@ -93,8 +93,7 @@ class ImageKind:
 
     def grid(self, media: Media, limits: PixelLimits, vision: VisionConfig) -> Grid:
         """(1, rows, columns)."""
-        t, h, w = image_grids([media.height], [media.width], limits, vision)[0].tolist()
-        return t, h, w
+        return image_grid(media.height, media.width, limits, vision)
 
     def patches(
         self, data: bytes, media: Media, limits: PixelLimits, vision: VisionConfig, where: str

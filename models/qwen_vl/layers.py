@@ -9,6 +9,7 @@ from triptych.models.attention import PackedCoreAttention
 from triptych.models.kernels import Kernel, KernelTable
 from triptych.models.linear import OverlappedColumnParallelLinear, OverlappedRowParallelLinear
 from triptych.models.norm import LayerNorm, LigerRMSNorm, RMSNorm
+from triptych.models.rotary import TurningSelfAttention
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -60,8 +61,9 @@ def _layer(
 ) -> ModuleSpec:
     column = OverlappedColumnParallelLinear if overlap_tp_comm else ColumnParallelLinear
     row = OverlappedRowParallelLinear if overlap_tp_comm else RowParallelLinear
+    fused_rotary = table.rotary.kernel is Kernel.TRANSFORMER_ENGINE
     attention = ModuleSpec(
-        module=SelfAttention,
+        module=SelfAttention if fused_rotary else TurningSelfAttention,
         params={"attn_mask_type": mask},
         submodules=SelfAttentionSubmodules(
             linear_qkv=column,
