@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from triptych.configs.compose import load_config
-from triptych.configs.schema import Config, ModelConfig, ParallelConfig
+from triptych.configs.schema import Config, Kernels, ModelConfig, ParallelConfig
 from triptych.costs.flops import (
     adapter_flops,
     head_flops,
@@ -34,6 +34,7 @@ from triptych.data.loading.collate import Segment, collate
 from triptych.data.types import Batch, SampleId
 from triptych.models.build import build_model
 from triptych.models.init import init_parameters
+from triptych.models.kernels import choose_here
 from triptych.models.qwen_vl.model import Qwen2VL
 from triptych.models.qwen_vl.sharding_table import sharding_table
 from triptych.parallel.device import HAS_CUDA, synchronize
@@ -98,7 +99,9 @@ def make_model(config: Config, num_layers: int, mesh: Mesh) -> tuple[ModelConfig
         vision=replace(config.model.vision, depth=DEPTH),
         language=replace(config.model.language, num_layers=num_layers),
     )
-    chunks = build_model(model, ParallelConfig(), config.train.precision, [num_layers], mesh)
+    precision = config.train.precision
+    kernels = choose_here(Kernels.auto, precision)
+    chunks = build_model(model, ParallelConfig(), precision, [num_layers], mesh, kernels)
     init_parameters(chunks, sharding_table(model), mesh, 0)
     return model, chunks[0]
 

@@ -105,7 +105,7 @@ def peak_bytes(engine: Engine, batches: Sequence[Batch]) -> int:
     for number in (1, 2):
         if HAS_CUDA:
             torch.cuda.reset_peak_memory_stats()
-        train_step(engine.optimizer, step, rates, engine.mesh, number=number)
+        train_step(engine, step, rates, number=number)
     print(f"allocated before the first step: {before / GIB:.2f} GiB")
     return torch.cuda.max_memory_allocated() if HAS_CUDA else 0
 

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from triptych.configs.schema import Kernels, ModelConfig, ParallelConfig, Precision
+from triptych.configs.schema import ModelConfig, ParallelConfig, Precision
+from triptych.models.kernels import KernelTable
 from triptych.models.qwen_vl.model import Qwen2VL
 from triptych.parallel.mesh import Mesh
 
@@ -13,7 +14,7 @@ def build_model(
     precision: Precision,
     layers: Sequence[int],
     mesh: Mesh,
-    kernels: Kernels = Kernels.auto,
+    kernels: KernelTable,
 ) -> list[Qwen2VL]:
     """This rank's ``parallel.vpp`` chunks, on its device, their weights not yet set.
 

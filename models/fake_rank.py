@@ -16,9 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from triptych.configs.schema import Config, Part
+from triptych.configs.schema import Config, Kernels, Part
 from triptych.costs.flops import Workload
 from triptych.data.types import Batch
+from triptych.models.kernels import choose_here
 from triptych.models.parameters import global_parameters, part_of
 from triptych.models.qwen_vl.model import Qwen2VL
 from triptych.parallel.dtypes import DTYPES
@@ -89,7 +90,9 @@ def _without_values() -> Iterator[None]:
 
 def _chunk(config: Config, layers: Sequence[int], place: ChunkPlace) -> Qwen2VL:
     """As ``build_model`` and ``Stage.freeze`` make it."""
-    model = Qwen2VL(config.model, config.parallel, config.train.precision, layers, place)
+    precision = config.train.precision
+    kernels = choose_here(Kernels.auto, precision)
+    model = Qwen2VL(config.model, config.parallel, precision, layers, place, kernels)
     for name, parameter in global_parameters([model]):
         parameter.requires_grad_(getattr(config.stage, part_of(name).value).train)
     return model

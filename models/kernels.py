@@ -117,6 +117,11 @@ def choose(kernels: Kernels, precision: Precision, installed: Installed) -> Kern
     )
 
 
+def choose_here(kernels: Kernels, precision: Precision) -> KernelTable:
+    """The kernels of a model in this process."""
+    return choose(kernels, precision, Installed.here())
+
+
 def choose_adam(zero: Zero, installed: Installed) -> Choice:
     """Who updates the weights; megatron-core decides that by itself when it is imported."""
     if zero is Zero.deepspeed:

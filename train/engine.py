@@ -1,6 +1,6 @@
 """Model and sharded optimizer of this rank, built from the configuration of a run."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -9,9 +9,11 @@ from triptych.checkpoints.run_state import RunTensors
 from triptych.configs.schema import Config, Zero
 from triptych.costs.layer_split import layers_per_chunk
 from triptych.models.build import build_model
+from triptych.models.kernels import KernelTable, choose_here
 from triptych.models.parameters import global_parameters, part_of
 from triptych.models.qwen_vl.sharding_table import sharding_table
 from triptych.models.sharding import ShardingTable
+from triptych.parallel.data_parallel import DataParallelModel, wrap_chunks
 from triptych.parallel.mesh import Mesh
 from triptych.parallel.zero.protocol import ShardedOptimizer
 from triptych.train.stages.parameter_counts import (
@@ -30,16 +32,15 @@ class Engine:
     stage: Stage
     bare_chunks: Sequence[nn.Module]
     """This rank's chunks of the model, without the wrapping."""
+    chunks: Sequence[nn.Module]
+    """The same, wrapped for data parallelism."""
+    kernels: KernelTable
+    """Which kernels the model runs on."""
     parameters: Mapping[str, nn.Parameter]
     optimizer: ShardedOptimizer
     parameter_counts: ParameterCounts
     sharding: ShardingTable
     """How the parameters lie over the ranks."""
-
-    @property
-    def chunks(self) -> Sequence[nn.Module]:
-        """This rank's chunks of the model, wrapped for data parallelism."""
-        return self.optimizer.chunks
 
     @property
     def tensors(self) -> RunTensors:
@@ -53,14 +54,10 @@ def build_engine(config: Config, mesh: Mesh) -> Engine:
     Pipeline split, tensor and sequence parallelism, recomputation and dtype are the model's; then
     the stage freezes; then data parallelism and ZeRO-1 wrap what trains.
     """
-    chunks = build_model(
-        config.model,
-        config.parallel,
-        config.train.precision,
-        layers_per_chunk(config),
-        mesh,
-        config.train.kernels,
-    )
+    precision, zero = config.train.precision, config.optimizer.zero
+    kernels = choose_here(config.train.kernels, precision)
+    layers = layers_per_chunk(config)
+    chunks = build_model(config.model, config.parallel, precision, layers, mesh, kernels)
     parameters = dict(global_parameters(chunks))
     stage = Stage(config.stage)
     stage.freeze(parameters)
@@ -68,13 +65,22 @@ def build_engine(config: Config, mesh: Mesh) -> Engine:
     counts = count_parameters(parameters, sharding, mesh)
     check_trained_parts(stage, counts)
     parts = {name: part_of(name).value for name in parameters}
-    zero = _zero_of(config.optimizer.zero)
-    overlap, precision = config.parallel.overlap, config.train.precision
-    optimizer = zero(chunks, parameters, parts, config.optimizer, overlap, precision, mesh)
-    return Engine(mesh, stage, chunks, parameters, optimizer, counts, sharding)
+    wrapped = wrap_chunks(chunks, zero, config.parallel.overlap)
+    model = DataParallelModel(wrapped, parameters, parts)
+    return Engine(
+        mesh=mesh,
+        stage=stage,
+        bare_chunks=chunks,
+        chunks=wrapped,
+        kernels=kernels,
+        parameters=parameters,
+        optimizer=_zero_of(zero)(model, config.optimizer, precision, mesh),
+        parameter_counts=counts,
+        sharding=sharding,
+    )
 
 
-def _zero_of(choice: Zero) -> Callable[..., ShardedOptimizer]:
+def _zero_of(choice: Zero) -> type[ShardedOptimizer]:
     """The optimizer's class; importing DeepSpeed takes seconds, so only who asks for it pays."""
     if choice is Zero.deepspeed:
         from triptych.parallel.zero.deepspeed import DeepSpeedZero

@@ -29,9 +29,7 @@ def train(
         has_data = time.perf_counter()
         lr = engine.stage.learning_rates(state.consumed_tokens)
         number = state.step + 1
-        result = train_step(
-            engine.optimizer, step, lr, engine.mesh, number=number, asks_to_stop=asked is not None
-        )
+        result = train_step(engine, step, lr, number=number, asks_to_stop=asked is not None)
         totals, stops = result.totals, result.totals.num_asking_to_stop > 0
         state = state.after(
             num_tokens=totals.workload.num_tokens,

@@ -14,7 +14,7 @@ from triptych.configs.schema import Config
 from triptych.costs.layer_split import layers_per_chunk, planned_bubble
 from triptych.data.plan.order import Plan
 from triptych.errors import ConfigError
-from triptych.models.kernels import Installed, choose, choose_adam
+from triptych.models.kernels import Installed, choose_adam
 from triptych.parallel.agree import differing_ranks
 from triptych.parallel.mesh import Mesh, build_mesh, init_distributed, shutdown
 from triptych.train.console import say, take_over_libraries
@@ -129,7 +129,7 @@ def _introduce(config: Config, engine: Engine, data: Mixture) -> None:
         f"step: {packs} packs x {seq_len} tokens = {packs * seq_len:,} at most, "
         f"of a budget of {config.stage.token_budget:,}\n"
         f"{config.train.precision.name}; threads per rank: {torch.get_num_threads()}; kernels:\n"
-        f"{_kernels(config)}\n"
+        f"{_kernels(config, engine)}\n"
         f"data: {data}\n{engine.parameter_counts}",
     )
 
@@ -143,10 +143,9 @@ def _bubble(config: Config, mesh: Mesh) -> str:
     return f"; {planned_bubble(config, num_microbatches=num_microbatches)}"
 
 
-def _kernels(config: Config) -> str:
-    installed = Installed.here()
-    table = choose(config.train.kernels, config.train.precision, installed)
-    rows = [*table.rows(), ("adam", choose_adam(config.optimizer.zero, installed))]
+def _kernels(config: Config, engine: Engine) -> str:
+    adam = choose_adam(config.optimizer.zero, Installed.here())
+    rows = [*engine.kernels.rows(), ("adam", adam)]
     return "\n".join(
         f"  {name:<10} {choice.kernel.value} ({choice.reason})" for name, choice in rows
     )

@@ -17,8 +17,8 @@ from triptych.errors import TrainingError
 from triptych.parallel.agree import ranks_where
 from triptych.parallel.mesh import ChunkPlace, Mesh
 from triptych.parallel.schedule import LossFunction, run_microbatches
-from triptych.parallel.zero.protocol import ShardedOptimizer
 from triptych.train.batches import drop_unreadable, to_device
+from triptych.train.engine import Engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,27 +57,21 @@ class StepResult:
 
 
 def train_step(
-    optimizer: ShardedOptimizer,
-    step: Step,
-    lr: dict[str, float],
-    mesh: Mesh,
-    *,
-    number: int,
-    asks_to_stop: bool = False,
+    engine: Engine, step: Step, lr: dict[str, float], *, number: int, asks_to_stop: bool = False
 ) -> StepResult:
     """Forward, backward, update. Every rank must call this.
 
     Args:
-        optimizer: with the wrapped model chunks.
+        engine: model and optimizer.
         step: this data-parallel rank's microbatches.
         lr: by part.
-        mesh: this rank's place.
         number: of the step, for messages.
         asks_to_stop: whether this rank asks for the run to end after this step.
 
     Raises:
         TrainingError: loss or gradient is not finite; on every rank, before anything is updated.
     """
+    mesh, optimizer = engine.mesh, engine.optimizer
     # All ranks learn who asks to stop, without a collective for it: the first one adds over the
     # replica (tp x pp), the next over dp, and every rank is in one replica and one dp group.
     asks_to_stop = drop_unreadable(step, mesh, asks_to_stop=asks_to_stop)
@@ -85,7 +79,7 @@ def train_step(
     if totals.num_supervised_tokens == 0:
         return StepResult(None, 0.0, lr, totals)
     optimizer.zero_grad()
-    loss_sum = sum_losses(optimizer.chunks, step.microbatches, mesh, forward_only=False)
+    loss_sum = sum_losses(engine.chunks, step.microbatches, mesh, forward_only=False)
     grad_norm = optimizer.grad_norm()
     loss = _mean_loss(loss_sum, totals, mesh)
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):

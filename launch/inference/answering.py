@@ -12,7 +12,7 @@ from triptych.checkpoints.locate import locate
 from triptych.checkpoints.model_file import read_model
 from triptych.checkpoints.run_state import RunTensors, load_weights
 from triptych.configs.compose import read_config
-from triptych.configs.schema import ModelConfig, ParallelConfig
+from triptych.configs.schema import Kernels, ModelConfig, ParallelConfig
 from triptych.data.loading.collate import Segment
 from triptych.data.media.image import decode_image, image_patches
 from triptych.data.tokenizer import Tokenizer, load_tokenizer
@@ -20,6 +20,7 @@ from triptych.data.tokens import encode_prompt, expand
 from triptych.data.types import Media, MediaKind, PixelLimits, Sample, SampleId
 from triptych.models.build import build_model
 from triptych.models.generate import greedy
+from triptych.models.kernels import choose_here
 from triptych.models.parameters import global_parameters
 from triptych.models.qwen_vl.sharding_table import sharding_table
 from triptych.parallel.agree import SingleProcess
@@ -72,9 +73,9 @@ class Answerer:
         loaded = load_tokenizer(tokenizer)
         init_distributed(TIMEOUT_S)
         mesh = build_mesh(1, 1, seed=0, timeout_s=TIMEOUT_S)
-        [model] = build_model(
-            sizes, ParallelConfig(), config.train.precision, [sizes.language.num_layers], mesh
-        )
+        precision, layers = config.train.precision, [sizes.language.num_layers]
+        kernels = choose_here(Kernels.auto, precision)
+        [model] = build_model(sizes, ParallelConfig(), precision, layers, mesh, kernels)
         parameters = dict(global_parameters([model]))
         load_weights(folder, RunTensors(parameters, None, sharding_table(sizes), mesh))
         limits = PixelLimits(config.data.min_pixels, config.data.max_pixels)

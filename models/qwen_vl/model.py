@@ -12,10 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from triptych.configs.schema import Kernels, ModelConfig, ParallelConfig, Precision
+from triptych.configs.schema import ModelConfig, ParallelConfig, Precision
 from triptych.data.types import Batch
 from triptych.models.attention import Segments
-from triptych.models.kernels import Installed, choose
+from triptych.models.kernels import KernelTable
 from triptych.models.parameters import mark_sharding
 from triptych.models.qwen_vl.language import LanguageModel
 from triptych.models.qwen_vl.layers import language_block
@@ -41,12 +41,11 @@ class Qwen2VL(MegatronModule):
         precision: Precision,
         layers_per_chunk: Sequence[int],
         place: ChunkPlace,
-        kernels: Kernels = Kernels.auto,
+        kernels: KernelTable,
     ) -> None:
         """Build the chunk of one place, its weights not yet set."""
-        table = choose(kernels, precision, Installed.here())
         transformer = language_transformer(
-            config.language, parallel, precision, layers_per_chunk, table
+            config.language, parallel, precision, layers_per_chunk, kernels
         )
         super().__init__(config=transformer)
         self.model_type = ModelType.encoder_or_decoder  # megatron-core's schedule asks for it
@@ -56,13 +55,13 @@ class Qwen2VL(MegatronModule):
         self.runs_dummy_image = overlap.grad_reduce or overlap.param_gather
         self.share_embeddings_and_output_weights = config.language.tie_word_embeddings
         if self.pre_process:
-            self.vision = VisionTower(config.vision, parallel, precision, place, table)
+            self.vision = VisionTower(config.vision, parallel, precision, place, kernels)
             self.merger = Merger(config.vision, config.language, precision)
         self.language = LanguageModel(
             transformer,
             language_block(
                 layers_per_chunk[place.number],
-                table,
+                kernels,
                 overlap_tp_comm=overlap.tp_comm,
             ),
             vocab_size=config.language.vocab_size,

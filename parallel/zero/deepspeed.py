@@ -7,7 +7,7 @@ where a rank holds nothing of one, a single zero stands in.
 """
 
 import logging
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,50 +26,25 @@ from deepspeed.utils import (
 from deepspeed.utils.timer import NoopTimer
 from torch import Tensor, nn
 
-from triptych.configs.schema import PARTS, OptimizerConfig, OverlapConfig, Precision
+from triptych.configs.schema import PARTS, OptimizerConfig, Precision
+from triptych.parallel.data_parallel import DataParallelModel
 from triptych.parallel.device import BACKEND, HAS_CUDA
-from triptych.parallel.dtypes import DTYPES
 from triptych.parallel.mesh import Mesh
-from triptych.parallel.zero.protocol import FUSED, MOMENTS, ParamState
-
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
-from megatron.core.process_groups_config import ProcessGroupCollection
+from triptych.parallel.zero.protocol import FUSED, MOMENTS, ParamState, ShardedOptimizer
 
 BUCKET_NUMEL = 50_000_000
 """Elements that are reduced, and gathered, in one message."""
 
 
-class DeepSpeedZero:
-    """The ShardedOptimizer over DeepSpeed's.
-
-    Every rank must build it, also one where nothing trains.
-    """
+class DeepSpeedZero(ShardedOptimizer):
+    """The ShardedOptimizer over DeepSpeed's."""
 
     def __init__(
-        self,
-        chunks: Sequence[nn.Module],
-        names: Mapping[str, nn.Parameter],
-        parts: Mapping[str, str],
-        config: OptimizerConfig,
-        overlap: OverlapConfig,
-        precision: Precision,
-        mesh: Mesh,
+        self, model: DataParallelModel, config: OptimizerConfig, precision: Precision, mesh: Mesh
     ) -> None:
-        """Wrap ``chunks``; the arguments are those of ``MegatronZero``, but nothing overlaps."""
-        assert not overlap.grad_reduce, "refused by configs.rules"
-        assert not overlap.param_gather, "refused by configs.rules"
-        self._mesh = mesh
-        self._trained = {name: p for name, p in names.items() if p.requires_grad}
-        self._parts = parts
-        self.chunks: Sequence[Any] = [_accumulate_locally(chunk) for chunk in chunks]
-        transformer: Any = self.chunks[0].config
-        transformer.finalize_model_grads_func = finalize_model_grads
-        dtype = DTYPES[precision]
-        groups = _param_groups(self._trained, parts, config, mesh, dtype)
+        """Shard the state of what trains; the arguments are those of ``ShardedOptimizer``."""
+        super().__init__(model, config, precision, mesh)
+        groups = _param_groups(model, config, mesh, self._dtype)
         parameter: Any
         for parameter in self._trained.values():
             parameter.ds_pipe_replicated = _is_copy(parameter, mesh)
@@ -77,12 +52,10 @@ class DeepSpeedZero:
         self._zero = _sharded_adam(groups, self._trained, config, mesh)
         for hook in self._zero._grad_acc_hooks:
             hook.remove()  # gradients are handed over after the backward pass, not during it
-        self.num_updates = dict.fromkeys(PARTS, 0)
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()
+        self._model.zero_grad()
         self._zero.zero_grad()
         self._zero.averaged_gradients.clear()  # in bf16 DeepSpeed adds to them until it steps
 
@@ -102,7 +75,7 @@ class DeepSpeedZero:
         for group in self._zero.optimizer.param_groups:
             group["lr"] = lr[group["part"]]
         self._zero.step()
-        self.num_updates = {part: count + 1 for part, count in self.num_updates.items()}
+        self._count_update()
 
     def local_grads(self) -> dict[str, Tensor]:
         """Reduced gradients by name, whole over dp. Every rank of ``dp_group`` must call this."""
@@ -126,7 +99,7 @@ class DeepSpeedZero:
     ) -> None:
         """Take over the state of the named parameters; that of the others stays."""
         self._link_moments()
-        self.num_updates |= {self._parts[name]: num_updates[self._parts[name]] for name in state}
+        self._take_over_updates(state, num_updates)
         adam = self._zero.optimizer
         for group in adam.param_groups:
             for shard in group["params"]:
@@ -169,25 +142,8 @@ class DeepSpeedZero:
             parameter.grad = grad
 
 
-def _accumulate_locally(chunk: nn.Module) -> DistributedDataParallel:
-    """megatron-core's fp32 gradient buffers, without its reduction over dp."""
-    alone = ProcessGroupCollection.use_mpu_process_groups()
-    alone.dp = alone.dp_cp = alone.intra_dp_cp = (
-        alone.cp
-    )  # of one rank, as nothing is context-parallel
-    config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=False, overlap_grad_reduce=False
-    )
-    transformer: Any = chunk.config
-    return DistributedDataParallel(transformer, config, chunk, pg_collection=alone)
-
-
 def _param_groups(
-    trained: Mapping[str, nn.Parameter],
-    parts: Mapping[str, str],
-    config: OptimizerConfig,
-    mesh: Mesh,
-    dtype: torch.dtype,
+    model: DataParallelModel, config: OptimizerConfig, mesh: Mesh, dtype: torch.dtype
 ) -> list[dict[str, Any]]:
     """One group for each part, with and without weight decay; the same list on every rank."""
     return [
@@ -199,7 +155,7 @@ def _param_groups(
         }
         for part in PARTS
         for decays, members in _by_decay(
-            parameter for name, parameter in trained.items() if parts[name] == part
+            parameter for name, parameter in model.trained.items() if model.parts[name] == part
         )
     ]
 

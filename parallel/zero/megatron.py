@@ -3,23 +3,24 @@
 Reduce-scatter of gradients, all-gather of parameters.
 """
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from triptych.configs.schema import PARTS, OptimizerConfig, OverlapConfig, Precision
-from triptych.parallel.dtypes import DTYPES
+from triptych.configs.schema import PARTS, OptimizerConfig, Precision
+from triptych.parallel.data_parallel import DataParallelModel
 from triptych.parallel.mesh import Mesh
 from triptych.parallel.zero.gather import gather_whole
-from triptych.parallel.zero.protocol import FUSED, MOMENTS, STATE_KINDS, ParamState
-
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
+from triptych.parallel.zero.protocol import (
+    FUSED,
+    MOMENTS,
+    STATE_KINDS,
+    ParamState,
+    ShardedOptimizer,
 )
+
 from megatron.core.optimizer import (
     OptimizerConfig as MegatronOptimizerConfig,
 )
@@ -31,41 +32,15 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 
 
-class MegatronZero:
-    """The ShardedOptimizer over megatron-core's DDP buffers.
-
-    Every rank must build it, also one where nothing trains. Parameters that are frozen at this
-    moment stay frozen.
-    """
+class MegatronZero(ShardedOptimizer):
+    """The ShardedOptimizer over megatron-core's DDP buffers."""
 
     def __init__(
-        self,
-        chunks: Sequence[nn.Module],
-        names: Mapping[str, nn.Parameter],
-        parts: Mapping[str, str],
-        config: OptimizerConfig,
-        overlap: OverlapConfig,
-        precision: Precision,
-        mesh: Mesh,
+        self, model: DataParallelModel, config: OptimizerConfig, precision: Precision, mesh: Mesh
     ) -> None:
-        """Wrap ``chunks``.
-
-        Args:
-            chunks: this rank's pieces of the model, with ``requires_grad`` set.
-            names: their parameters by global name.
-            parts: the part of each name; each part has its own learning rate.
-            config: betas, eps, decay and clipping.
-            overlap: whether gradients and weights travel while something is computed.
-            precision: of weights and activations; gradients and state are fp32.
-            mesh: this rank's place.
-        """
-        self._mesh = mesh
-        self._clip = config.clip_grad
-        self._overlaps_gather = overlap.param_gather
-        self._trained = {name: p for name, p in names.items() if p.requires_grad}
-        self._parts = parts
-        self.chunks: Sequence[Any] = [_data_parallel(chunk, overlap) for chunk in chunks]
-        _finish_by_megatron(self.chunks, overlap)
+        """Shard the state of what trains; the arguments are those of ``ShardedOptimizer``."""
+        super().__init__(model, config, precision, mesh)
+        self._overlaps_gather: bool = model.chunks[0].ddp_config.overlap_param_gather
         self._chain = get_megatron_optimizer(
             MegatronOptimizerConfig(
                 optimizer="adam",
@@ -76,25 +51,21 @@ class MegatronZero:
                 adam_eps=config.eps,
                 clip_grad=config.clip_grad,
                 bf16=precision is Precision.bf16,
-                params_dtype=DTYPES[precision],
+                params_dtype=self._dtype,
                 use_distributed_optimizer=True,
-                overlap_param_gather=overlap.param_gather,
+                overlap_param_gather=self._overlaps_gather,
             ),
-            self.chunks,
-            config_overrides=_param_groups(
-                {id(p): parts[name] for name, p in names.items()}, config.weight_decay
-            ),
+            list(model.chunks),
+            config_overrides=_param_groups(model, config.weight_decay),
             use_gloo_process_groups=False,
         )
         self._optimizers = [o for o in self._chain.chained_optimizers if not o.is_stub_optimizer]
         for optimizer in self._optimizers:
             _fuse(optimizer.optimizer)
-        self.num_updates = dict.fromkeys(PARTS, 0)
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()
+        self._model.zero_grad()
         self._chain.zero_grad()
 
     def grad_norm(self) -> float:
@@ -108,10 +79,10 @@ class MegatronZero:
             group["lr"] = lr[group["part"]]
         for optimizer in self._optimizers:
             parameters = optimizer.get_parameters()
-            if self._clip > 0 and parameters:
-                clip_grad_by_total_norm_fp32(parameters, self._clip, grad_norm)
+            if self._config.clip_grad > 0 and parameters:
+                clip_grad_by_total_norm_fp32(parameters, self._config.clip_grad, grad_norm)
         self._chain.step_with_ready_grads()
-        self.num_updates = {part: count + 1 for part, count in self.num_updates.items()}
+        self._count_update()
 
     def local_grads(self) -> dict[str, Tensor]:
         """Reduced gradients by name, whole over dp. Every rank of ``dp_group`` must call this."""
@@ -141,7 +112,7 @@ class MegatronZero:
         self, state: Mapping[str, ParamState], num_updates: Mapping[str, int]
     ) -> None:
         """Take over the state of the named parameters; that of the others stays."""
-        self.num_updates |= {self._parts[name]: num_updates[self._parts[name]] for name in state}
+        self._take_over_updates(state, num_updates)
         for name, _, start, end, inner in self._shards():
             if inner is None or name not in state:
                 continue
@@ -150,7 +121,7 @@ class MegatronZero:
             main.data.copy_(shard["master"])
             adam.state[main] = {key: shard[key].to(main).clone() for key in MOMENTS}
             if isinstance(adam, torch.optim.AdamW):
-                step = float(self.num_updates[self._parts[name]])
+                step = float(self.num_updates[self._model.parts[name]])
                 adam.state[main]["step"] = torch.tensor(step, device=main.device)
         for optimizer in self._optimizers:
             _set_fused_steps(optimizer.optimizer, self.num_updates)
@@ -161,7 +132,7 @@ class MegatronZero:
         Every rank of ``dp_group`` must call this.
         """
         if self._overlaps_gather:
-            for chunk in self.chunks:
+            for chunk in self._model.chunks:
                 chunk.start_param_sync(force_sync=True)
 
     def refresh_master_weights(self) -> None:
@@ -195,34 +166,9 @@ def _state_of(inner: tuple[torch.optim.Optimizer, Tensor] | None) -> list[Tensor
     return [main.data, *(adam.state[main].get(key) for key in MOMENTS)]
 
 
-def _data_parallel(chunk: nn.Module, overlap: OverlapConfig) -> DistributedDataParallel:
-    transformer: Any = chunk.config
-    config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        use_distributed_optimizer=True,
-        overlap_grad_reduce=overlap.grad_reduce,
-        overlap_param_gather=overlap.param_gather,
-    )
-    return DistributedDataParallel(transformer, config, chunk)
-
-
-def _finish_by_megatron(chunks: Sequence[DistributedDataParallel], overlap: OverlapConfig) -> None:
-    """What megatron-core's schedule calls when gradients are to be reduced, or not yet.
-
-    It asks the first chunk's configuration.
-    """
-    transformer: Any = chunks[0].config
-    transformer.finalize_model_grads_func = finalize_model_grads
-    if overlap.grad_reduce:
-        # a list is for several chunks only
-        no_sync = [chunk.no_sync for chunk in chunks]
-        transformer.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
-
-
-def _param_groups(
-    part_by_id: Mapping[int, str], weight_decay: float
-) -> dict[ParamKey, dict[str, Any]]:
+def _param_groups(model: DataParallelModel, weight_decay: float) -> dict[ParamKey, dict[str, Any]]:
     """One group for each part, with and without weight decay."""
+    part_by_id = {id(p): model.parts[name] for name, p in model.parameters.items()}
 
     def in_group(part: str, decays: bool) -> ParamWithNamePredicate:
         return ParamWithNamePredicate(

@@ -1,11 +1,15 @@
 """What training asks of an optimizer that is sharded over the data-parallel ranks (ZeRO-1)."""
 
-from collections.abc import Container, Mapping, Sequence
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Container, Iterable, Mapping
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from triptych.configs.schema import PARTS, OptimizerConfig, Precision
+from triptych.parallel.data_parallel import DataParallelModel
 from triptych.parallel.device import HAS_CUDA
+from triptych.parallel.dtypes import DTYPES
+from triptych.parallel.mesh import Mesh
 
 FUSED = HAS_CUDA
 """Whether torch's AdamW, where it is the one, updates all weights in one kernel."""
@@ -18,39 +22,59 @@ ParamState = dict[str, Tensor]
 which a device has no room for."""
 
 
-class ShardedOptimizer(Protocol):
+class ShardedOptimizer(ABC):
     """AdamW with fp32 master weights, its state sharded over the data-parallel ranks.
 
     Names are the global ones of ``models.parameters``. Tensors are this rank's tensor-parallel
-    pieces, whole over dp.
+    pieces, whole over dp. Every rank must build it, also one where nothing trains.
     """
 
-    chunks: Sequence[nn.Module]
-    """The model, wrapped so that gradients are summed over the data-parallel ranks."""
     num_updates: dict[str, int]
-    """Updates made so far, by part; Adam's step. Of what is frozen it means nothing."""
+    """Updates made so far, by part: Adam's step. It means nothing for what is frozen."""
 
+    def __init__(
+        self, model: DataParallelModel, config: OptimizerConfig, precision: Precision, mesh: Mesh
+    ) -> None:
+        """Begin at update 0.
+
+        Args:
+            model: this rank's chunks, wrapped for the kind of ZeRO that this is.
+            config: betas, eps, decay and clipping.
+            precision: of weights and activations; gradients and state are fp32.
+            mesh: this rank's place.
+        """
+        self._model, self._config, self._mesh = model, config, mesh
+        self._dtype = DTYPES[precision]
+        self._trained = model.trained
+        self.num_updates = dict.fromkeys(PARTS, 0)
+
+    @abstractmethod
     def zero_grad(self) -> None:
         """Forget the gradients. Before each step's first microbatch."""
 
+    @abstractmethod
     def grad_norm(self) -> float:
         """L2 norm of the whole model's gradient, replicated and tied parameters counted once.
 
         A collective of all ranks.
         """
 
+    @abstractmethod
     def step(self, lr: Mapping[str, float], grad_norm: float) -> None:
         """Clip by ``grad_norm`` and update. ``lr`` by part. A collective of all ranks."""
 
+    @abstractmethod
     def local_grads(self) -> dict[str, Tensor]:
         """Reduced gradients by name. A collective of ``dp_group``."""
 
+    @abstractmethod
     def state_by_param(self, names: Container[str] | None = None) -> dict[str, ParamState]:
-        """Optimizer state by name, of what trains, or of ``names`` only.
+        """Optimizer state by name, for what trains, or for ``names`` only.
 
         A collective of ``dp_group``.
         """
 
+    @abstractmethod
     def load_state_by_param(
         self, state: Mapping[str, ParamState], num_updates: Mapping[str, int]
     ) -> None:
@@ -59,11 +83,22 @@ class ShardedOptimizer(Protocol):
         ``num_updates`` is taken over for the parts that they belong to.
         """
 
+    @abstractmethod
     def gather_weights(self) -> None:
         """Wait for the updated weights of the other ranks, where their gathering overlaps.
 
         Before weights are read other than by a forward pass. A collective of ``dp_group``.
         """
 
+    @abstractmethod
     def refresh_master_weights(self) -> None:
         """Copy the model's weights to the master weights, after the weights were loaded."""
+
+    def _count_update(self) -> None:
+        """One update was made, of all parts."""
+        self.num_updates = {part: count + 1 for part, count in self.num_updates.items()}
+
+    def _take_over_updates(self, names: Iterable[str], num_updates: Mapping[str, int]) -> None:
+        """Go on counting where whoever had the state of ``names`` stood."""
+        parts = {self._model.parts[name] for name in names}
+        self.num_updates |= {part: num_updates[part] for part in parts}

@@ -12,7 +12,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from triptych.checkpoints.hf.name_table import name_table
 from triptych.configs.compose import load_config
-from triptych.configs.schema import ModelConfig, ParallelConfig, Part, Precision
+from triptych.configs.schema import Kernels, ModelConfig, ParallelConfig, Part, Precision
+from triptych.models.kernels import choose_here
 from triptych.models.parameters import global_parameters, part_of
 from triptych.models.qwen_vl.model import Qwen2VL
 from triptych.models.qwen_vl.sharding_table import sharding_table
@@ -48,7 +49,9 @@ def build(
 ) -> Qwen2VL:
     layers = [model.language.num_layers // parallel.pp] * parallel.pp
     with torch.device(device):
-        piece = Qwen2VL(model, parallel, Precision.bf16, layers, mesh.places(1)[0])
+        [place] = mesh.places(1)
+        kernels = choose_here(Kernels.auto, Precision.bf16)
+        piece = Qwen2VL(model, parallel, Precision.bf16, layers, place, kernels)
     assert {p.device.type for p in piece.parameters()} == {device}
     assert {p.dtype for p in piece.parameters()} == {torch.bfloat16}
     return piece

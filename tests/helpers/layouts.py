@@ -202,7 +202,7 @@ def _measure(case: LayoutCase, mesh: Mesh, num_steps: int) -> RankOutcome:
     lr = {part: LR if part in TRAINED[case.stage] else 0.0 for part in ("vit", "adapter", "llm")}
     kinds = itertools.islice(itertools.cycle(steps), num_steps)
     for number, kind in enumerate(kinds):
-        train_step(engine.optimizer, steps[kind], lr, mesh, number=number + 1)
+        train_step(engine, steps[kind], lr, number=number + 1)
     engine.optimizer.gather_weights()
     return RankOutcome(
         mesh.tp_rank,

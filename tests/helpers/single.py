@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from triptych.checkpoints.hf.folder import HFReader
 from triptych.checkpoints.hf.name_table import name_table
-from triptych.configs.schema import ModelConfig, ParallelConfig, Precision
+from triptych.configs.schema import Kernels, ModelConfig, ParallelConfig, Precision
 from triptych.data.loading.collate import Segment, collate
 from triptych.data.types import Batch, SampleId
 from triptych.models.build import build_model
+from triptych.models.kernels import choose_here
 from triptych.models.parameters import global_parameters
 from triptych.parallel.mesh import Mesh, build_mesh, init_distributed, shutdown
 from triptych.tests.helpers.limits import HANG_S
@@ -38,7 +39,8 @@ def load_ours(
     folder: Path, model: ModelConfig, mesh: Mesh, precision: Precision = Precision.fp32
 ) -> nn.Module:
     """The model with the weights of a Hugging Face folder."""
-    [piece] = build_model(model, ParallelConfig(), precision, [model.language.num_layers], mesh)
+    layers, kernels = [model.language.num_layers], choose_here(Kernels.auto, precision)
+    [piece] = build_model(model, ParallelConfig(), precision, layers, mesh, kernels)
     reader = HFReader(folder, model)
     with torch.no_grad():
         for name, parameter in global_parameters([piece]):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from triptych.configs.schema import (
+    Kernels,
     ModelConfig,
     ParallelConfig,
     Part,
@@ -18,6 +19,7 @@ from triptych.configs.schema import (
 from triptych.models.build import build_model
 from triptych.models.fake_rank import saved_storages
 from triptych.models.init import init_parameters
+from triptych.models.kernels import choose_here
 from triptych.models.parameters import part_of
 from triptych.models.qwen_vl.sharding_table import sharding_table
 from triptych.parallel.mesh import Mesh
@@ -53,7 +55,8 @@ def run(
     """Bytes kept between forward and backward pass, each storage once, and the gradients."""
     parallel = ParallelConfig(recompute=recompute)
     layers = [model.language.num_layers]
-    [piece] = chunks = build_model(model, parallel, Precision.fp32, layers, mesh)
+    kernels = choose_here(Kernels.auto, Precision.fp32)
+    [piece] = chunks = build_model(model, parallel, Precision.fp32, layers, mesh, kernels)
     init_parameters(chunks, sharding_table(model), mesh, 0)
     freeze(piece, trained)
     with saved_storages(piece) as kept:

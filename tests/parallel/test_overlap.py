@@ -49,7 +49,7 @@ def losses(case: LayoutCase, order: tuple[str, ...]) -> list[float]:
     found = []
     for number, kind in enumerate(order):
         step = make_step(kind, mesh, 1)
-        found.append(train_step(engine.optimizer, step, rates, mesh, number=number).loss)
+        found.append(train_step(engine, step, rates, number=number).loss)
         found.append(validation_loss(engine.chunks, make_step("first", mesh, 1), mesh))
     return found
 

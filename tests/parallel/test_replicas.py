@@ -29,7 +29,7 @@ def trained_engine(zero: str, layout: Layout) -> Engine:
     engine = build_engine(config_of(LayoutCase(layout, zero=zero)), mesh)
     draw_weights(engine)
     rates = dict.fromkeys(("vit", "adapter", "llm"), LR)
-    train_step(engine.optimizer, make_step("some", mesh, 1), rates, mesh, number=1)
+    train_step(engine, make_step("some", mesh, 1), rates, number=1)
     return engine
 
 

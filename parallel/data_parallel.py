@@ -1,0 +1,93 @@
+"""The model's chunks wrapped for data parallelism by megatron-core's DistributedDataParallel.
+
+It accumulates gradients over the microbatches in fp32 buffers. Who sums them over the data-parallel
+ranks is a matter of ZeRO's: megatron-core's optimizer lets the wrapping do it, overlapped with the
+backward pass if asked; DeepSpeed does it itself, afterwards.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from triptych.configs.schema import OverlapConfig, Zero
+
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+
+@dataclass(frozen=True, slots=True)
+class DataParallelModel:
+    """This rank's chunks of the model, wrapped, and their parameters."""
+
+    chunks: Sequence[DistributedDataParallel]
+    parameters: Mapping[str, nn.Parameter]
+    """By global name; what is frozen when the model is wrapped stays frozen."""
+    parts: Mapping[str, str]
+    """The part of each name; each part has its own learning rate."""
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that train, by global name."""
+        return {name: p for name, p in self.parameters.items() if p.requires_grad}
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+
+
+def wrap_chunks(
+    chunks: Sequence[nn.Module], zero: Zero, overlap: OverlapConfig
+) -> list[DistributedDataParallel]:
+    """Wrap the chunks of this rank, and tell megatron-core's schedule when to reduce gradients.
+
+    Every rank must call this, also one where nothing trains.
+
+    Args:
+        chunks: with ``requires_grad`` set.
+        zero: who sums gradients over the data-parallel ranks.
+        overlap: whether gradients and weights travel while something is computed.
+    """
+    if zero is Zero.deepspeed:
+        assert not overlap.grad_reduce, "refused by configs.rules"
+        assert not overlap.param_gather, "refused by configs.rules"
+        wrapped = [_accumulating(chunk) for chunk in chunks]
+    else:
+        wrapped = [_reducing(chunk, overlap) for chunk in chunks]
+    transformer: Any = wrapped[0].config  # megatron-core's schedule asks the first chunk's
+    transformer.finalize_model_grads_func = finalize_model_grads
+    if overlap.grad_reduce:
+        # a list is for several chunks only
+        no_sync = [chunk.no_sync for chunk in wrapped]
+        transformer.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
+    return wrapped
+
+
+def _reducing(chunk: nn.Module, overlap: OverlapConfig) -> DistributedDataParallel:
+    """With gradients reduce-scattered over dp."""
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=overlap.grad_reduce,
+        overlap_param_gather=overlap.param_gather,
+    )
+    transformer: Any = chunk.config
+    return DistributedDataParallel(transformer, config, chunk)
+
+
+def _accumulating(chunk: nn.Module) -> DistributedDataParallel:
+    """Without a reduction over dp: its group is of one rank."""
+    alone = ProcessGroupCollection.use_mpu_process_groups()
+    one_rank = alone.cp  # as nothing is context-parallel
+    alone.dp = alone.dp_cp = alone.intra_dp_cp = one_rank
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=False, overlap_grad_reduce=False
+    )
+    transformer: Any = chunk.config
+    return DistributedDataParallel(transformer, config, chunk, pg_collection=alone)
