@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -145,8 +146,9 @@ class Batch:
     """(T,) bool, True = counts. False at each segment's last position. Stays on the CPU."""
     position_ids: Tensor
     """(3, T) int64, M-RoPE; restarts at 0 in every segment."""
-    cu_seqlens: Tensor
-    """(num_segments + 1,) int32, starts at 0, ends at T."""
+    segments: list[int]
+    """(num_segments + 1,) where segments begin: starts at 0, ends at T. Kernels that want them on
+    the device as ``cu_seqlens`` get them from the model (models/attention.py)."""
     grid_thw: Tensor
     """(num_media, 3) int64, in unmerged patches, in order of appearance."""
     vision_index: Tensor
@@ -165,19 +167,13 @@ class Batch:
     num_patches: int
 
     @property
-    def segments(self) -> list[int]:
-        """The segment boundaries as Python ints."""
-        bounds: list[int] = self.cu_seqlens.tolist()
-        return bounds
-
-    @property
     def workload(self) -> Workload:
         """What the FLOPs of the batch follow from, padding excepted, as the loss mask is now."""
-        lengths = self.cu_seqlens.long().diff()[: len(self.sample_ids)]
+        lengths = [end - start for start, end in pairwise(self.segments)][: len(self.sample_ids)]
         frames, height, width = self.grid_thw.unbind(dim=1)
         return Workload(
             num_tokens=self.num_tokens,
-            token_pairs=int(lengths.square().sum()),
+            token_pairs=sum(length**2 for length in lengths),
             num_patches=self.num_patches,
             patch_pairs=int((frames * (height * width).square()).sum()),
             num_supervised_tokens=self.num_supervised_tokens,

@@ -168,7 +168,7 @@ def _microbatch(config: Config, load: Workload) -> Batch:
         labels=torch.zeros(num_tokens, dtype=torch.int64),
         loss_mask=torch.arange(num_tokens) >= num_vision,
         position_ids=torch.zeros(3, num_tokens, dtype=torch.int64),
-        cu_seqlens=torch.tensor([*range(0, num_tokens, segment), num_tokens], dtype=torch.int32),
+        segments=[*range(0, num_tokens, segment), num_tokens],
         grid_thw=torch.tensor([[1, merge, patches // merge] for patches in images]).view(-1, 3),
         vision_index=torch.arange(num_vision),
         pixel_values=torch.zeros(num_patches, patch_dim, dtype=torch.uint8),

@@ -3,11 +3,12 @@
 input_ids   a b c d   x y z   p       p = <|endoftext|>, up to a multiple of pad_to
 labels      b c d x   y z p   p       next token; what crosses a boundary never counts
 loss_mask   1 1 1 0   1 1 0   0       where every token after the first of a segment is a target
-cu_seqlens  0         4       7  8
+segments    0         4       7  8
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -63,7 +64,7 @@ def collate(
         labels=torch.from_numpy(np.append(input_ids[1:], np.int64(tokens.endoftext))),
         loss_mask=torch.from_numpy(_loss_mask(segments, len(input_ids))),
         position_ids=torch.cat(positions, dim=1),
-        cu_seqlens=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
+        segments=list(accumulate(lengths, initial=0)),
         grid_thw=torch.from_numpy(grid_thw),
         vision_index=torch.from_numpy(np.flatnonzero(placeholders(input_ids, tokens))),
         pixel_values=_pixel_values(segments, patch_dim) if with_pixels else None,

@@ -47,7 +47,7 @@ def test_batch_by_hand():
     assert batch.input_ids.tolist() == [*image, *text, 9, 9, 9]
     assert batch.labels.tolist() == [*image[1:], *text, 9, 9, 9, 9]
     assert batch.loss_mask.nonzero().view(-1).tolist() == [7, 8, 10, 11]
-    assert batch.cu_seqlens.tolist() == batch.segments == [0, 10, 13, 16]
+    assert batch.segments == [0, 10, 13, 16]
     assert batch.vision_index.tolist() == [1, 2, 3, 4, 5, 6]
     assert batch.grid_thw.tolist() == [[1, 4, 6]]
     assert batch.position_ids.tolist() == [
@@ -65,7 +65,6 @@ def test_batch_by_hand():
         "labels": torch.int64,
         "loss_mask": torch.bool,
         "position_ids": torch.int64,
-        "cu_seqlens": torch.int32,
         "grid_thw": torch.int64,
         "vision_index": torch.int64,
         "pixel_values": torch.uint8,

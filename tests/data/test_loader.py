@@ -141,12 +141,12 @@ def take(loader, num_steps):
 
 def contents(step):
     """All that a step holds, comparable."""
-    tensors = ("input_ids", "labels", "loss_mask", "position_ids", "cu_seqlens", "pixel_values")
+    tensors = ("input_ids", "labels", "loss_mask", "position_ids", "pixel_values")
     return (
         step.packs,
         step.unreadable,
         [
-            (batch.sample_ids, [getattr(batch, name).tolist() for name in tensors])
+            (batch.sample_ids, batch.segments, [getattr(batch, name).tolist() for name in tensors])
             for batch in step.microbatches
         ],
     )

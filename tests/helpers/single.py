@@ -73,7 +73,7 @@ def logits_by_sample(piece: nn.Module, batch: Batch) -> list[Tensor]:
     """(num_tokens, vocab) of each sample of the pack; padding left out."""
     with torch.no_grad():
         logits = piece(_beside(piece, batch), with_loss=False)[0]
-    lengths = batch.cu_seqlens.diff().tolist()
+    lengths = np.diff(batch.segments).tolist()
     return list(logits.cpu().split(lengths))[: len(batch.sample_ids)]
 
 

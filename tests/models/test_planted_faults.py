@@ -149,13 +149,13 @@ def text_after_all_patches(build: Callable[..., Tensor]) -> Callable[..., Tensor
 
 def first_positions_for_all(batch: Batch) -> Batch:
     """Each segment turned by the pack's first angles, as megatron-core's thd path may do."""
-    lengths = batch.cu_seqlens.diff().tolist()
+    lengths = np.diff(batch.segments).tolist()
     positions = torch.cat([batch.position_ids[:, :length] for length in lengths], dim=1)
     return replace(batch, position_ids=positions)
 
 
 def one_segment(batch: Batch) -> Batch:
-    return replace(batch, cu_seqlens=batch.cu_seqlens[[0, -1]])
+    return replace(batch, segments=[0, batch.segments[-1]])
 
 
 def swapped_axes(batch: Batch) -> Batch:
@@ -163,7 +163,7 @@ def swapped_axes(batch: Batch) -> Batch:
 
 
 def text_positions_for_images(batch: Batch) -> Batch:
-    lengths = batch.cu_seqlens.diff().tolist()
+    lengths = np.diff(batch.segments).tolist()
     positions = torch.cat([torch.arange(length) for length in lengths]).expand(3, -1)
     return replace(batch, position_ids=positions)
 
