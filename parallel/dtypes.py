@@ -5,4 +5,4 @@ import torch
 from triptych.configs.schema import Precision
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
-"""Of weights and activations."""
+"""The dtype of weights and activations."""

@@ -54,7 +54,7 @@ class PlannedP2P(P2PCommunicator):
         recv_prev: bool,
         recv_next: bool,
     ) -> tuple[MessageShape, MessageShape]:
-        """Of the next activation from the stage before, of the next gradient from the one after."""
+        """Shapes of the next activation from the stage before, and of the next gradient."""
         nothing = [0, 0, 0]
         return (
             next(self._forward) if recv_prev else nothing,
