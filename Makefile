@@ -41,13 +41,13 @@ checks: $(INSTALLED)
 	$(BIN)/lint-imports
 
 test: checks
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/python tests/helpers/side_by_side.py "not slow"
 
 test-fast: $(INSTALLED)
 	$(BIN)/pytest -m "not slow and not distributed and not torchrun and not slurm"
 
 test-full: checks
-	$(BIN)/pytest
+	$(BIN)/python tests/helpers/side_by_side.py
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/bench.py

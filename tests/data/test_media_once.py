@@ -10,7 +10,7 @@ from triptych.configs.schema import Config
 from triptych.data.dataset.dataset import Dataset
 from triptych.data.loading.loader import Loader
 from triptych.data.media import kinds
-from triptych.tests.helpers.runs import LAYOUTS, Runs, train
+from triptych.tests.helpers.runs import COVERING, LAYOUTS, Runs, train
 
 pytestmark = pytest.mark.distributed
 
@@ -55,7 +55,10 @@ def count_decodes(config: Config) -> tuple[int, int, int]:
     return told[0], calls["decode"], calls["read"]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(name, marks=() if name in COVERING else pytest.mark.slow) for name in LAYOUTS],
+)
 def test_decodes_are_as_many_as_pictures(layout, runs, digits):
     """``prefetch_steps=0``: nothing is read ahead of the last step."""
     counts = runs.call(count_decodes, "run", layout, "train.num_steps=3", "data.prefetch_steps=0")

@@ -49,6 +49,11 @@ LAYOUTS = {
     "dp2 pp2 interleaved": (4, "pp2 parallel.vpp=2"),
 }
 """Name -> number of ranks, choice of the group ``parallel`` and what else makes the layout."""
+COVERING = ("single", "tp2 pp2", "dp2 pp2 interleaved")
+"""What make test runs where make test-full runs all. Each axis is split in one of these, as in the
+layouts that split it alone: a rank that leaves out its share, or counts it twice, differs from the
+single process there too. What an axis does alone, steps of tests/parallel/test_layouts.py show.
+"""
 OVERLAP = [f"parallel.overlap.{what}=true" for what in ("grad_reduce", "param_gather", "p2p")]
 
 

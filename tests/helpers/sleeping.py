@@ -1,13 +1,16 @@
 """A pipeline whose stages sleep instead of computing, under the real schedule: who waits, and when.
 
 Sleeping takes no core, so any machine can run any number of stages, and passes take as long as they
-are told to.
+are told to. Or they only count the time: each stage has a clock of its own, a message carries the
+time at which it was sent, and whoever receives it has waited until then. Counted times are the same
+on any machine, however busy; what they leave out is what messages themselves cost.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -20,6 +23,7 @@ from triptych.costs.pipeline_schedule import Event
 from triptych.models.kernels import Installed, choose
 from triptych.models.qwen_vl.transformer_configs import language_transformer
 from triptych.parallel.mesh import ChunkPlace, Mesh, build_mesh
+from triptych.parallel.p2p import PlannedP2P
 from triptych.parallel.schedule import run_microbatches
 from triptych.tests.helpers.limits import HANG_S
 from triptych.tests.helpers.reference import small_model
@@ -30,8 +34,44 @@ from megatron.core.transformer.module import MegatronModule
 NUM_TOKENS = 8
 
 
+class SleepingClock:
+    """Real time, the same on all stages."""
+
+    def sleep(self, seconds: float) -> tuple[float, float]:
+        """Let this time pass; returns when it began and ended."""
+        start_s = time.perf_counter()
+        time.sleep(seconds)
+        return start_s, time.perf_counter()
+
+    def receive(self, sent_s: float) -> None:
+        """Whoever received this message has waited for it."""
+
+
+class CountingClock:
+    """Time of one stage, which passes at once."""
+
+    def __init__(self) -> None:
+        """Begin at 0."""
+        self._now_s = 0.0
+
+    def sleep(self, seconds: float) -> tuple[float, float]:
+        """Count this time; returns when it began and ended."""
+        start_s = self._now_s
+        self._now_s += seconds
+        return start_s, self._now_s
+
+    def receive(self, sent_s: float) -> None:
+        """Count the time that passed until this message was sent."""
+        self._now_s = max(self._now_s, sent_s)
+
+
+Clock = SleepingClock | CountingClock
+
+
 class SleepingChunk(MegatronModule):
-    """Passes its input on, after a while."""
+    """Lets time pass, and tells the next stage when that was over."""
+
+    clock: Clock
 
     def __init__(
         self, config: Any, mesh: Mesh, chunk: int, seconds: NDArray[np.float64], log: list[Event]
@@ -53,28 +93,30 @@ class SleepingChunk(MegatronModule):
         slept: Tensor = _Sleep.apply(h_T1H, self, microbatch)
         return slept
 
-    def sleep(self, microbatch: int, is_backward: bool) -> None:
-        start_s = time.perf_counter()
-        time.sleep(self._seconds[int(is_backward), microbatch])
-        event = (self._stage, self._chunk, microbatch, is_backward, start_s, time.perf_counter())
+    def sleep(self, microbatch: int, is_backward: bool) -> float:
+        start_s, end_s = self.clock.sleep(self._seconds[int(is_backward), microbatch])
+        event = (self._stage, self._chunk, microbatch, is_backward, start_s, end_s)
         self._log.append(Event(*event))
+        return end_s
 
 
 class _Sleep(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h_T1H: Tensor, chunk: SleepingChunk, microbatch: int) -> Tensor:
         ctx.chunk, ctx.microbatch = chunk, microbatch
-        chunk.sleep(microbatch, False)
-        return h_T1H.clone()
+        return torch.full_like(h_T1H, chunk.sleep(microbatch, False))
 
     @staticmethod
     def backward(ctx: Any, grad_T1H: Tensor) -> tuple[Tensor, None, None]:
-        ctx.chunk.sleep(ctx.microbatch, True)
-        return grad_T1H, None, None
+        return torch.full_like(grad_T1H, ctx.chunk.sleep(ctx.microbatch, True)), None, None
 
 
 def run_sleeping(
-    forward_s: Sequence[Any], backward_s: Sequence[Any], num_microbatches: int, num_rounds: int
+    forward_s: Sequence[Any],
+    backward_s: Sequence[Any],
+    num_microbatches: int,
+    num_rounds: int,
+    clock: type[Clock] = SleepingClock,
 ) -> list[list[Event]]:
     """One step after another. Every rank must call this; each is a stage.
 
@@ -83,9 +125,10 @@ def run_sleeping(
         backward_s: the same.
         num_microbatches: of each step.
         num_rounds: how many steps.
+        clock: whether time passes or is counted.
 
     Returns:
-        This stage's passes, in each round; their times are those of one clock for all ranks.
+        This stage's passes, in each round; times of all ranks can be compared.
     """
     shape = (len(forward_s), dist.get_world_size(), num_microbatches)
     given = [np.asarray(seconds, dtype=np.float64) for seconds in (forward_s, backward_s)]
@@ -105,7 +148,7 @@ def run_sleeping(
     for _ in range(num_rounds):
         log.clear()
         dist.barrier()
-        _step(chunks, num_microbatches, mesh)
+        _step(chunks, num_microbatches, mesh, clock())
         rounds.append(list(log))
     return rounds
 
@@ -118,11 +161,29 @@ def measured_bubble(stages: Sequence[Sequence[Event]]) -> float:
     return 1 - busy / (len(stages) * (end - begin))
 
 
-def _step(chunks: Sequence[SleepingChunk], num_microbatches: int, mesh: Mesh) -> None:
+def _step(chunks: Sequence[SleepingChunk], num_microbatches: int, mesh: Mesh, clock: Clock) -> None:
+    for chunk in chunks:
+        chunk.clock = clock
+
     def forward(chunk: SleepingChunk, microbatch: int, _place: ChunkPlace) -> tuple[Tensor, Any]:
         one = torch.ones((), dtype=torch.int32)
         return chunk(microbatch), lambda output: (output.sum(), one, None)
 
     lengths = [NUM_TOKENS] * num_microbatches
     batches = range(num_microbatches)
-    run_microbatches(chunks, batches, lengths, forward, mesh, forward_only=False)
+    with mock.patch.object(PlannedP2P, "_communicate", _received_by(clock)):
+        run_microbatches(chunks, batches, lengths, forward, mesh, forward_only=False)
+
+
+def _received_by(clock: Clock) -> Callable[..., Any]:
+    """megatron-core's exchange of messages; the clock is told of each where it is waited for."""
+    communicate = PlannedP2P._communicate
+
+    def told(p2p: PlannedP2P, **arguments: Any) -> tuple[Tensor | None, Tensor | None, Any]:
+        from_previous, from_next, requests = communicate(p2p, **arguments)
+        for message in (from_previous, from_next):
+            if message is not None:
+                clock.receive(message.flatten()[0].item())
+        return from_previous, from_next, requests
+
+    return told

@@ -19,11 +19,25 @@ from triptych.configs.schema import Config
 from triptych.costs.flops import Workload, forward_flops
 from triptych.data.dataset.dataset import Dataset
 from triptych.data.types import PixelLimits
-from triptych.tests.helpers.runs import LAYOUTS, Runs, losses, metrics, packs, refusal, train
+from triptych.tests.helpers.runs import (
+    COVERING,
+    LAYOUTS,
+    Runs,
+    losses,
+    metrics,
+    packs,
+    refusal,
+    train,
+)
 from triptych.train.json_lines import JsonLines, keep_until
 from triptych.train.step import counted
 
 distributed = pytest.mark.distributed
+every_layout = pytest.mark.parametrize(
+    "layouts",
+    [COVERING, pytest.param(tuple(LAYOUTS), marks=pytest.mark.slow)],
+    ids=["covering", "all"],
+)
 PROGRESS = "triptych.train.hooks.progress.Progress.after_step"
 
 
@@ -144,11 +158,12 @@ def damaged(digits, tmp_path_factory) -> Path:
 
 
 @distributed
-def test_unreadable_samples_are_left_out_on_every_rank(damaged, runs, pool, tmp_path):
+@every_layout
+def test_unreadable_samples_are_left_out_on_every_rank(layouts, damaged, runs, pool, tmp_path):
     """The same in every layout: which samples, why, and the loss of the others."""
     runs.train("undamaged", "single", "train.num_steps=3")
     spoilt = Runs(pool, damaged, tmp_path)
-    for layout in LAYOUTS:
+    for layout in layouts:
         spoilt.train(layout, layout, "train.num_steps=3")
     wanted = quarantined(spoilt.dir("single"))
     assert wanted
@@ -163,7 +178,7 @@ def test_unreadable_samples_are_left_out_on_every_rank(damaged, runs, pool, tmp_
     ):
         missing = whole["num_supervised_tokens"] - rest["num_supervised_tokens"]
         assert missing == left_out[whole["step"]]
-    for layout in LAYOUTS:
+    for layout in layouts:
         assert quarantined(spoilt.dir(layout)) == wanted
         told = {line["step"]: line["num_unreadable"] for line in metrics(spoilt.dir(layout))}
         assert told == {step: sum(row[0] == step for row in wanted) for step in told}
@@ -189,13 +204,14 @@ def quarantined(run_dir: Path) -> list[tuple[int, int, int, str]]:
 
 
 @distributed
-def test_validation_loss_is_the_same_in_every_layout(runs):
+@every_layout
+def test_validation_loss_is_the_same_in_every_layout(layouts, runs):
     """On 5 packs, which come out even over no two ranks; the first step's rate is 0."""
     options = ("train.validate_every=1", "train.validation_packs=5")
-    for layout in LAYOUTS:
+    for layout in layouts:
         told = runs.train(layout, layout, "train.num_steps=1", *options)
         assert "| validation " in told
-    found = {layout: metrics(runs.dir(layout))[0]["validation_loss"] for layout in LAYOUTS}
+    found = {layout: metrics(runs.dir(layout))[0]["validation_loss"] for layout in layouts}
     worst = max(abs(loss / found["single"] - 1) for loss in found.values())
     print(f"validation loss {found['single']:.4f} in every layout, within {worst:.1e}")
     assert worst <= 1e-6

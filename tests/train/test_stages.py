@@ -18,7 +18,7 @@ from triptych.tests.helpers.layouts import (
     make_step,
 )
 from triptych.tests.helpers.limits import HANG_S
-from triptych.tests.helpers.runs import LAYOUTS, Runs, metrics
+from triptych.tests.helpers.runs import COVERING, LAYOUTS, Runs, metrics
 from triptych.train.batches import to_device
 from triptych.train.engine import build_engine
 from triptych.train.stages.parameter_counts import ParameterCounts, check_trained_parts
@@ -105,14 +105,17 @@ def test_rates_follow_consumed_tokens(pool, digits, tmp_path):
 
 @distributed
 @pytest.mark.parametrize(
-    "stage",
-    ["1", pytest.param("2", marks=pytest.mark.slow), pytest.param("3", marks=pytest.mark.slow)],
+    ("stage", "layouts"),
+    [
+        pytest.param("1", COVERING, id="1"),
+        *(pytest.param(s, LAYOUTS, id=f"{s} all", marks=pytest.mark.slow) for s in "123"),
+    ],
 )
-def test_the_table_is_the_same_in_every_layout(stage, pool, digits, tmp_path):
+def test_the_table_is_the_same_in_every_layout(stage, layouts, pool, digits, tmp_path):
     """Replicated and tied parameters count once; a stage of the pipeline may train nothing."""
     runs = Runs(pool, digits, tmp_path)
     tables = {}
-    for layout in LAYOUTS:
+    for layout in layouts:
         told = runs.train(layout, layout, f"stage={stage}", "train.num_steps=1").splitlines()
         start = next(i for i, line in enumerate(told) if " part  " in line)
         tables[layout] = [line.split()[2:] for line in told[start : start + 5]]  # after the time
