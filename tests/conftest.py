@@ -8,8 +8,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from triptych.tests.helpers.pool import RankPool
+
+settings.register_profile(
+    "a busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("a busy machine")
 
 
 @pytest.fixture(scope="session")
