@@ -91,8 +91,8 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0,sched_min_interval=0
-SlurmdTimeout=1800
-SlurmctldTimeout=1800
+SlurmdTimeout=120
+SlurmctldTimeout=120
 MessageTimeout=100
 BatchStartTimeout=600
 InactiveLimit=0
