@@ -1,10 +1,14 @@
 """Hooks are told in order and closed in reverse, whatever fails; what they are told is fixed."""
 
 import dataclasses
+from unittest import mock
 
 import pytest
 
+from triptych.configs.schema import Config
 from triptych.data.plan.order import Cursor
+from triptych.errors import TrainingError
+from triptych.tests.helpers.runs import Runs, losses, refusal
 from triptych.train.hooks.chain import HookChain
 from triptych.train.hooks.hook import Hook, StepEvent
 from triptych.train.state import TrainState
@@ -139,3 +143,37 @@ def test_only_what_has_started_is_closed():
     with pytest.raises(OSError, match="b fails"), chain_of({"b": "on_start"}, calls).running(STATE):
         raise AssertionError("the block is not entered")
     assert names(calls, "on_error", "close") == ["on_error a", "close a"]
+
+
+@pytest.mark.distributed
+def test_hooks_of_every_rank_are_told_of_the_error_that_ends_a_run(pool, digits, tmp_path):
+    """What was written until then is complete."""
+    runs = Runs(pool, digits, tmp_path)
+    for told, error in runs.call(fail_in_step_3, "run", "dp2"):
+        assert error == "TrainingError: it broke"
+        assert told[0] == ("on_start", "mine", 0)
+        assert [name for name, *_ in told].count("after_step") == 2
+        assert told[-2:] == [("on_error", "mine", "it broke"), ("close", "mine", None)]
+    assert len(losses(runs.dir("run"))) == 2
+
+
+def fail_in_step_3(config: Config) -> tuple[list, str]:
+    """What a hook was told, and the error of the command."""
+    from triptych.train import loop
+
+    told, train_step = [], loop.train_step
+
+    def broken(*arguments, number: int, **more):
+        if number == 3:
+            raise TrainingError("it broke")
+        return train_step(*arguments, number=number, **more)
+
+    def with_mine(hooks):
+        return HookChain([*hooks, Recording("mine", told)])
+
+    with (
+        mock.patch("triptych.train.loop.train_step", broken),
+        mock.patch("triptych.train.run.HookChain", with_mine),
+    ):
+        error = refusal(config)
+    return told, error

@@ -54,7 +54,7 @@ class Progress(Hook):
         )
 
     def _speed(self, elapsed_s: float) -> str:
-        """Of one rank, by the model's FLOPs; as a share of its peak, where that is known."""
+        """Speed of one rank by the model's FLOPs, and its share of the peak where that is known."""
         tflops = sum(self._flops) / elapsed_s / self._mesh.dims.world_size / 1e12
         peak = self._config.cluster.peak_tflops
         return f"{tflops:.3g} TFLOP/s per rank" + (f", MFU {tflops / peak:.1%}" if peak else "")
