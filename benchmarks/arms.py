@@ -166,7 +166,7 @@ def packed(samples: Sequence[Segment], model: ModelConfig, device: torch.device)
         "attention_mask": {"full_attention": None},
         "position_ids": pack.position_ids[:, None].to(device),
         "labels": _labels(samples)[None].to(device),
-        PACKED: [Segments(pack.segments, device)],
+        PACKED: [Segments(device, pack.segments)],
         **_media(pack, device),
     }
 

@@ -109,6 +109,10 @@ class VisionConfig:
     """Frames in a patch; an image is two identical frames."""
     spatial_merge_size: int = 2
     """Patches along each side that the merger joins into one token."""
+    window_size: int = 0
+    """Pixels along each side of the windows that most layers attend within; 0: all see frames."""
+    full_attention_layers: list[int] = field(default_factory=list)
+    """Layers, from 0, that see whole frames where the others see windows."""
 
     @property
     def is_gated(self) -> bool:
@@ -124,6 +128,20 @@ class VisionConfig:
     def norm_has_bias(self) -> bool:
         """The norms of ViT and merger shift, besides scaling."""
         return self.norm is VisionNorm.layernorm
+
+    def sees_windows(self, layer: int) -> bool:
+        """A layer, counted from 0, attends within windows."""
+        return self.window_size > 0 and layer not in self.full_attention_layers
+
+    @property
+    def num_window_layers(self) -> int:
+        """Layers that attend within windows."""
+        return sum(map(self.sees_windows, range(self.depth)))
+
+    @property
+    def patches_per_window(self) -> int:
+        """Patches of a window that no edge of a frame cuts."""
+        return (self.window_size // self.patch_size) ** 2
 
     @property
     def patch_dim(self) -> int:

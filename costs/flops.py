@@ -80,12 +80,18 @@ class ForwardFlops:
 
 
 def vit_flops(vision: VisionConfig, load: Workload) -> PartFlops:
-    """Patch embedding and all layers of the ViT; attention within each frame, not causal."""
+    """Patch embedding and all layers of the ViT; attention within frames or windows, not causal.
+
+    Windows that an edge of a frame cuts count as whole: attention within windows of 8 x 8 patches
+    is a hundredth of its layer, and a workload need not count their pairs.
+    """
     hidden = vision.hidden_size
     weights = vision.patch_dim * hidden + vision.depth * _vit_layer_weights(vision)
+    pairs = (vision.depth - vision.num_window_layers) * load.patch_pairs
+    pairs += vision.num_window_layers * vision.patches_per_window * load.num_patches
     return PartFlops(
         linear=2.0 * weights * load.num_patches,
-        attention=4.0 * hidden * vision.depth * load.patch_pairs,
+        attention=4.0 * hidden * pairs,
     )
 
 

@@ -36,7 +36,8 @@ class Segments(PackedSeqParams):
     stay per token, and T stays the first dimension of (T, 1, ...).
     """
 
-    def __init__(self, bounds: list[int], device: torch.device) -> None:
+    def __init__(self, device: torch.device, bounds: list[int], *windows: list[int]) -> None:
+        """Take the boundaries of the segments, and of windows, if some layers see those instead."""
         cu_seqlens = upload(torch.tensor(bounds, dtype=torch.int32), device)
         longest = max(end - start for start, end in pairwise(bounds))
         super().__init__(
@@ -47,10 +48,11 @@ class Segments(PackedSeqParams):
             max_seqlen_kv=longest,
         )
         self.bounds = bounds
+        self.windows = Segments(device, *windows) if windows else None
 
 
 class PackedCoreAttention(MegatronModule):
-    """Softmax attention within each segment.
+    """Softmax attention within each segment, or within each window of a layer that sees those.
 
     Constructor and call as megatron-core's DotProductAttention.
     """
@@ -66,10 +68,12 @@ class PackedCoreAttention(MegatronModule):
         cp_comm_type: str | None = None,
         pg_collection: object = None,
         kernel: Kernel = Kernel.PER_SEGMENT,
+        sees_windows: bool = False,
     ) -> None:
         super().__init__(config=config)
         self.attend = VARLEN_ATTENTIONS[kernel]
         self.causal = attn_mask_type == AttnMaskType.causal
+        self.sees_windows = sees_windows
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
 
     def forward(
@@ -96,9 +100,12 @@ class PackedCoreAttention(MegatronModule):
         Returns:
             (T, 1, N * D).
         """
-        assert packed_seq_params is not None, "packed attention needs the pack's segments"
+        segments = packed_seq_params
+        if segments is not None and self.sees_windows:
+            segments = segments.windows
+        assert segments is not None, "packed attention needs the pack's segments"
         q_TND, k_TKD, v_TKD = (x.squeeze(1) for x in (query, key, value))
-        out_TND = self.attend(q_TND, k_TKD, v_TKD, packed_seq_params, self.causal, self.scale)
+        out_TND = self.attend(q_TND, k_TKD, v_TKD, segments, self.causal, self.scale)
         return out_TND.reshape(query.size(0), 1, -1)
 
 

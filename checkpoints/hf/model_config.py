@@ -125,10 +125,12 @@ def hf_config(model: ModelConfig) -> Json:
             f"transformers' Qwen2-VL has head_dim = hidden_size / num_heads; model.language has "
             f"head_dim={language.head_dim}, {language.hidden_size} / {language.num_heads}"
         )
-    if (vision.norm, vision.mlp) != (VisionNorm.layernorm, VisionMLP.quick_gelu):
+    described = vision.norm, vision.mlp, vision.window_size
+    if described != (VisionNorm.layernorm, VisionMLP.quick_gelu, 0):
         raise CheckpointError(
-            "transformers' Qwen2-VL has norm=layernorm and mlp=quick_gelu; model.vision has "
-            f"norm={vision.norm.name} and mlp={vision.mlp.name}"
+            "transformers' Qwen2-VL has norm=layernorm, mlp=quick_gelu and no windows; "
+            f"model.vision has norm={vision.norm.name}, mlp={vision.mlp.name} and "
+            f"window_size={vision.window_size}"
         )
     if vision.intermediate_size % vision.hidden_size:
         raise CheckpointError(

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from math import gcd
 
 from triptych.configs.problems import Problem, typed_list
-from triptych.configs.schema import Config
+from triptych.configs.schema import Config, VisionConfig
 
 
 def check_model(config: Config) -> Iterator[Problem]:
@@ -17,6 +17,7 @@ def check_model(config: Config) -> Iterator[Problem]:
             f" {4 * vision.num_heads}, as 2D-RoPE turns pairs along two axes",
             f"model.vision.hidden_size={_round_up(vision.hidden_size, 4 * vision.num_heads)}",
         )
+    yield from _check_windows(vision)
     if language.hidden_size != language.num_heads * language.head_dim:
         yield Problem(
             f"model.language.hidden_size={language.hidden_size} must be num_heads*head_dim ="
@@ -55,6 +56,34 @@ def check_model(config: Config) -> Iterator[Problem]:
         all_ids = list(ids.values())
         shared = [f"{key}={token}" for key, token in ids.items() if all_ids.count(token) > 1]
         yield Problem(f"{' and '.join(shared)} must differ", "the ids that the tokenizer gives")
+
+
+def _check_windows(vision: VisionConfig) -> Iterator[Problem]:
+    size, token, layers = vision.window_size, vision.resize_factor, vision.full_attention_layers
+    if size % token:
+        yield Problem(
+            f"model.vision.window_size={size} must be a multiple of patch_size*spatial_merge_size ="
+            f" {token}, as windows hold whole tokens",
+            f"model.vision.window_size={_round_up(size, token)}",
+        )
+    known = sorted({layer for layer in layers if 0 <= layer < vision.depth})
+    if layers != known:
+        yield Problem(
+            f"model.vision.full_attention_layers={typed_list(layers)} must be different layers from"
+            f" 0 to depth-1 = {vision.depth - 1}, in order",
+            f"model.vision.full_attention_layers={typed_list(known)}",
+        )
+    if layers and not size:
+        yield Problem(
+            f"model.vision.full_attention_layers={typed_list(layers)} sets apart layers without"
+            " windows, but model.vision.window_size=0 has none",
+            f"model.vision.window_size={4 * token} or model.vision.full_attention_layers=[]",
+        )
+    if size and len(known) == vision.depth:
+        yield Problem(
+            f"model.vision.window_size={size} is of no layer: full_attention_layers names all",
+            "model.vision.window_size=0 model.vision.full_attention_layers=[]",
+        )
 
 
 def _round_up(value: int, unit: int) -> int:

@@ -48,6 +48,7 @@ AT_LEAST = {
         "log.every",
     ),
     0: (
+        "model.vision.window_size",
         "train.validate_every",
         "seed",
         "data.prefetch_steps",
@@ -86,6 +87,7 @@ AT_MOST = {
     1_048_576: (
         "model.vision.hidden_size",
         "model.vision.intermediate_size",
+        "model.vision.window_size",
         "model.language.hidden_size",
         "model.language.intermediate_size",
         "data.window",

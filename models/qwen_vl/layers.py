@@ -36,11 +36,15 @@ def language_block(
 def vision_block(
     config: VisionConfig, table: KernelTable, *, overlap_tp_comm: bool
 ) -> TransformerBlockSubmodules:
-    """The ViT's layers, which look both ways within a frame; no final norm."""
+    """The ViT's layers, which look both ways within a frame or a window; no final norm."""
     norm = LayerNorm if config.norm is VisionNorm.layernorm else _rms_norm(table)
     activation = _swiglu(table) if config.is_gated else None  # None: transformer_configs.py has it
-    layer = _layer(norm, activation, AttnMaskType.no_mask, table, overlap_tp_comm)
-    return TransformerBlockSubmodules(layer_specs=[layer] * config.depth)
+    whole, windowed = (
+        _layer(norm, activation, AttnMaskType.no_mask, table, overlap_tp_comm, sees_windows=windows)
+        for windows in (False, True)
+    )
+    layers = [windowed if config.sees_windows(i) else whole for i in range(config.depth)]
+    return TransformerBlockSubmodules(layer_specs=layers)
 
 
 def _rms_norm(table: KernelTable) -> type[RMSNorm]:
@@ -58,6 +62,8 @@ def _layer(
     mask: AttnMaskType,
     table: KernelTable,
     overlap_tp_comm: bool,
+    *,
+    sees_windows: bool = False,
 ) -> ModuleSpec:
     column = OverlappedColumnParallelLinear if overlap_tp_comm else ColumnParallelLinear
     row = OverlappedRowParallelLinear if overlap_tp_comm else RowParallelLinear
@@ -68,7 +74,8 @@ def _layer(
         submodules=SelfAttentionSubmodules(
             linear_qkv=column,
             core_attention=ModuleSpec(
-                module=PackedCoreAttention, params={"kernel": table.attention.kernel}
+                module=PackedCoreAttention,
+                params={"kernel": table.attention.kernel, "sees_windows": sees_windows},
             ),
             linear_proj=row,
         ),

@@ -107,7 +107,7 @@ class Qwen2VL(MegatronModule):
             position_ids=batch.position_ids.unsqueeze(1),
             attention_mask=None,
             decoder_input=self._embed(batch) if self.pre_process else None,
-            packed_seq_params=Segments(batch.segments, device),
+            packed_seq_params=Segments(device, batch.segments),
         )
         if not self.post_process:
             return hidden_T1H

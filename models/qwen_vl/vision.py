@@ -1,5 +1,7 @@
 """The vision tower: all images of a pack in one sequence, one attention segment per frame.
 
+With windows, most layers have a segment for each of those instead (window.py).
+
 With sequence parallelism each rank embeds, normalises and adds its own patches only.
 
 P patches of all images and frames, Q of them with padding to a multiple of tp, E ViT width,
@@ -19,6 +21,7 @@ from triptych.models.kernels import KernelTable
 from triptych.models.norm import mark_shared
 from triptych.models.qwen_vl.layers import vision_block
 from triptych.models.qwen_vl.transformer_configs import vision_transformer
+from triptych.models.qwen_vl.window import WindowOrder
 from triptych.parallel.device import upload
 from triptych.parallel.dtypes import DTYPES
 from triptych.parallel.mesh import ChunkPlace
@@ -47,6 +50,7 @@ class VisionTower(MegatronModule):
     ) -> None:
         transformer = vision_transformer(config, parallel, precision, table)
         super().__init__(config=transformer)
+        self.vision_config = config
         self.merge = config.spatial_merge_size
         self.head_dim = config.hidden_size // config.num_heads
         self.dtype = DTYPES[precision]
@@ -74,10 +78,14 @@ class VisionTower(MegatronModule):
             (P, E), in merge order: four neighbours of one token follow each other.
         """
         num_patches, device = len(pixel_values), pixel_values.device
-        bounds = frame_bounds(grid_thw)
+        partitions = [frame_bounds(grid_thw)]
         angles_PD = vision_angles(grid_thw, self.merge, self.head_dim)
+        order = self._window_order(grid_thw)
+        if order is not None:
+            partitions.append(order.bounds)
+            angles_PD, pixel_values = order.arrange(angles_PD), order.arrange(pixel_values)
         if padding := -num_patches % self.num_shards:
-            bounds.append(num_patches + padding)
+            partitions = [[*bounds, num_patches + padding] for bounds in partitions]
             angles_PD = F.pad(angles_PD, (0, 0, 0, padding))
             pixel_values = F.pad(pixel_values, (0, 0, 0, padding))
         shard = pixel_values.chunk(self.num_shards)[self.shard]
@@ -85,12 +93,16 @@ class VisionTower(MegatronModule):
             hidden_states=self.patch_embed(normalize_patches(shard).to(self.dtype)).unsqueeze(1),
             attention_mask=None,
             rotary_pos_emb=upload(angles_PD, device)[:, None, None, :],
-            packed_seq_params=Segments(bounds, device),
+            packed_seq_params=Segments(device, *partitions),
         ).squeeze(1)
         if self.num_shards > 1:  # each rank's merger gives the whole gradient, not a part of it
             h_QE = gather_from_sequence_parallel_region(h_QE, tensor_parallel_output_grad=False)
         encoded: Tensor = h_QE[:num_patches]
-        return encoded
+        return encoded if order is None else order.restore(encoded)
+
+    def _window_order(self, grid_thw: Tensor) -> WindowOrder | None:
+        windows = self.vision_config.window_size > 0
+        return WindowOrder.of(grid_thw, self.vision_config) if windows else None
 
 
 def frame_bounds(grid_thw: Tensor) -> list[int]:

@@ -431,8 +431,9 @@ def test_a_tokenizer_that_contradicts_the_config_is_refused(tmp_path, tokenizer)
     [
         ("language", {"head_dim": 16}, "head_dim = hidden_size / num_heads"),
         ("vision", {"intermediate_size": 80}, "a whole mlp_ratio"),
-        ("vision", {"norm": VisionNorm.rmsnorm}, "norm=layernorm and mlp=quick_gelu"),
-        ("vision", {"mlp": VisionMLP.swiglu}, "norm=layernorm and mlp=quick_gelu"),
+        ("vision", {"norm": VisionNorm.rmsnorm}, "norm=layernorm, mlp=quick_gelu and no windows"),
+        ("vision", {"window_size": 112}, "norm=layernorm, mlp=quick_gelu and no windows"),
+        ("vision", {"mlp": VisionMLP.swiglu}, "norm=layernorm, mlp=quick_gelu and no windows"),
     ],
 )
 def test_sizes_that_transformers_cannot_have_are_refused(tmp_path, part, sizes, message):

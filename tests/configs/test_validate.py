@@ -206,6 +206,8 @@ def test_parallel(argv: list[str], world_size: int, message: str) -> None:
     ("override", "message"),
     [
         ("model.vision.hidden_size=120", "model.vision.hidden_size=120 must be a multiple of 4*num_heads = 16, as 2D-RoPE turns pairs along two axes  -> try model.vision.hidden_size=128"),
+        ("model.vision.window_size=100", "model.vision.window_size=100 must be a multiple of patch_size*spatial_merge_size = 28, as windows hold whole tokens  -> try model.vision.window_size=112"),
+        ("model.vision.full_attention_layers=[1]", "model.vision.full_attention_layers=[1] sets apart layers without windows, but model.vision.window_size=0 has none  -> try model.vision.window_size=112 or model.vision.full_attention_layers=[]"),
         ("model.language.hidden_size=200", "model.language.hidden_size=200 must be num_heads*head_dim = 4*48=192  -> try model.language.hidden_size=192"),
         ("model.language.num_kv_heads=3", "model.language.num_kv_heads=3 must divide num_heads=4  -> try model.language.num_kv_heads=1"),
         ("model.language.mrope_section=[8,8]", "model.language.mrope_section=[8,8] must be three counts that add up to head_dim/2 = 48/2  -> try model.language.mrope_section=[6,9,9]"),

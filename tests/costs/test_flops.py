@@ -168,3 +168,12 @@ def test_a_gated_mlp_costs_half_as_much_again() -> None:
     more = vit_flops(gated, LOAD).linear - vit_flops(VisionConfig(), LOAD).linear
     assert more == 2 * 1280 * 5120 * LOAD.num_patches * gated.depth
     assert vit_flops(gated, LOAD).attention == vit_flops(VisionConfig(), LOAD).attention
+
+
+def test_windows_cost_their_own_pairs() -> None:
+    """Of 448 x 448 pixels: 16 windows of 8 x 8 patches in 28 of 32 layers."""
+    windowed = VisionConfig(window_size=112, full_attention_layers=[7, 15, 23, 31])
+    image = Workload(num_tokens=256, token_pairs=256**2, num_patches=1024, patch_pairs=1024**2)
+    cost = vit_flops(windowed, image)
+    assert cost.attention == 4 * 1280 * (4 * 1024**2 + 28 * 16 * 64**2)
+    assert cost.linear == vit_flops(VisionConfig(), image).linear

@@ -39,6 +39,12 @@ MROPE_SECTIONS = {8: [2, 1, 1], 16: [2, 3, 3], 24: [2, 4, 6]}
 TOWERS: dict[str, dict[str, Any]] = {
     "plain": {},
     "gated": {"norm": VisionNorm.rmsnorm, "mlp": VisionMLP.swiglu},
+    "windowed": {
+        "norm": VisionNorm.rmsnorm,
+        "mlp": VisionMLP.swiglu,
+        "window_size": 56,
+        "full_attention_layers": [1],
+    },
 }
 """Name of a kind of ViT -> what its description says besides sizes."""
 

@@ -20,6 +20,11 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts the ke
 
 TOLERANCE = 0.01
 GATED = ["model.vision.norm=rmsnorm", "model.vision.mlp=swiglu"]
+WINDOWED = [
+    *GATED,
+    "model.vision.window_size=112",
+    "model.vision.full_attention_layers=[7,15,23,31]",
+]
 SEVENTY_TWO = ["model=qwen2_vl_72b", "parallel=tp8_pp8", "cluster.gpus=1024"]
 
 
@@ -82,7 +87,7 @@ def test_72b_on_1024_ranks(words: list[str]) -> None:
         (["model=debug", "parallel=tp2", "cluster.gpus=8", *GATED, "stage=1"], [0]),
         (["model=debug", "parallel=tp2", "cluster.gpus=8", *GATED, "stage=2"], [0]),
         (["model=debug", "cluster.gpus=8", *GATED, "stage=3"], [0]),
-        (["model=qwen2_vl_2b", "parallel=tp2", "cluster.gpus=64", *GATED], [0]),
+        (["model=qwen2_vl_2b", "parallel=tp2", "cluster.gpus=64", *WINDOWED], [0]),
     ],
     ids=lambda words: " ".join(map(str, words)),
 )

@@ -1,4 +1,4 @@
-"""A ViT with RMSNorm and gated MLPs, and its merger, equal transformers' Qwen2.5-VL.
+"""A ViT with RMSNorm, gated MLPs and windows, and its merger, equal transformers' Qwen2.5-VL.
 
 pytest -s tests/models/test_vision_family.py      # prints how far they are apart
 """
@@ -21,8 +21,8 @@ from triptych.parallel.mesh import Mesh
 from triptych.tests.helpers.reference import normalized, perturb, small_model
 from triptych.tests.helpers.single import alone
 
-MODEL = small_model(heads=4, kv_heads=2, tied=False, tower="gated")
-GRIDS = [(1, 4, 6), (2, 10, 8), (1, 18, 4)]
+GRIDS = [(1, 4, 6), (2, 10, 8), (1, 18, 4), (1, 2, 2)]
+"""Some are cut by windows of 4 x 4 patches, some are smaller."""
 BAR = 2e-5
 """Largest difference / largest element; measured: 2.2e-6."""
 
@@ -47,7 +47,8 @@ def theirs_of(model: ModelConfig) -> nn.Module:
         num_heads=vision.num_heads,
         intermediate_size=vision.intermediate_size,
         out_hidden_size=model.language.hidden_size,
-        fullatt_block_indexes=list(range(vision.depth)),
+        window_size=vision.window_size or 112,
+        fullatt_block_indexes=[i for i in range(vision.depth) if not vision.sees_windows(i)],
     )
     config._attn_implementation = "sdpa"
     tower = Qwen2_5_VisionTransformerPretrainedModel(config).float()
@@ -84,12 +85,14 @@ def gradients(ours: nn.ModuleDict, model: ModelConfig) -> dict[str, Tensor]:
     return {name.removeprefix("visual."): grad for name, grad in grads.items()}
 
 
-def test_tokens_and_gradients_equal_transformers(mesh: Mesh) -> None:
-    theirs = theirs_of(MODEL)
-    ours = ours_of(MODEL, theirs, mesh)
+@pytest.mark.parametrize("tower", ["gated", "windowed"])
+def test_tokens_and_gradients_equal_transformers(tower: str, mesh: Mesh) -> None:
+    model = small_model(heads=4, kv_heads=2, tied=False, tower=tower)
+    theirs = theirs_of(model)
+    ours = ours_of(model, theirs, mesh)
     rng, grid_thw = np.random.default_rng(0), torch.tensor(GRIDS)
     num_patches = int(grid_thw.prod(dim=1).sum())
-    pixels = rng.integers(0, 256, (num_patches, MODEL.vision.patch_dim), dtype=np.uint8)
+    pixels = rng.integers(0, 256, (num_patches, model.vision.patch_dim), dtype=np.uint8)
 
     want = theirs(normalized(pixels).float(), grid_thw).pooler_output
     got = ours["merger"](ours["vision"](torch.tensor(pixels), grid_thw))
@@ -97,12 +100,12 @@ def test_tokens_and_gradients_equal_transformers(mesh: Mesh) -> None:
     want.backward(upstream)
     got.backward(upstream)
 
-    found = gradients(ours, MODEL)
+    found = gradients(ours, model)
     expected = {name: p.grad for name, p in theirs.named_parameters()}
     assert found.keys() == expected.keys()
     floor = 1e-7 * max(float(grad.abs().max()) for grad in expected.values())
     worst = max(apart(found[name], grad, floor) for name, grad in expected.items())
-    print(f"tokens {apart(got, want):.1e}, gradients {worst:.1e}")
+    print(f"{tower}: tokens {apart(got, want):.1e}, gradients {worst:.1e}")
     assert apart(got, want) <= BAR
     assert worst <= BAR
 

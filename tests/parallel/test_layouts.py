@@ -222,8 +222,8 @@ def test_cases_drawn_from_the_whole_grid_equal_one_process(layout, outcomes, alo
     "case",
     [
         LayoutCase(Layout(tp=2), tower="gated"),
-        LayoutCase(Layout(tp=2, sequence_parallel=True), zero="megatron+all", tower="gated"),
-        LayoutCase(Layout(pp=2, dp=2, layers=(1, 3)), "stage1", vit="full", tower="gated"),
+        LayoutCase(Layout(tp=2, sequence_parallel=True), zero="megatron+all", tower="windowed"),
+        LayoutCase(Layout(pp=2, dp=2, layers=(1, 3)), "stage1", vit="full", tower="windowed"),
     ],
     ids=str,
 )
