@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,16 +43,16 @@ class WindowOrder:
         merge, side = config.spatial_merge_size, config.window_size // config.resize_factor
         orders, lengths, start = [], [], 0
         for t, h, w in grid_thw.tolist():
-            rows, columns = torch.arange(h // merge), torch.arange(w // merge)
+            rows, columns = np.arange(h // merge), np.arange(w // merge)
             windows_per_row = -(-len(columns) // side)
-            window = (rows[:, None] // side * windows_per_row + columns // side).flatten()
-            in_frame = window.argsort(stable=True)
+            window = (rows[:, None] // side * windows_per_row + columns // side).ravel()
+            in_frame = window.argsort(kind="stable")
             for _ in range(t):
                 orders.append(in_frame + start)
-                lengths += (window.bincount() * merge**2).tolist()
+                lengths += (np.bincount(window) * merge**2).tolist()
                 start += len(window)
-        bounds = list(accumulate(lengths, initial=0))
-        return cls(torch.cat(orders), bounds, config.patches_per_token)
+        tokens = torch.from_numpy(np.concatenate(orders))
+        return cls(tokens, list(accumulate(lengths, initial=0)), config.patches_per_token)
 
     def arrange(self, x_P: Tensor) -> Tensor:
         """(P, ...) in merge order -> the same in this order."""
