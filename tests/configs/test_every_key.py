@@ -46,6 +46,7 @@ CHANGES_THE_PLAN = {
     "model.vision.patch_size": "16",
     "model.vision.temporal_patch_size": "4",
     "model.vision.spatial_merge_size": "4",
+    "model.vision.window_size": "112",
     "model.language.hidden_size": "3456",
     "model.language.num_layers": "24",
     "model.language.num_heads": "24",
@@ -109,6 +110,7 @@ CHANGES_THE_SCHEDULE = {
     for key, value in {"lr": "1e-4", "min_lr": "1e-6", "warmup": "0.5", "decay": "linear"}.items()
 }
 IS_REFUSED = {
+    "model.vision.full_attention_layers": "[1]",
     "model.tokens.endoftext": "-1",
     "model.tokens.im_start": "-1",
     "parallel.overlap.p2p": "true",
