@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 try:
+    from triptych.launch.bar import Bar
     from triptych.launch.cli import run
 except ModuleNotFoundError as missing:
     sys.exit(f"{missing.name} is not installed -> make install && source .venv/bin/activate")
@@ -42,7 +43,8 @@ def main(argv: Sequence[str]) -> None:
     from triptych.launch.digits import evaluate, plots
 
     options.output.mkdir(parents=True, exist_ok=True)
-    readings = evaluate.evaluate(answerer, options.digits, seed=options.seed)
+    tell = Bar("answers").show
+    readings = evaluate.evaluate(answerer, options.digits, seed=options.seed, tell=tell)
     print(evaluate.table(readings))
     evaluate.save_readings(readings, options.output)
     print(plots.contact_sheet(readings, options.output, seed=options.seed))

@@ -45,8 +45,13 @@ VOCAB_SIZE = 512
 _IMAGES = {"train": training_images, "close_up": close_up_images, "heldout": heldout_images}
 _RECORD = "digits.yaml"
 
+TELL_S = 0.5
+"""Seconds between two reports of progress."""
+
 Map = Callable[..., Iterable[Any]]
 """Called as the built-in ``map``."""
+_count: Any = None
+"""Pictures and samples that all processes have made; each has it from the start of its work."""
 
 
 def have_digits(root: Path) -> bool:
@@ -61,6 +66,7 @@ def make_digits(
     num_samples: int = 400,
     seed: int = 1234,
     num_processes: int = 1,
+    tell: Callable[[int, int], None] | None = None,
 ) -> None:
     """Makes the datasets; does nothing where they are there already.
 
@@ -71,6 +77,8 @@ def make_digits(
         num_samples: of each dataset; of ``heldout`` a tenth as many.
         seed: decides pictures and texts.
         num_processes: that share the work; the bytes are the same.
+        tell: is called from a thread, twice a second and at the end, with the number of pictures
+            and samples made so far, and of all.
     Raises:
         DataError: the folder exists, but was made with other arguments or by something else.
     """
@@ -79,9 +87,12 @@ def make_digits(
         _check_same(root, arguments)
         return
     unfinished = root.with_name(f".{root.name}.partial-{os.getpid()}")
+    count = get_context("spawn").Value("Q")
+    sizes = _sizes(num_images, num_samples)
+    total = sum(map(sum, sizes))
     try:
-        with _worker_map(num_processes) as worker_map:
-            _make(unfinished, num_images, num_samples, seed, worker_map)
+        with _telling(tell, count, total), _worker_map(num_processes, count) as worker_map:
+            _make(unfinished, *sizes, seed, worker_map)
         (unfinished / _RECORD).write_text(yaml.safe_dump(arguments))
         try:
             unfinished.rename(root)
@@ -105,16 +116,64 @@ def _check_same(root: Path, arguments: dict[str, int]) -> None:
         )
 
 
+def _sizes(num_images: int, num_samples: int) -> tuple[list[int], list[int]]:
+    """Pictures of each kind of ``_IMAGES``, and samples of each of ``SOURCES``."""
+    num_samples_of = dict.fromkeys(SOURCES, num_samples)
+    num_samples_of["heldout"] = max(8, num_samples // 10)
+    return [num_images, num_images, max(8, num_images // 10)], list(num_samples_of.values())
+
+
 @contextmanager
-def _worker_map(num_processes: int) -> Iterator[Map]:
-    """``map``, or the same over processes."""
+def _telling(tell: Callable[[int, int], None] | None, count: Any, total: int) -> Iterator[None]:
+    """Reports of ``count`` from a thread, where they are asked for."""
+    if tell is None:
+        yield
+        return
+    ended = threading.Event()
+
+    def report() -> None:
+        while not ended.wait(TELL_S):
+            tell(min(count.value, total - 1), total)
+
+    thread = threading.Thread(target=report, daemon=True)
+    thread.start()
+    try:
+        yield
+        ended.set()
+        thread.join()
+        tell(total, total)
+    finally:
+        ended.set()
+
+
+@contextmanager
+def _worker_map(num_processes: int, count: Any) -> Iterator[Map]:
+    """``map``, or the same over processes; either way ``_one_more`` counts in ``count``."""
     if num_processes == 1:
+        _count_in(count)
         yield map
         return
     # Spawned: a forked child may find a lock that a thread of its parent holds.
     context = get_context("spawn")
-    with ProcessPoolExecutor(num_processes, context, initializer=_watch_parent) as pool:
+    with ProcessPoolExecutor(
+        num_processes, context, initializer=_begin_worker, initargs=(count,)
+    ) as pool:
         yield pool.map
+
+
+def _begin_worker(count: Any) -> None:
+    _count_in(count)
+    _watch_parent()
+
+
+def _count_in(count: Any) -> None:
+    global _count
+    _count = count
+
+
+def _one_more(_: object = None) -> None:
+    with _count.get_lock():
+        _count.value += 1
 
 
 def _watch_parent() -> None:
@@ -129,17 +188,21 @@ def _watch_parent() -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _make(root: Path, num_images: int, num_samples: int, seed: int, worker_map: Map) -> None:
+def _make(
+    root: Path,
+    num_pictures: Sequence[int],
+    num_samples: Sequence[int],
+    seed: int,
+    worker_map: Map,
+) -> None:
     raw = root / "raw"
     (raw / "images").mkdir(parents=True)
-    num_drawn = [num_images, num_images, max(8, num_images // 10)]
-    train, close_ups, heldout = worker_map(partial(_save, raw, seed), _IMAGES, num_drawn)
+    train, close_ups, heldout = worker_map(partial(_save, raw, seed), _IMAGES, num_pictures)
     tokenizer = train_tokenizer(_corpus(), root / "tokenizer", VOCAB_SIZE)
     pictures = dict.fromkeys(SOURCES, _pictures(train, close_ups))
     pictures |= {"heldout": _pictures(heldout, [])}
-    sizes = dict.fromkeys(SOURCES, num_samples) | {"heldout": max(8, num_samples // 10)}
     build = partial(_build, root, tokenizer, seed)
-    list(worker_map(build, SOURCES, pictures.values(), sizes.values()))
+    list(worker_map(build, SOURCES, pictures.values(), num_samples))
 
 
 def _save(raw: Path, seed: int, name: str, num_images: int) -> list[Picture]:
@@ -149,6 +212,7 @@ def _save(raw: Path, seed: int, name: str, num_images: int) -> list[Picture]:
         path = f"images/{name}_{i:06d}.png"
         digit_image.image.save(raw / path, compress_level=1)
         pictures.append(Picture(digit_image.answer, {"type": "image", "image": path}))
+        _one_more()
     return pictures
 
 
@@ -161,7 +225,7 @@ def _build(
     with (raw / f"{name}.jsonl").open("w") as lines:
         for _ in range(num_samples):
             lines.write(json.dumps(SOURCES[name](rng, pictures)) + "\n")
-    build_dataset([raw / f"{name}.jsonl"], root / name, tokenizer, images=raw)
+    build_dataset([raw / f"{name}.jsonl"], root / name, tokenizer, images=raw, report=_one_more)
 
 
 def _pictures(pictures: Sequence[Picture], close_ups: Sequence[Picture]) -> Pictures:

@@ -9,7 +9,7 @@ swapped    the picture's reading against what another picture of as many digits 
 
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from PIL import Image
 
 from triptych.data.digits.images import DigitImage, heldout_images
 from triptych.data.digits.texts import READ
-from triptych.launch.inference.answering import Answerer, Question
+from triptych.launch.inference.answering import BATCH, Answerer, Question
 
 BLANK_GREY = 30
 """The middle of the backgrounds that pictures are composed on."""
@@ -75,16 +75,29 @@ def encode(image: Image.Image) -> bytes:
     return file.getvalue()
 
 
-def evaluate(answerer: Answerer, num_images: int, *, seed: int) -> list[Reading]:
-    """Ask about ``num_images`` held-out pictures, and as many blank ones."""
+def evaluate(
+    answerer: Answerer, num_images: int, *, seed: int, tell: Callable[[int, int], None]
+) -> list[Reading]:
+    """Ask about ``num_images`` held-out pictures, and as many blank ones.
+
+    ``tell`` is given the number of answers so far, and of all.
+    """
     pictures = list(heldout_images(num_images, seed))
     blanks = [Image.new("L", picture.image.size, BLANK_GREY) for picture in pictures]
     questions = [question_about(p, f"held-out picture {i}") for i, p in enumerate(pictures)]
     about_blank = [
         Question(encode(image), READ, f"blank picture {i}") for i, image in enumerate(blanks)
     ]
-    answers = answerer.answer(questions, max_new_tokens=MAX_NEW_TOKENS)
-    to_blank = answerer.answer(about_blank, max_new_tokens=MAX_NEW_TOKENS)
+
+    def ask(questions: Sequence[Question], before: int) -> list[list[int]]:
+        answers: list[list[int]] = []
+        for start in range(0, len(questions), BATCH):
+            batch = questions[start : start + BATCH]
+            answers += answerer.answer(batch, max_new_tokens=MAX_NEW_TOKENS)
+            tell(before + len(answers), 2 * num_images)
+        return answers
+
+    answers, to_blank = ask(questions, 0), ask(about_blank, num_images)
     decode = answerer.tokenizer.decode
     return [
         Reading(

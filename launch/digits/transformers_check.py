@@ -1,5 +1,6 @@
 """What transformers reads from an exported model: its own tokenizer, chat, pixels and decoding."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -9,8 +10,12 @@ from triptych.data.digits.texts import READ
 from triptych.launch.digits.evaluate import MAX_NEW_TOKENS
 
 
-def transformers_answers(export: Path, num_images: int, *, seed: int) -> list[list[int]]:
+def transformers_answers(
+    export: Path, num_images: int, *, seed: int, tell: Callable[[int, int], None]
+) -> list[list[int]]:
     """Greedy answers about the first held-out pictures, one picture at a time.
+
+    ``tell`` is given the number of answers so far, and of all.
 
     Returns:
         Ids of each answer, without the token that ends it.
@@ -43,4 +48,5 @@ def transformers_answers(export: Path, num_images: int, *, seed: int) -> list[li
         new = ids[0, prompt["input_ids"].shape[1] :].tolist()
         ends = [i for i, token in enumerate(new) if token in model.generation_config.eos_token_id]
         answers.append(new[: ends[0]] if ends else new)
+        tell(len(answers), num_images)
     return answers

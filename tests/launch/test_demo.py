@@ -14,9 +14,10 @@ import pytest
 from PIL import Image
 
 from triptych.configs.compose import load_config, read_config
-from triptych.launch.demo import FULL, Bars, below, runs_of
+from triptych.launch.bar import state
 from triptych.launch.digits import evaluate, plots
 from triptych.launch.digits.evaluate import Reading, Scores
+from triptych.launch.digits.recipe import FULL, Bars, below, runs_of
 from triptych.tests.helpers.processes import wait_until_dead
 
 ROOT = Path(__file__).parents[2]
@@ -53,7 +54,7 @@ def test_the_last_line_says_how_well_it_reads(miniature):
 
 
 @pytest.mark.torchrun
-def test_each_stage_starts_from_the_one_before_in_its_own_layout(miniature):
+def test_each_stage_starts_from_the_one_before_in_three_layouts(miniature):
     folder, output = miniature
     names = ["warmup", "stage1", "stage2", "stage3"]
     for before, name in zip([None, *names], names, strict=False):
@@ -61,7 +62,7 @@ def test_each_stage_starts_from_the_one_before_in_its_own_layout(miniature):
         assert config.init.checkpoint == (None if before is None else f"{folder}/{before}")
     for layout in ("tp 1 x pp 2 x dp 1", "tp 2 x pp 1 x dp 1", "tp 1 x pp 1 x dp 2"):
         assert layout in output
-    assert read_config(folder / "stage2" / "config.yaml").parallel.sequence_parallel
+    assert read_config(folder / "warmup" / "config.yaml").parallel.sequence_parallel
 
 
 @pytest.mark.torchrun
@@ -101,6 +102,12 @@ def test_one_image_from_the_command_line(miniature):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=_environment())
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 1
+
+
+def test_a_bar_tells_share_rate_and_time_left():
+    assert "  0 %  0/200 pictures" in state(0, 200, 1.0, "pictures")
+    assert " 25 %  50/200 pictures  10/s  left 15 s" in state(50, 200, 5.0, "pictures")
+    assert "100 %  200/200 pictures  10/s  took 20 s" in state(200, 200, 20.0, "pictures")
 
 
 def test_what_is_below_the_bars_is_said():
