@@ -7,10 +7,9 @@ on any machine, however busy; what they leave out is what messages themselves co
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -23,7 +22,6 @@ from triptych.costs.pipeline_schedule import Event
 from triptych.models.kernels import Installed, choose
 from triptych.models.qwen_vl.transformer_configs import language_transformer
 from triptych.parallel.mesh import ChunkPlace, Mesh, build_mesh
-from triptych.parallel.p2p import PlannedP2P
 from triptych.parallel.schedule import run_microbatches
 from triptych.tests.helpers.limits import HANG_S
 from triptych.tests.helpers.reference import small_model
@@ -74,13 +72,20 @@ class SleepingChunk(MegatronModule):
     clock: Clock
 
     def __init__(
-        self, config: Any, mesh: Mesh, chunk: int, seconds: NDArray[np.float64], log: list[Event]
+        self,
+        config: Any,
+        mesh: Mesh,
+        chunk: int,
+        is_last: bool,
+        seconds: NDArray[np.float64],
+        log: list[Event],
     ) -> None:
         """Sleep for seconds[is_backward, microbatch]; write every pass into ``log``."""
         super().__init__(config=config)
         self.model_type = ModelType.encoder_or_decoder
         self._stage, self._chunk, self._seconds, self._log = mesh.pp_rank, chunk, seconds, log
         self._input: Tensor | None = None
+        self.is_last = is_last
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """Take the previous stage's output; called by megatron-core's schedule."""
@@ -90,6 +95,8 @@ class SleepingChunk(MegatronModule):
         h_T1H = self._input
         if h_T1H is None:
             h_T1H = torch.zeros(NUM_TOKENS, 1, self.config.hidden_size, requires_grad=True)
+        else:
+            self.clock.receive(h_T1H.flatten()[0].item())
         slept: Tensor = _Sleep.apply(h_T1H, self, microbatch)
         return slept
 
@@ -108,6 +115,8 @@ class _Sleep(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_T1H: Tensor) -> tuple[Tensor, None, None]:
+        if not ctx.chunk.is_last:  # whose gradient is the loss's own, no message
+            ctx.chunk.clock.receive(grad_T1H.flatten()[0].item())
         return torch.full_like(grad_T1H, ctx.chunk.sleep(ctx.microbatch, True)), None, None
 
 
@@ -141,8 +150,10 @@ def run_sleeping(
     config = language_transformer(language, parallel, Precision.fp32, [1] * (pp * vpp), table)
     log: list[Event] = []
     chunks = [
-        SleepingChunk(config, mesh, i, np.stack([s[i, mesh.pp_rank] for s in by_pass]), log)
-        for i in range(vpp)
+        SleepingChunk(
+            config, mesh, i, place.is_last, np.stack([s[i, mesh.pp_rank] for s in by_pass]), log
+        )
+        for i, place in enumerate(mesh.places(vpp))
     ]
     rounds = []
     for _ in range(num_rounds):
@@ -171,19 +182,4 @@ def _step(chunks: Sequence[SleepingChunk], num_microbatches: int, mesh: Mesh, cl
 
     lengths = [NUM_TOKENS] * num_microbatches
     batches = range(num_microbatches)
-    with mock.patch.object(PlannedP2P, "_communicate", _received_by(clock)):
-        run_microbatches(chunks, batches, lengths, forward, mesh, forward_only=False)
-
-
-def _received_by(clock: Clock) -> Callable[..., Any]:
-    """megatron-core's exchange of messages; the clock is told of each where it is waited for."""
-    communicate = PlannedP2P._communicate
-
-    def told(p2p: PlannedP2P, **arguments: Any) -> tuple[Tensor | None, Tensor | None, Any]:
-        from_previous, from_next, requests = communicate(p2p, **arguments)
-        for message in (from_previous, from_next):
-            if message is not None:
-                clock.receive(message.flatten()[0].item())
-        return from_previous, from_next, requests
-
-    return told
+    run_microbatches(chunks, batches, lengths, forward, mesh, forward_only=False)
