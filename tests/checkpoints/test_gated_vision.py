@@ -12,9 +12,10 @@ from torch import Tensor
 
 from triptych.checkpoints.run_state import WEIGHTS
 from triptych.checkpoints.sharded import load_tensors, save_tensors
-from triptych.configs.schema import ParallelConfig, Precision
+from triptych.configs.schema import Kernels, ParallelConfig, Precision
 from triptych.models.build import build_model
 from triptych.models.init import init_parameters
+from triptych.models.kernels import Installed, choose
 from triptych.models.parameters import global_parameters
 from triptych.models.qwen_vl.sharding_table import sharding_table
 from triptych.models.sharding import ShardingTable, TensorSharding
@@ -34,7 +35,8 @@ AS_IF_PLAIN = replace(
 def drawn(mesh: Mesh) -> dict[str, Tensor]:
     """This rank's weights."""
     tp = mesh.dims.tp
-    chunks = build_model(MODEL, ParallelConfig(tp=tp), Precision.fp32, [4], mesh)
+    kernels = choose(Kernels.auto, Precision.fp32, Installed.here())
+    chunks = build_model(MODEL, ParallelConfig(tp=tp), Precision.fp32, [4], mesh, kernels)
     init_parameters(chunks, RIGHT, mesh, seed=0)
     return {name: parameter.detach() for name, parameter in global_parameters(chunks)}
 

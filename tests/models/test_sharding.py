@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from triptych.checkpoints.hf.name_table import name_table
-from triptych.configs.schema import ParallelConfig, Precision
+from triptych.configs.schema import Kernels, ParallelConfig, Precision
 from triptych.models.build import build_model
 from triptych.models.init import HEAD
+from triptych.models.kernels import Installed, choose
 from triptych.models.parameters import global_parameters
 from triptych.models.qwen_vl.sharding_table import sharding_table
 from triptych.models.sharding import TensorSharding, full_shape, pattern_of, shard, unshard
@@ -28,8 +29,9 @@ def test_the_shards_of_a_tensor_make_it_up(sharding: TensorSharding, tp: int) ->
 @pytest.mark.parametrize(("tower", "tied"), list(product(TOWERS, (False, True))))
 def test_every_parameter_is_in_the_table_and_nothing_else(tower: str, tied: bool) -> None:
     model = small_model(heads=4, kv_heads=2, tied=tied, tower=tower)
+    kernels = choose(Kernels.auto, Precision.fp32, Installed.here())
     with alone() as mesh:
-        chunks = build_model(model, ParallelConfig(), Precision.fp32, [4], mesh)
+        chunks = build_model(model, ParallelConfig(), Precision.fp32, [4], mesh, kernels)
     found = {name for name, _ in global_parameters(chunks)} | {HEAD}  # a tied head has no own
     assert found == name_table(model).keys()
     assert {pattern_of(name) for name in found} == sharding_table(model).patterns.keys()
