@@ -21,7 +21,12 @@ from triptych.errors import CheckpointError
 
 def write_model(path: Path, model: ModelConfig) -> None:
     """Write it beside the weights."""
-    path.write_text(json.dumps(asdict(model), indent=1, default=_name) + "\n")
+    path.write_text(json.dumps(plain(model), indent=1) + "\n")
+
+
+def plain(model: ModelConfig) -> dict[str, Any]:
+    """The model as JSON and YAML have it: choices by their names, as in the configuration."""
+    return asdict(model, dict_factory=lambda items: {key: _shown(value) for key, value in items})
 
 
 def read_model(folder: Path) -> ModelConfig:
@@ -73,8 +78,3 @@ def _vision(content: dict[str, Any]) -> VisionConfig:
     norm = VisionNorm[sizes.pop("norm", VisionConfig().norm.name)]
     mlp = VisionMLP[sizes.pop("mlp", VisionConfig().mlp.name)]
     return VisionConfig(norm=norm, mlp=mlp, **sizes)
-
-
-def _name(member: Enum) -> str:
-    """As in the configuration."""
-    return member.name

@@ -13,7 +13,6 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 try:
@@ -62,9 +61,11 @@ def _write_group(output: Path, model: ModelConfig) -> Path:
     """The model's sizes as the choice ``model=NAME`` of ``--config-dir OUTPUT``."""
     import yaml
 
+    from triptych.checkpoints.model_file import plain
+
     path = output / "model" / f"{model.name}.yaml"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(yaml.safe_dump(asdict(model), sort_keys=False))
+    path.write_text(yaml.safe_dump(plain(model), sort_keys=False))
     return path
 
 
