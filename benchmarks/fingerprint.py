@@ -85,7 +85,8 @@ def run_lines(run_dir: Path) -> Iterator[str]:
         manifest = json.loads((checkpoint / "MANIFEST.json").read_text())
         yield f"{checkpoint.name} plan {manifest['info']['plan']}"
         for file in sorted(manifest["files"]):
-            if file.startswith("shards/_") or file in ("data.json", "model.json"):
+            is_shard = file.startswith("shards/") and not file.endswith(".metadata")
+            if is_shard or file in ("data.json", "model.json"):
                 yield f"{checkpoint.name} {file} {manifest['files'][file]['xxh3_128']}"
     for ledger in sorted((run_dir / "ledger").iterdir()):
         yield f"ledger {ledger.name} {digest(ledger.read_bytes())}"
