@@ -23,7 +23,7 @@ from triptych.errors import ConfigError, TriptychError
 from triptych.launch.planner.report import report
 from triptych.models.kernels import Installed, choose
 from triptych.parallel.mesh import build_mesh
-from triptych.tests.helpers.runs import Runs, losses, metrics
+from triptych.tests.helpers.runs import Runs, losses, metrics, train
 from triptych.train.stages.stage import Stage
 
 ROOT = Path(__file__).parents[2]
@@ -253,11 +253,9 @@ def outcome(runs: Runs, name: str, words: tuple[str, ...]) -> Any:
     return losses(folder), validation, files, checkpoints, num_lines, any(projects)
 
 
-def told_or_refused(argv: list[str]) -> str:
-    from triptych.tests.helpers.runs import train
-
+def told_or_refused(config: Config) -> str:
     try:
-        return train(argv)
+        return train(config)
     except TriptychError as error:
         return f"{type(error).__name__}: {error}"
 
