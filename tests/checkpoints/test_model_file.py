@@ -24,7 +24,7 @@ def write_old(folder, **vision) -> None:
 @pytest.mark.parametrize("tower", TOWERS)
 def test_comes_back_as_it_was_written(tower, tmp_path):
     model = small_model(heads=4, kv_heads=2, tied=True, tower=tower)
-    write_model(tmp_path, model)
+    write_model(tmp_path / "model.json", model)
     assert read_model(tmp_path) == model
     assert differences(tmp_path, model) == []
 
@@ -45,7 +45,7 @@ def test_what_this_project_does_not_have_is_refused(vision, tmp_path):
 
 
 def test_another_tower_is_a_difference(tmp_path):
-    write_model(tmp_path, MODEL)
+    write_model(tmp_path / "model.json", MODEL)
     gated = replace(MODEL.vision, norm=VisionNorm.rmsnorm, mlp=VisionMLP.swiglu)
     assert differences(tmp_path, replace(MODEL, vision=gated)) == [
         "model.vision.norm=rmsnorm, the checkpoint has layernorm",

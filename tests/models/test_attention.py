@@ -32,7 +32,7 @@ def test_equals_torch_segment_by_segment(
         return torch.cat(pieces)
 
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        segments = Segments(bounds, torch.device("cpu"))
+        segments = Segments(torch.device("cpu"), bounds)
         return attention_per_segment(q, k, v, segments, causal, 0.3)
 
     results = []
