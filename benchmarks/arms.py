@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from triptych.benchmarks.samples import first_fit, num_tokens
 from triptych.checkpoints.hf.folder import HFReader
 from triptych.checkpoints.hf.model_config import hf_config
-from triptych.configs.schema import Config, ModelConfig
+from triptych.configs.model_schema import ModelConfig
+from triptych.configs.schema import Config
 from triptych.data.loading.collate import Segment, collate
 from triptych.data.media.image import normalize_patches
 from triptych.data.types import Batch

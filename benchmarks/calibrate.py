@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from triptych.configs.compose import load_config
-from triptych.configs.schema import Config, Kernels, ModelConfig, ParallelConfig
+from triptych.configs.model_schema import ModelConfig
+from triptych.configs.schema import Config, Kernels, ParallelConfig
 from triptych.costs.flops import (
     adapter_flops,
     head_flops,

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from triptych.configs.schema import Oversize, TokensConfig, VisionConfig
+from triptych.configs.model_schema import TokensConfig, VisionConfig
+from triptych.configs.schema import Oversize
 from triptych.data.dataset.dataset import SIZES, Dataset, DatasetManifest, write_manifest
 from triptych.data.dataset.media_index import ROW
 from triptych.data.dataset.text_file import TextWriter

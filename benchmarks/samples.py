@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from triptych.configs.schema import ModelConfig
+from triptych.configs.model_schema import ModelConfig
 from triptych.data.loading.collate import Segment
 from triptych.data.types import SampleId
 

@@ -18,7 +18,8 @@ from triptych.benchmarks.arms import Arm, Round, build_arms, build_both, in_turn
 from triptych.benchmarks.samples import Mix, draw_samples, num_tokens
 from triptych.benchmarks.table import Row, print_rows, spread
 from triptych.configs.compose import load_config
-from triptych.configs.schema import Config, LanguageConfig, ModelConfig, TokensConfig, VisionConfig
+from triptych.configs.model_schema import LanguageConfig, ModelConfig, TokensConfig, VisionConfig
+from triptych.configs.schema import Config
 from triptych.costs.flops import parameters
 from triptych.parallel.mesh import build_mesh, init_distributed, shutdown
 

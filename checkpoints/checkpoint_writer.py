@@ -20,7 +20,8 @@ from triptych.checkpoints.manifest import (
 )
 from triptych.checkpoints.model_file import write_model
 from triptych.configs.compose import save_config
-from triptych.configs.schema import Config, ModelConfig
+from triptych.configs.model_schema import ModelConfig
+from triptych.configs.schema import Config
 from triptych.errors import CheckpointError
 from triptych.parallel.agree import Ranks, on_every_rank, on_rank_0
 

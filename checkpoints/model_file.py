@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from triptych.checkpoints.layout import CheckpointFolder
-from triptych.configs.schema import (
+from triptych.configs.model_schema import (
     COLOURS,
     LanguageConfig,
     ModelConfig,

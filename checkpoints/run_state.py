@@ -27,7 +27,7 @@ from triptych.checkpoints.sharded import (
     stored_shapes,
     tensor_problems,
 )
-from triptych.configs.schema import ModelConfig
+from triptych.configs.model_schema import ModelConfig
 from triptych.errors import CheckpointError
 from triptych.models.sharding import ShardingTable
 from triptych.parallel.agree import on_every_rank

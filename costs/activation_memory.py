@@ -13,7 +13,8 @@ one real rank (models/fake_rank.py, tests/models/test_fake_rank.py).
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from triptych.configs.schema import Config, Precision, Recompute, VisionNorm
+from triptych.configs.model_schema import VisionNorm
+from triptych.configs.schema import Config, Precision, Recompute
 from triptych.costs.element_sizes import FP32, activation_bytes
 from triptych.costs.flops import Workload
 

@@ -10,7 +10,8 @@ left out, as is recomputation (these are model FLOPs, not hardware FLOPs).
 
 from dataclasses import dataclass, fields
 
-from triptych.configs.schema import LanguageConfig, ModelConfig, StageConfig, VisionConfig
+from triptych.configs.model_schema import LanguageConfig, ModelConfig, VisionConfig
+from triptych.configs.schema import StageConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from triptych.configs.schema import PARTS, Config, ModelConfig
+from triptych.configs.model_schema import ModelConfig
+from triptych.configs.schema import PARTS, Config
 from triptych.costs.flops import layer_parameters, parameters
 
 

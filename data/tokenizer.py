@@ -11,7 +11,7 @@ from pathlib import Path
 import tokenizers
 import xxhash
 
-from triptych.configs.schema import TokensConfig
+from triptych.configs.model_schema import TokensConfig
 from triptych.errors import ConfigError, DataError
 
 SPECIAL_TOKENS = (

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from triptych.configs.schema import ModelConfig, TokensConfig
+from triptych.configs.model_schema import ModelConfig, TokensConfig
 from triptych.data.media.kinds import KINDS, kind_of
 from triptych.data.tokenizer import SYSTEM_PROMPT, Tokenizer
 from triptych.data.types import MediaKind, Sample

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from triptych.configs.schema import VisionConfig
+from triptych.configs.model_schema import VisionConfig
 from triptych.costs.flops import Workload
 
 

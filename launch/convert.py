@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 try:
-    from triptych.configs.schema import ModelConfig
+    from triptych.configs.model_schema import ModelConfig
     from triptych.launch.cli import run
 except ModuleNotFoundError as missing:
     sys.exit(f"{missing.name} is not installed -> make install && source .venv/bin/activate")

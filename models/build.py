@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from triptych.configs.schema import ModelConfig, ParallelConfig, Precision
+from triptych.configs.model_schema import ModelConfig
+from triptych.configs.schema import ParallelConfig, Precision
 from triptych.models.kernels import KernelTable
 from triptych.models.qwen_vl.model import Qwen2VL
 from triptych.parallel.mesh import Mesh

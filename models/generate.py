@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from triptych.configs.schema import ModelConfig
+from triptych.configs.model_schema import ModelConfig
 from triptych.data.loading.collate import Segment, collate
 from triptych.data.types import Batch
 

@@ -19,7 +19,8 @@ from triptych.checkpoints.run_state import WEIGHTS
 from triptych.checkpoints.sharded import load_tensors, save_tensors, weights_dtype
 from triptych.checkpoints.store import CheckpointStore
 from triptych.configs.compose import read_config
-from triptych.configs.schema import DataConfig, ModelConfig
+from triptych.configs.model_schema import ModelConfig
+from triptych.configs.schema import DataConfig
 from triptych.data.tokenizer import load_tokenizer
 from triptych.data.types import PixelLimits
 from triptych.errors import CheckpointError, ConfigError

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from triptych.checkpoints.hf.model_config import generation_config, hf_config, preprocessor_config
 from triptych.checkpoints.hf.name_table import HF_EMBEDDING, HF_HEAD, hub_name, name_table
-from triptych.configs.schema import ModelConfig
+from triptych.configs.model_schema import ModelConfig
 from triptych.data.types import PixelLimits
 from triptych.errors import CheckpointError
 from triptych.models.sharding import TensorSharding

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from triptych.configs.schema import (
+from triptych.configs.model_schema import (
     COLOURS,
     LanguageConfig,
     ModelConfig,

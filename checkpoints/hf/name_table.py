@@ -13,7 +13,7 @@ from triptych.checkpoints.hf.transforms import (
     Transform,
     VisionQKV,
 )
-from triptych.configs.schema import COLOURS, LanguageConfig, ModelConfig, VisionConfig
+from triptych.configs.model_schema import COLOURS, LanguageConfig, ModelConfig, VisionConfig
 from triptych.models.init import EMBEDDING, HEAD
 from triptych.models.qwen_vl.sharding_table import sharding_table
 from triptych.models.sharding import TensorSharding

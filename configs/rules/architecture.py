@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from math import gcd
 
+from triptych.configs.model_schema import VisionConfig
 from triptych.configs.problems import Problem, typed_list
-from triptych.configs.schema import Config, VisionConfig
+from triptych.configs.schema import Config
 
 
 def check_model(config: Config) -> Iterator[Problem]:

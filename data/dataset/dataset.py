@@ -17,7 +17,7 @@ import numpy as np
 import xxhash
 import yaml
 
-from triptych.configs.schema import TokensConfig, VisionConfig
+from triptych.configs.model_schema import TokensConfig, VisionConfig
 from triptych.data.dataset.media_index import MediaIndex, media_grids, sum_by_sample
 from triptych.data.dataset.sizes import Columns, open_sizes
 from triptych.data.dataset.text_file import TextFile, check_size

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from triptych.configs.schema import VisionConfig
+from triptych.configs.model_schema import VisionConfig
 from triptych.data.dataset.text_file import check_size
 from triptych.data.media.kinds import kind_of
 from triptych.data.types import Media, MediaKind, PixelLimits

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from triptych.configs.schema import ModelConfig
+from triptych.configs.model_schema import ModelConfig
 from triptych.data.loading.mrope import build_position_ids
 from triptych.data.tokens import placeholders
 from triptych.data.types import Batch, SampleId

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from triptych.configs.schema import ModelConfig
+from triptych.configs.model_schema import ModelConfig
 from triptych.data.loading.collate import Segment, collate
 from triptych.data.media.kinds import kind_of
 from triptych.data.tokens import expand

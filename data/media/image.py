@@ -26,7 +26,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from triptych.configs.schema import VisionConfig
+from triptych.configs.model_schema import VisionConfig
 from triptych.data.types import PixelLimits
 from triptych.errors import DataError
 

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from triptych.configs.schema import VisionConfig
+from triptych.configs.model_schema import VisionConfig
 from triptych.data.media.image import decode_image, image_grid, image_grids, image_patches
 from triptych.data.types import Media, MediaKind, PixelLimits
 from triptych.errors import DataError

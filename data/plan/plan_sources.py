@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from triptych.configs.schema import Oversize, VisionConfig
+from triptych.configs.model_schema import VisionConfig
+from triptych.configs.schema import Oversize
 from triptych.data.types import PixelLimits, Sizes, Source
 from triptych.errors import ConfigError, DataError
 

@@ -12,7 +12,8 @@ from triptych.checkpoints.locate import locate
 from triptych.checkpoints.model_file import read_model
 from triptych.checkpoints.run_state import RunTensors, load_weights
 from triptych.configs.compose import read_config
-from triptych.configs.schema import Kernels, ModelConfig, ParallelConfig
+from triptych.configs.model_schema import ModelConfig
+from triptych.configs.schema import Kernels, ParallelConfig
 from triptych.data.loading.collate import Segment
 from triptych.data.media.image import decode_image, image_patches
 from triptych.data.tokenizer import Tokenizer, load_tokenizer

@@ -3,7 +3,7 @@
 Megatron-core's transformer layers with our norm and our packed core attention plugged in.
 """
 
-from triptych.configs.schema import VisionConfig, VisionNorm
+from triptych.configs.model_schema import VisionConfig, VisionNorm
 from triptych.models.activations import SwiGLU
 from triptych.models.attention import PackedCoreAttention
 from triptych.models.kernels import Kernel, KernelTable

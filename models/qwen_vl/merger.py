@@ -3,7 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from triptych.configs.schema import LanguageConfig, Precision, VisionConfig, VisionNorm
+from triptych.configs.model_schema import LanguageConfig, VisionConfig, VisionNorm
+from triptych.configs.schema import Precision
 from triptych.parallel.dtypes import DTYPES
 
 

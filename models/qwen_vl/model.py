@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from triptych.configs.schema import ModelConfig, ParallelConfig, Precision
+from triptych.configs.model_schema import ModelConfig
+from triptych.configs.schema import ParallelConfig, Precision
 from triptych.data.types import Batch
 from triptych.models.attention import Segments
 from triptych.models.kernels import KernelTable

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from triptych.configs.schema import ModelConfig, VisionConfig
+from triptych.configs.model_schema import ModelConfig, VisionConfig
 from triptych.models.sharding import ShardingTable, TensorSharding
 
 REPLICATED, ROWS = TensorSharding.REPLICATED, TensorSharding.ROWS

@@ -5,14 +5,8 @@ from typing import Any
 
 import torch.nn.functional as F
 
-from triptych.configs.schema import (
-    LanguageConfig,
-    ParallelConfig,
-    Precision,
-    Recompute,
-    VisionConfig,
-    VisionNorm,
-)
+from triptych.configs.model_schema import LanguageConfig, VisionConfig, VisionNorm
+from triptych.configs.schema import ParallelConfig, Precision, Recompute
 from triptych.models.activations import quick_gelu
 from triptych.models.kernels import Kernel, KernelTable
 from triptych.parallel.dtypes import DTYPES

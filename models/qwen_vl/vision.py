@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from triptych.configs.schema import ParallelConfig, Precision, VisionConfig
+from triptych.configs.model_schema import VisionConfig
+from triptych.configs.schema import ParallelConfig, Precision
 from triptych.data.media.image import normalize_patches
 from triptych.models.attention import Segments
 from triptych.models.kernels import KernelTable

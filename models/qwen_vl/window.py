@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from triptych.configs.schema import VisionConfig
+from triptych.configs.model_schema import VisionConfig
 from triptych.parallel.device import upload
 
 

@@ -20,7 +20,7 @@ from transformers import (
 from triptych.checkpoints.hf.folder import INDEX, SINGLE, HFReader, HFWriter
 from triptych.checkpoints.hf.model_config import hf_config, model_config_from_hf
 from triptych.checkpoints.hf.name_table import hub_name, name_table
-from triptych.configs.schema import (
+from triptych.configs.model_schema import (
     LanguageConfig,
     ModelConfig,
     TokensConfig,

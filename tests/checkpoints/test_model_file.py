@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from triptych.checkpoints.model_file import differences, read_model, write_model
-from triptych.configs.schema import VisionMLP, VisionNorm
+from triptych.configs.model_schema import VisionMLP, VisionNorm
 from triptych.errors import CheckpointError
 from triptych.tests.helpers.reference import TOWERS, small_model
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from triptych.configs.schema import (
+from triptych.configs.model_schema import (
     LanguageConfig,
     ModelConfig,
     VisionConfig,

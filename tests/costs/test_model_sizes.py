@@ -12,7 +12,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from triptych.checkpoints.hf.name_table import name_table
 from triptych.configs.compose import load_config
-from triptych.configs.schema import Kernels, ModelConfig, ParallelConfig, Part, Precision
+from triptych.configs.model_schema import ModelConfig
+from triptych.configs.schema import Kernels, ParallelConfig, Part, Precision
 from triptych.models.kernels import choose_here
 from triptych.models.parameters import global_parameters, part_of
 from triptych.models.qwen_vl.model import Qwen2VL

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from triptych.configs.schema import ModelConfig, TokensConfig
+from triptych.configs.model_schema import ModelConfig, TokensConfig
 from triptych.costs.flops import Workload
 from triptych.data.loading.collate import Segment, collate
 from triptych.data.types import SampleId

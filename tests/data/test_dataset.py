@@ -9,7 +9,7 @@ import torch
 import yaml
 from PIL import Image
 
-from triptych.configs.schema import ModelConfig, TokensConfig, VisionConfig
+from triptych.configs.model_schema import ModelConfig, TokensConfig, VisionConfig
 from triptych.data.dataset.dataset import Dataset
 from triptych.data.dataset.media_index import MediaIndex, media_grids, media_row
 from triptych.data.dataset.text_file import TextFile, TextWriter

@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 import pytest
 
-from triptych.configs.schema import VisionConfig
+from triptych.configs.model_schema import VisionConfig
 from triptych.data.dataset.dataset import Dataset
 from triptych.data.digits import images
 from triptych.data.digits.images import (

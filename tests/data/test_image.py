@@ -15,7 +15,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
     smart_resize as oracle_smart_resize,
 )
 
-from triptych.configs.schema import VisionConfig
+from triptych.configs.model_schema import VisionConfig
 from triptych.data.media.image import (
     decode_image,
     image_grids,

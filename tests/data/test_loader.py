@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from triptych.configs.schema import LanguageConfig, ModelConfig, Oversize, VisionConfig
+from triptych.configs.model_schema import LanguageConfig, ModelConfig, VisionConfig
+from triptych.configs.schema import Oversize
 from triptych.data.dataset.dataset import Dataset
 from triptych.data.loading.loader import Loader, validation_step
 from triptych.data.loading.reader import BatchFormat

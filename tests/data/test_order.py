@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from triptych.configs.schema import Oversize, VisionConfig
+from triptych.configs.model_schema import VisionConfig
+from triptych.configs.schema import Oversize
 from triptych.data.dataset.sizes import sizes_of
 from triptych.data.plan.mixture import draw_sources, integer_shares
 from triptych.data.plan.order import Cursor, Plan

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
-from triptych.configs.schema import Oversize, VisionConfig
+from triptych.configs.model_schema import VisionConfig
+from triptych.configs.schema import Oversize
 from triptych.data import make_once
 from triptych.data.dataset import sizes as sizes_module
 from triptych.data.dataset.dataset import Dataset

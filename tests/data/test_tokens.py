@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from triptych.configs.schema import ModelConfig, TokensConfig
+from triptych.configs.model_schema import ModelConfig, TokensConfig
 from triptych.data.tokenizer import SPECIAL_TOKENS, load_tokenizer, train_tokenizer
 from triptych.data.tokens import (
     encode_chat,

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from triptych.configs.model_schema import ModelConfig
 from triptych.configs.schema import (
     Config,
-    ModelConfig,
     OptimizerConfig,
     OverlapConfig,
     ParallelConfig,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from triptych.checkpoints.hf.model_config import hf_config
 from triptych.checkpoints.hf.name_table import hub_name
-from triptych.configs.schema import (
+from triptych.configs.model_schema import (
     LanguageConfig,
     ModelConfig,
     TokensConfig,

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from triptych.checkpoints.hf.folder import HFReader
 from triptych.checkpoints.hf.name_table import name_table
-from triptych.configs.schema import Kernels, ModelConfig, ParallelConfig, Precision
+from triptych.configs.model_schema import ModelConfig
+from triptych.configs.schema import Kernels, ParallelConfig, Precision
 from triptych.data.loading.collate import Segment, collate
 from triptych.data.types import Batch, SampleId
 from triptych.models.build import build_model

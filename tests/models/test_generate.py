@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from triptych.configs.schema import ModelConfig
+from triptych.configs.model_schema import ModelConfig
 from triptych.data.loading.collate import Segment
 from triptych.data.types import SampleId
 from triptych.models.generate import greedy

@@ -6,7 +6,7 @@ from itertools import permutations
 import pytest
 from torch import Tensor, nn
 
-from triptych.configs.schema import ModelConfig
+from triptych.configs.model_schema import ModelConfig
 from triptych.parallel.mesh import Mesh
 from triptych.tests.helpers.reference import (
     Conversation,

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from triptych.configs.schema import ModelConfig, Precision
+from triptych.configs.model_schema import ModelConfig
+from triptych.configs.schema import Precision
 from triptych.parallel.mesh import Mesh
 from triptych.tests.helpers.reference import (
     BAR,

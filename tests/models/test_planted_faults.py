@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from triptych.configs.schema import ModelConfig
+from triptych.configs.model_schema import ModelConfig
 from triptych.data.loading import collate
 from triptych.data.types import Batch
 from triptych.models.attention import PackedCoreAttention

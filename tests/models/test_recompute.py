@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from triptych.configs.model_schema import ModelConfig
 from triptych.configs.schema import (
     Kernels,
-    ModelConfig,
     ParallelConfig,
     Part,
     Precision,

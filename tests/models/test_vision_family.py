@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from triptych.checkpoints.hf.name_table import name_table
-from triptych.configs.schema import Kernels, ModelConfig, ParallelConfig, Precision
+from triptych.configs.model_schema import ModelConfig
+from triptych.configs.schema import Kernels, ParallelConfig, Precision
 from triptych.models.kernels import Installed, choose
 from triptych.models.parameters import global_parameters
 from triptych.models.qwen_vl.merger import Merger

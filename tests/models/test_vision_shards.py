@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from triptych.configs.schema import Kernels, ModelConfig, ParallelConfig, Precision, VisionConfig
+from triptych.configs.model_schema import ModelConfig, VisionConfig
+from triptych.configs.schema import Kernels, ParallelConfig, Precision
 from triptych.models.fake_rank import saved_storages
 from triptych.models.init import init_parameters
 from triptych.models.kernels import Installed, choose

@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 
-from triptych.configs.schema import VisionConfig
+from triptych.configs.model_schema import VisionConfig
 from triptych.models.qwen_vl.window import WindowOrder
 
 WINDOWED = VisionConfig(window_size=112, full_attention_layers=[7, 15, 23, 31])
