@@ -6,7 +6,6 @@ tensors, ``….gate`` and ``….up``. A tied head is its embedding.
 """
 
 import queue
-import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from triptych.errors import CheckpointError
 from triptych.models.init import EMBEDDING, HEAD
-from triptych.models.sharding import ShardingTable, TensorSharding
+from triptych.models.sharding import ShardingTable, TensorSharding, pattern_of
 from triptych.parallel.mesh import Mesh
 
 from megatron.core import dist_checkpointing
@@ -170,7 +169,7 @@ def stored_keys(kind: str, name: str, table: ShardingTable) -> list[str]:
 def _one_line_for_all_layers(problems: Sequence[str]) -> list[str]:
     groups = defaultdict(list)
     for problem in problems:
-        groups[re.sub(r"\.layers\.\d+\.", ".layers.*.", problem)].append(problem)
+        groups[pattern_of(problem)].append(problem)
     return [
         group[0] if len(group) == 1 else f"{pattern} ({len(group)} layers)"
         for pattern, group in groups.items()

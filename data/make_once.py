@@ -13,7 +13,7 @@ from typing import BinaryIO, TypeVar
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-_NO_LOCKS_HERE = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
+NO_LOCKS_HERE = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 """What flock says on file systems without it: some parallel ones, as they are mounted."""
 
 
@@ -84,7 +84,7 @@ def _turn(lock: Path) -> Iterator[bool]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
-            if error.errno not in _NO_LOCKS_HERE:
+            if error.errno not in NO_LOCKS_HERE:
                 raise
             _log.warning("%s: %s; every process does the same work", lock, error.strerror)
             yield False

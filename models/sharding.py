@@ -50,7 +50,7 @@ class ShardingTable:
 
 
 def pattern_of(name: str) -> str:
-    """The name that a parameter shares with those of all layers of its tower."""
+    """A name, or a line about one, without the number of its layer: the same for all layers."""
     return re.sub(r"\.layers\.\d+\.", ".layers.*.", name)
 
 

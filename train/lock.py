@@ -1,7 +1,6 @@
 """One run at a time in a ``run.dir``: two would take each other's temporary files for leftovers."""
 
 import contextlib
-import errno
 import fcntl
 import logging
 import os
@@ -11,14 +10,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import TextIO
 
+from triptych.data.make_once import NO_LOCKS_HERE
 from triptych.errors import ConfigError
 from triptych.parallel.agree import Ranks, on_rank_0
 
 _log = logging.getLogger(__name__)
 
 NAME = ".lock"
-_NO_LOCKS_HERE = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
-"""What flock says on file systems without it: some parallel ones, as they are mounted."""
 
 
 @contextlib.contextmanager
@@ -84,7 +82,7 @@ def _acquire(path: Path) -> TextIO:
                 file.seek(0)
                 raise BlockingIOError(file.read() or "another run") from None
         except OSError as error:
-            if error.errno not in _NO_LOCKS_HERE:
+            if error.errno not in NO_LOCKS_HERE:
                 raise
             _log.warning("%s: %s; see to it that no other run writes there", path, error.strerror)
         with contextlib.suppress(FileNotFoundError):
