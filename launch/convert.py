@@ -17,6 +17,7 @@ from pathlib import Path
 
 try:
     from triptych.configs.model_schema import ModelConfig
+    from triptych.errors import ConfigError
     from triptych.launch.cli import run
 except ModuleNotFoundError as missing:
     sys.exit(f"{missing.name} is not installed -> make install && source .venv/bin/activate")
@@ -38,6 +39,11 @@ def main(argv: Sequence[str]) -> None:
                 f"model={model.name} init.checkpoint={options.output}"
             )
         return
+    if (num_ranks := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise ConfigError(
+            f"an export is the work of one process, not of {num_ranks}"
+            "  -> python launch/convert.py export ..., without torchrun"
+        )
     folder = conversion.export_hf(options.source, options.output, options.tokenizer)
     print(f"{folder} -> {options.output}")
 

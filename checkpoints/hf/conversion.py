@@ -20,6 +20,8 @@ from triptych.checkpoints.sharded import load_tensors, save_tensors, weights_dty
 from triptych.checkpoints.store import CheckpointStore
 from triptych.configs.compose import read_config
 from triptych.configs.model_schema import ModelConfig
+from triptych.configs.problems import refusal
+from triptych.configs.rules.parallel import check_split
 from triptych.configs.schema import DataConfig
 from triptych.data.tokenizer import load_tokenizer
 from triptych.data.types import PixelLimits
@@ -46,6 +48,7 @@ def import_hf(source: Path, output: Path) -> Path:
     Raises:
         CheckpointError: not a Qwen2-VL model, its tensors are not those of its config.json, or
             ``output`` has checkpoints.
+        ConfigError: the number of ranks does not divide what tensor parallelism splits.
     """
     root = output / CHECKPOINTS
     if others := step_folders(root):
@@ -54,6 +57,8 @@ def import_hf(source: Path, output: Path) -> Path:
     _refuse_foreign_tokens(source, model)
     reader = HFReader(source, model)
     tp = init_distributed(TIMEOUT_S)
+    if problems := list(check_split(model, tp, "--nproc-per-node")):
+        raise refusal(problems)
     mesh = build_mesh(tp, 1, seed=0, timeout_s=TIMEOUT_S)
     weights = {
         name: reader.read(name, mesh.tp_rank, tp)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from math import gcd
 
+from triptych.configs.model_schema import ModelConfig
 from triptych.configs.problems import Problem, either, typed_list
 from triptych.configs.schema import Config, Zero
 
@@ -23,24 +24,27 @@ def check_parallel(config: Config, world_size: int) -> Iterator[Problem]:
             f"{world_size} ranks must be a multiple of parallel.tp*pp = {tp}*{pp}={tp * pp}",
             f"{either(good)} ranks, or other parallel.tp and parallel.pp",
         )
-    shared = gcd(
-        *(getattr(getattr(config.model, tower), size) for tower in SPLIT for size in SPLIT[tower])
-    )
-    good = [degree for degree in range(1, shared + 1) if shared % degree == 0]
-    nearest = sorted(sorted(good, key=lambda degree: abs(degree - tp))[:2])
-    for tower, sizes in SPLIT.items():
-        values = {size: getattr(getattr(config.model, tower), size) for size in sizes}
-        undivided = [f"{size}={value}" for size, value in values.items() if value % tp]
-        if undivided:
-            yield Problem(
-                f"parallel.tp={tp} must divide model.{tower}.{' and '.join(undivided)}",
-                either([f"parallel.tp={degree}" for degree in nearest]),
-            )
+    yield from check_split(config.model, tp, "parallel.tp")
     if parallel.sequence_parallel and tp == 1:
         yield Problem(
             "parallel.sequence_parallel=true has no ranks to shard over at parallel.tp=1",
             "parallel.sequence_parallel=false",
         )
+
+
+def check_split(model: ModelConfig, tp: int, key: str) -> Iterator[Problem]:
+    """Tp divides what it splits; ``key`` is what a person sets tp by."""
+    shared = gcd(*(getattr(getattr(model, tower), size) for tower in SPLIT for size in SPLIT[tower]))
+    good = [degree for degree in range(1, shared + 1) if shared % degree == 0]
+    nearest = sorted(sorted(good, key=lambda degree: abs(degree - tp))[:2])
+    for tower, sizes in SPLIT.items():
+        values = {size: getattr(getattr(model, tower), size) for size in sizes}
+        undivided = [f"{size}={value}" for size, value in values.items() if value % tp]
+        if undivided:
+            yield Problem(
+                f"{key}={tp} must divide model.{tower}.{' and '.join(undivided)}",
+                either([f"{key}={degree}" for degree in nearest]),
+            )
 
 
 def check_interleaving(config: Config) -> Iterator[Problem]:

@@ -14,6 +14,7 @@ What becomes of an unusual file: every image ends up as 8-bit RGB, or is refused
     32-bit, float, LAB       refused: the range of values is unknown
     EXIF orientation         applied; width and height are those of the upright image
     animation                first frame
+    kinds not in FORMATS     refused: Pillow hands PostScript to a program that runs it
     empty, cut or no image; ratio of sides above 200; more than MAX_DECODED_PIXELS    refused
 """
 
@@ -30,6 +31,8 @@ from triptych.configs.model_schema import VisionConfig
 from triptych.data.types import PixelLimits
 from triptych.errors import DataError
 
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+"""Pillow's names of the kinds of files that are read."""
 MAX_ASPECT_RATIO = 200
 MAX_DECODED_PIXELS = 89_478_485
 """256 MiB of RGB, seven times the largest ``max_pixels``; Pillow warns of a bomb beyond it."""
@@ -120,7 +123,7 @@ def decode_image(data: bytes, where: str) -> Image.Image:
     if not data:
         raise DataError(f"{where}: the file is empty (0 bytes)")
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_size(image.size, where)
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image), where)

@@ -349,6 +349,30 @@ def test_an_import_does_not_add_to_a_folder_that_has_checkpoints(hub, imported):
         convert.main(["import", str(hub[True]), str(imported[True])])
 
 
+@pytest.mark.distributed
+def test_more_ranks_than_kv_heads_are_refused(hub, pool, tmp_path):
+    expected = (
+        "1 problem in this run\n  --nproc-per-node=4 must divide model.language.num_kv_heads=2"
+        "  -> try --nproc-per-node=1 or --nproc-per-node=2"
+    )
+    assert pool(4).run(refused_import, source=hub[True], output=tmp_path / "out") == [expected] * 4
+    assert not (tmp_path / "out").exists()
+
+
+def refused_import(source: Path, output: Path) -> str:
+    with pytest.raises(ConfigError) as error:
+        import_hf(source, output)
+    return str(error.value)
+
+
+def test_several_ranks_do_not_export(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    words = ["export", "run", str(tmp_path / "out"), "--tokenizer", "tokenizer"]
+    with pytest.raises(ConfigError, match="work of one process, not of 2  -> python launch/conv"):
+        convert.main(words)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.torchrun
 def test_wrong_words_of_an_export(hub, imported, exported, tokenizer, tmp_path):
     def export(source: Path, output: Path, by: Path) -> None:

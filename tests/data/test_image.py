@@ -17,6 +17,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
 
 from triptych.configs.model_schema import VisionConfig
 from triptych.data.media.image import (
+    FORMATS,
     decode_image,
     image_grids,
     image_patches,
@@ -198,10 +199,10 @@ def test_exif_orientation_is_applied():
         encoded(noise(8, 9).convert("CMYK"), "JPEG"),
         encoded(noise(8, 9).convert("YCbCr"), "JPEG"),
         encoded(noise(8, 9), "GIF", save_all=True, append_images=[noise(8, 9, 1)]),
-        encoded(noise(8, 9), "WEBP"),
-        encoded(noise(8, 9), "TIFF"),
+        encoded(noise(8, 9), "MPO"),
+        *(encoded(noise(8, 9), kind) for kind in FORMATS),
     ],
-    ids=["L", "1", "P", "LA", "CMYK", "YCbCr", "gif", "webp", "tiff"],
+    ids=["L", "1", "P", "LA", "CMYK", "YCbCr", "animation", "mpo", *map(str.lower, FORMATS)],
 )
 def test_unusual_kinds_become_rgb(data):
     image = decode_image(data, "x")
@@ -227,12 +228,13 @@ def test_one_pixel_is_enlarged():
         (encoded(noise(64, 64))[:2000], "cannot be decoded"),
         (encoded(noise(64, 64), "JPEG")[:1500], "cannot be decoded"),
         (encoded(noise(64, 64))[:30], "cannot be decoded"),
+        (encoded(noise(64, 64), "EPS"), "cannot be decoded"),
         (encoded(Image.new("F", (4, 4)), "TIFF"), "no defined range"),
         (encoded(Image.new("L", (2001, 10))), "at most 200 times"),
         (encoded(Image.new("1", (12000, 9000))), "above the bound of 89478485"),
         (encoded(Image.new("1", (20000, 10000))), "decompression bomb"),
     ],
-    ids=["empty", "text", "cut", "cut-jpeg", "header", "float", "long", "large", "bomb"],
+    ids=["empty", "text", "cut", "cut-jpeg", "header", "eps", "float", "long", "large", "bomb"],
 )
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_refused(data, message):
