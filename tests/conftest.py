@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from triptych.tests.helpers.pool import RankPool
+from triptych.tests.helpers.pool import PRELOAD, PRETEND_PRELOAD, RankPool
 
 settings.register_profile(
     "a busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
@@ -21,16 +21,32 @@ settings.load_profile("a busy machine")
 @pytest.fixture(scope="session")
 def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], RankPool]]:
     """``pool(world_size).run(function, **kwargs)`` runs a case on gloo ranks; see ``pool.py``."""
-    folder = tmp_path_factory.mktemp("pool")
-    pools: dict[int, RankPool] = {}
+    yield from pools(tmp_path_factory.mktemp("pool"), PRELOAD)
+
+
+@pytest.fixture(scope="session")
+def pretended_pool(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Callable[[int], RankPool]]:
+    """As ``pool``, of ranks with a pretended CUDA device each; see ``pretend_cuda.py``."""
+    from triptych.tests.helpers.pretend_registration import why_impossible  # late: torch
+
+    if reason := why_impossible():
+        pytest.skip(reason)
+    yield from pools(tmp_path_factory.mktemp("pretended"), PRETEND_PRELOAD)
+
+
+def pools(folder: Path, preload: str) -> Iterator[Callable[[int], RankPool]]:
+    """A pool for each world size, from its first case on to the end of the session."""
+    by_size: dict[int, RankPool] = {}
 
     def of_size(world_size: int) -> RankPool:
-        if world_size not in pools:
-            pools[world_size] = RankPool(world_size, folder / str(world_size))
-        return pools[world_size]
+        if world_size not in by_size:
+            by_size[world_size] = RankPool(world_size, folder / str(world_size), preload)
+        return by_size[world_size]
 
     yield of_size
-    for one in pools.values():
+    for one in by_size.values():
         one.stop()
 
 

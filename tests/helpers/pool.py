@@ -9,13 +9,15 @@
         assert pool(4).run(check_sum, start=1) == [10] * 4
 
 The ranks are forks of one server that has imported torch and megatron-core once
-(``pool_preload.py``), so a pool starts, and starts again, in a fraction of a second. Arguments and
+(``pool_preload.py``), so a pool starts, and starts again, in a fraction of a second; ranks with
+pretended CUDA devices are those of another server (``pretend_preload.py``). Arguments and
 results travel pickled; a rank finds the function by file and name. A rank that raises, dies or
 stands still ends the pool, and the next case gets a new one: no case inherits a broken group.
 """
 
 import atexit
 import contextlib
+import functools
 import multiprocessing
 import os
 import pickle
@@ -25,6 +27,7 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -33,7 +36,9 @@ from unittest import mock
 from triptych.tests.helpers.limits import HANG_S
 from triptych.tests.helpers.pool_rank import FORGET, PoolCall, Raised, Returned, serve
 
-PRELOAD = ["pytest", "triptych.tests.helpers.pool_preload"]
+PRELOAD = "triptych.tests.helpers.pool_preload"
+PRETEND_PRELOAD = "triptych.tests.helpers.pretend_preload"
+"""Of ranks that have CUDA devices."""
 GRACE_S = 1.0
 """How long the others may go on after one rank has failed: enough to fail for the same reason."""
 STACK_TIMEOUT_S = 60.0
@@ -99,12 +104,21 @@ class Rank:
         self.connection.close()
 
 
+@functools.cache
+def fork_server(preload: str) -> forkserver.ForkServer:
+    """The server whose forks have imported this module. multiprocessing itself has one only."""
+    server = forkserver.ForkServer()
+    server.set_forkserver_preload(["pytest", preload])
+    return server
+
+
 class RankPool:
     """``world_size`` ranks with a gloo group, which run one case after another."""
 
-    def __init__(self, world_size: int, folder: Path) -> None:
+    def __init__(self, world_size: int, folder: Path, preload: str = PRELOAD) -> None:
         self.world_size = world_size
         self._folder = folder
+        self._server = fork_server(preload)
         self._ranks: list[Rank] = []
         # Without this, an interpreter that ends without stop() would wait for its ranks for ever.
         atexit.register(self.stop)
@@ -163,7 +177,6 @@ class RankPool:
     def _start(self) -> None:
         self._folder.mkdir(parents=True)
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
         loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
         environment = {
             "OMP_NUM_THREADS": "1",
@@ -186,7 +199,9 @@ class RankPool:
         process = context.Process(
             target=serve, args=arguments, name=f"rank {index} of {self.world_size}"
         )
-        process.start()
+        connect = self._server.connect_to_new_process
+        with mock.patch.object(forkserver, "connect_to_new_process", connect):
+            process.start()
         theirs.close()  # so that the death of the rank closes the connection
         return Rank(index, process, ours, log, stack)
 

@@ -168,9 +168,9 @@ def test_process_that_forgets_to_stop_its_pool_still_ends(tmp_path: Path):
     script.write_text(
         "import os, pathlib\n"
         "from triptych.tests.helpers import pool\n"
-        "pool.PRELOAD = ['torch.distributed']\n"
         "if __name__ == '__main__':\n"
-        f"    print(pool.RankPool(1, pathlib.Path({str(tmp_path / 'pool')!r})).run(os.getpid))\n"
+        f"    folder = pathlib.Path({str(tmp_path / 'pool')!r})\n"
+        "    print(pool.RankPool(1, folder, preload='torch.distributed').run(os.getpid))\n"
     )
     ended = subprocess.run(
         [sys.executable, str(script)], capture_output=True, text=True, check=True
@@ -205,7 +205,6 @@ def test_ranks_end_with_the_process_that_started_them(tmp_path: Path):
         "import os, pathlib, signal, threading, time\n"
         "import torch.distributed as dist\n"
         "from triptych.tests.helpers import pool\n"
-        "pool.PRELOAD = ['torch.distributed']  # this test does without megatron-core\n"
         f"folder = pathlib.Path({str(tmp_path)!r})\n"
         "def hang():\n"
         "    (folder / f'pid{dist.get_rank()}').write_text(str(os.getpid()))\n"
@@ -216,7 +215,8 @@ def test_ranks_end_with_the_process_that_started_them(tmp_path: Path):
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
         "if __name__ == '__main__':\n"
         "    threading.Thread(target=kill_when_ranks_hang).start()\n"
-        "    pool.RankPool(2, folder / 'pool').run(hang)\n"
+        "    without_megatron = 'torch.distributed'\n"
+        "    pool.RankPool(2, folder / 'pool', without_megatron).run(hang)\n"
     )
     ended = subprocess.run([sys.executable, str(script)], check=False)
     assert ended.returncode == -signal.SIGKILL
