@@ -38,8 +38,10 @@ def parse_args(args: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--input", nargs="+", type=Path, required=True, help="JSONL files")
     parser.add_argument(
         "--images",
+        nargs="+",
         type=Path,
-        help="folder that relative image paths start from (default: that of the first JSONL file)",
+        help="folders below which every image lies; relative paths start from the first (default: "
+        "that of the first JSONL file)",
     )
     parser.add_argument(
         "--tokenizer",
@@ -54,6 +56,18 @@ def parse_args(args: Sequence[str]) -> argparse.Namespace:
         default="fail",
         help="a bad sample ends the program, or is left out whole and listed in quarantine.jsonl "
         "(default: fail)",
+    )
+    parser.add_argument(
+        "--ignore-keys",
+        nargs="+",
+        default=[],
+        metavar="KEY",
+        help="keys of records, turns and parts to pass over (default: refused, but for id)",
+    )
+    parser.add_argument(
+        "--allow-spelled-media",
+        action="store_true",
+        help="text may spell <image>, <video> and the like (default: a bad sample)",
     )
     parser.add_argument(
         "--shard-mb",
@@ -76,14 +90,16 @@ def main(args: Sequence[str]) -> None:
     options = parse_args(args)
     # Late: --help does not pay for torch.
     from triptych.data.prepare.build_dataset import OnBad, build_dataset
+    from triptych.data.prepare.foreign import Allowed
     from triptych.data.tokenizer import load_tokenizer
 
     manifest = build_dataset(
         options.input,
         options.output,
         load_tokenizer(options.tokenizer),
-        images=options.images or options.input[0].parent,
+        images=options.images or [options.input[0].parent],
         on_bad=OnBad[options.on_bad],
+        allowed=Allowed(frozenset(options.ignore_keys), options.allow_spelled_media),
         shard_size=options.shard_mb * 1_000_000,
         report=ProgressLine(),
     )

@@ -225,7 +225,7 @@ def _build(
     with (raw / f"{name}.jsonl").open("w") as lines:
         for _ in range(num_samples):
             lines.write(json.dumps(SOURCES[name](rng, pictures)) + "\n")
-    build_dataset([raw / f"{name}.jsonl"], root / name, tokenizer, images=raw, report=_one_more)
+    build_dataset([raw / f"{name}.jsonl"], root / name, tokenizer, images=[raw], report=_one_more)
 
 
 def _pictures(pictures: Sequence[Picture], close_ups: Sequence[Picture]) -> Pictures:

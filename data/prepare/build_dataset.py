@@ -8,22 +8,27 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 from triptych.data.dataset.dataset import Dataset, DatasetManifest
-from triptych.data.media.kinds import kind_of
+from triptych.data.prepare.foreign import NOTHING, Allowed, check_inputs, check_record
+from triptych.data.prepare.media_files import MediaFolders
 from triptych.data.prepare.records import Line, read_lines
 from triptych.data.prepare.writer import DatasetWriter, MediaFile
 from triptych.data.tokenizer import Tokenizer
-from triptych.data.tokens import Encoded, MediaRef, encode_record
+from triptych.data.tokens import Encoded, encode_record
 from triptych.errors import DataError
 
 SHARD_SIZE = 256 << 20
 """Bytes. Small enough to copy again, large enough for a parallel file system."""
 QUARANTINE = "quarantine.jsonl"
+LOOK_AHEAD = 100
+"""Records that are tried after a bad first one, to see whether any is good."""
 
 
 class OnBad(Enum):
@@ -49,8 +54,9 @@ def build_dataset(
     output: Path,
     tokenizer: Tokenizer,
     *,
-    images: Path,
+    images: Sequence[Path],
     on_bad: OnBad = OnBad.fail,
+    allowed: Allowed = NOTHING,
     shard_size: int = SHARD_SIZE,
     report: Callable[[BuildProgress], None] | None = None,
 ) -> DatasetManifest:
@@ -60,20 +66,23 @@ def build_dataset(
         inputs: JSONL files, one record of ``data.tokens.encode_record`` per line.
         output: the folder; must not exist.
         tokenizer: for the text.
-        images: folder that relative image paths start from.
+        images: folders below which every image lies; relative paths start from the first.
         on_bad: ``skip`` leaves a bad sample out whole, and writes it to ``quarantine.jsonl``.
+        allowed: what else would make a sample a bad one.
         shard_size: bytes after which a new shard is begun.
         report: is called after every sample.
     Raises:
-        DataError: the output exists, no sample is usable, or one is bad and ``on_bad`` is ``fail``;
-            names file and line.
+        DataError: the output exists, an input is no JSONL, no sample is usable, or one is bad and
+            ``on_bad`` is ``fail``; names file and line.
     """
     if output.exists():
         raise DataError(f"{output} exists already  -> remove it, or choose another --output")
+    check_inputs(inputs)
+    samples = _Samples(tokenizer, MediaFolders(images), allowed)
     partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
     try:
-        manifest = _write(inputs, partial, tokenizer, images, on_bad, shard_size, report)
+        manifest = _write(inputs, partial, samples, on_bad, shard_size, report)
         Dataset.open(partial, output.name).verify()
         partial.rename(output)
     except BaseException:
@@ -82,29 +91,52 @@ def build_dataset(
     return manifest
 
 
+class _Samples(NamedTuple):
+    """How a line becomes a sample."""
+
+    tokenizer: Tokenizer
+    folders: MediaFolders
+    allowed: Allowed
+
+    def read(self, line: Line) -> tuple[Encoded, list[MediaFile]]:
+        """Encodes a line and reads its media, each of which must decode."""
+        record = line.parse()
+        check_record(record, self.allowed)
+        encoded = encode_record(record, self.tokenizer)
+        return encoded, [self.folders.read(item) for item in encoded.media]
+
+    def is_good(self, line: Line) -> bool:
+        """It can be read."""
+        try:
+            self.read(line)
+        except DataError:
+            return False
+        return True
+
+
 def _write(
     inputs: Sequence[Path],
     folder: Path,
-    tokenizer: Tokenizer,
-    images: Path,
+    samples: _Samples,
     on_bad: OnBad,
     shard_size: int,
     report: Callable[[BuildProgress], None] | None,
 ) -> DatasetManifest:
     started = time.monotonic()
-    total_bytes = sum(path.stat().st_size for path in inputs if path.is_file())
+    total_bytes = sum(path.stat().st_size for path in inputs)
     progress = BuildProgress(num_samples=0, num_skipped=0, done=0.0, elapsed_s=0.0)
-    done_bytes = 0
-    writer = DatasetWriter(folder, tokenizer, shard_size)
-    for line in read_lines(inputs):
+    done_bytes, first_bad = 0, ""
+    writer = DatasetWriter(folder, samples.tokenizer, shard_size)
+    lines = read_lines(inputs)
+    for line in lines:
         try:
-            encoded, media = _read_sample(line, tokenizer, images)
+            encoded, media = samples.read(line)
         except DataError as error:
             if on_bad is OnBad.fail:
-                raise DataError(
-                    f"{line.where}: {error}  -> mend it, or leave such samples out: --on-bad skip"
-                ) from error
+                some_good = progress.num_samples > 0
+                raise DataError(_refusal(line, error, samples, lines, some_good)) from error
             _quarantine(folder / QUARANTINE, line, str(error))
+            first_bad = first_bad or f"; the first is {line.where}: {error}"
             progress.num_skipped += 1
         else:
             writer.add(encoded, media, line.content.strip())
@@ -117,35 +149,28 @@ def _write(
     if not progress.num_samples:
         raise DataError(
             f"{', '.join(map(str, inputs)) or 'no input'}: no usable sample, "
-            f"{progress.num_skipped} bad ones  -> check the files given as --input"
+            f"{progress.num_skipped} bad ones{first_bad}  -> check the files given as --input"
         )
     return writer.close(progress.num_skipped)
 
 
-def _read_sample(line: Line, tokenizer: Tokenizer, images: Path) -> tuple[Encoded, list[MediaFile]]:
-    """Encodes a line and reads its media, each of which must decode."""
-    encoded = encode_record(line.parse(), tokenizer)
-    return encoded, [_read_media(item, images) for item in encoded.media]
-
-
-def _read_media(item: MediaRef, folder: Path) -> MediaFile:
-    kind = kind_of(item.kind)
-    local = item.path.removeprefix("file://")
-    if "://" in local or local.startswith("data:"):
-        raise DataError(
-            f"{item.path[:80]!r} is not a path: download {kind.name}s first, and name the files"
-        )
-    file = folder / local
-    where = f"{kind.name} {file}"
-    try:
-        content = file.read_bytes()
-    except (OSError, ValueError) as error:
-        raise DataError(f"{where} cannot be read: {error}") from error
-    extent = kind.measure(content, where)
-    extension = file.suffix.removeprefix(".").lower()
-    if not (extension.isascii() and extension.isalnum() and len(extension) <= 8):
-        extension = kind.extension
-    return MediaFile(item.kind, content, extension, extent)
+def _refusal(
+    line: Line, error: DataError, samples: _Samples, rest: Iterator[Line], some_good: bool
+) -> str:
+    """What is wrong; and that such samples can be left out, where there are others."""
+    tried = 1
+    for following in islice(rest, 0 if some_good else LOOK_AHEAD):
+        tried += 1
+        some_good = samples.is_good(following)
+        if some_good:
+            break
+    told = f"{line.where}: {error}"
+    has_remedy = "  -> " in told
+    if some_good:
+        joint = "; or" if has_remedy else "  -> mend it, or"
+        return f"{told}{joint} leave such samples out: --on-bad skip"
+    joint = ";" if has_remedy else "  -> mend the input:"
+    return f"{told}{joint} of its first {tried} records none can be used"
 
 
 def _quarantine(file: Path, line: Line, reason: str) -> None:

@@ -160,7 +160,7 @@ def data(tmp_path_factory, tokenizer) -> Path:
     content = [{"type": "image", "image": "a.png"}, {"type": "text", "text": CAPTION}]
     (folder / "in.jsonl").write_text(8 * (json.dumps({"content": content}) + "\n"))
     reader = load_tokenizer(tokenizer)
-    build_dataset([folder / "in.jsonl"], folder / "pairs", reader, images=folder)
+    build_dataset([folder / "in.jsonl"], folder / "pairs", reader, images=[folder])
     return folder
 
 

@@ -145,7 +145,7 @@ def folder(tmp_path, tokenizer):
         Image.fromarray(pixels).save(tmp_path / name)
     lines = tmp_path / "in.jsonl"
     lines.write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
-    build_dataset([lines], tmp_path / "set", tokenizer, images=tmp_path)
+    build_dataset([lines], tmp_path / "set", tokenizer, images=[tmp_path])
     return tmp_path / "set"
 
 

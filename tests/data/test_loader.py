@@ -65,7 +65,7 @@ def build(folder, tokenizer, all_records):
         Image.fromarray(pixels).save(folder / name)
     lines = folder / "in.jsonl"
     lines.write_text("".join(json.dumps(r) + "\n" for r in all_records(rng, images)))
-    build_dataset([lines], folder / "set", tokenizer, images=folder)
+    build_dataset([lines], folder / "set", tokenizer, images=[folder])
     return folder / "set"
 
 

@@ -1,6 +1,7 @@
 """From JSONL and image files to a dataset folder, and what is refused or left out on the way."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import webdataset
 from PIL import Image
 
 from triptych.data.dataset.dataset import Dataset
+from triptych.data.prepare import media_files
 from triptych.data.prepare.build_dataset import OnBad, build_dataset
 from triptych.data.tokenizer import train_tokenizer
 from triptych.errors import ConfigError, DataError
@@ -37,6 +39,7 @@ def work(tmp_path):
     Image.new("L", (50, 40), 128).save(tmp_path / "a.png")
     Image.new("L", (60, 30), 99).save(tmp_path / "b.v2.JPG")
     (tmp_path / "empty.png").touch()
+    os.mkfifo(tmp_path / "pipe.png")
     return tmp_path
 
 
@@ -49,7 +52,7 @@ def write(work: Path, lines: list[object]) -> Path:
 
 def build(work, tokenizer, lines, **options):
     file = write(work, lines)
-    return build_dataset([file], work / "out", tokenizer, images=work, **options)
+    return build_dataset([file], work / "out", tokenizer, images=[work], **options)
 
 
 LATIN_1 = '{"text": "\xff"}'
@@ -61,7 +64,12 @@ BAD = {
     "empty": ({"content": [{"type": "image", "image": "empty.png"}, CAPTION]}, "0 bytes"),
     "not-an-image": ({"content": [{"type": "image", "image": "in.jsonl"}, CAPTION]}, "decoded"),
     "url": ({"content": [{"type": "image", "image": "http://x/a.png"}, CAPTION]}, "is not a path"),
-    "base64": ({"content": [{"type": "image", "image": "data:image/png;"}, CAPTION]}, "not a path"),
+    "base64": ({"content": [{"type": "image", "image": "data:image/png;"}, CAPTION]}, "in base64"),
+    "key-beside": ({"text": "a", "source": "web"}, "the record has source besides"),
+    "spelled": ({"text": "see <image>"}, "spells <image> in its text"),
+    "outside": ({"content": [{"type": "image", "image": "../a.png"}, CAPTION]}, "leads out of the"),
+    "device": ({"content": [{"type": "image", "image": "/dev/zero"}, CAPTION]}, "leads out of the"),
+    "pipe": ({"content": [{"type": "image", "image": "pipe.png"}, CAPTION]}, "no regular file"),
     "video": ({"content": [{"type": "video", "video": "a.mp4"}]}, "videos are not supported yet"),
     "second": ({"content": [IMAGE, CAPTION, {"type": "image", "image": "no.png"}]}, "no.png"),
 }
@@ -78,14 +86,14 @@ def write_bad(work, bad):
 def test_a_bad_sample_names_file_and_line_and_leaves_nothing(work, tokenizer, bad, reason):
     file = write_bad(work, bad)
     with pytest.raises(DataError, match=rf"in\.jsonl:3: .*{reason}.*--on-bad skip"):
-        build_dataset([file], work / "out", tokenizer, images=work)
+        build_dataset([file], work / "out", tokenizer, images=[work])
     assert not [path.name for path in work.iterdir() if "out" in path.name]
 
 
 @pytest.mark.parametrize(("bad", "reason"), BAD.values(), ids=BAD)
 def test_a_bad_sample_can_be_left_out_whole(work, tokenizer, bad, reason):
     file = write_bad(work, bad)
-    manifest = build_dataset([file], work / "out", tokenizer, images=work, on_bad=OnBad.skip)
+    manifest = build_dataset([file], work / "out", tokenizer, images=[work], on_bad=OnBad.skip)
     assert (manifest.num_samples, manifest.num_media, manifest.num_skipped) == (2, 2, 1)
     (entry,) = (work / "out/quarantine.jsonl").read_text().splitlines()
     assert json.loads(entry)["line"] == 3
@@ -99,7 +107,34 @@ def test_no_usable_sample_is_an_error(work, tokenizer, lines):
     with pytest.raises(DataError, match=rf"no usable sample, {len(lines)} bad ones"):
         build(work, tokenizer, lines, on_bad=OnBad.skip)
     with pytest.raises(DataError, match=r"absent\.jsonl cannot be read"):
-        build_dataset([work / "absent.jsonl"], work / "out", tokenizer, images=work)
+        build_dataset([work / "absent.jsonl"], work / "out", tokenizer, images=[work])
+
+
+def test_leaving_out_is_not_advised_where_nothing_is_good(work, tokenizer):
+    with pytest.raises(DataError, match=r"in.jsonl:1: a.*mend the input: of its first 2 .* none"):
+        build(work, tokenizer, [{"prompt": "a"}, "{"])
+    with pytest.raises(DataError, match=r"in.jsonl:1: a.*mend it, or leave .*: --on-bad skip$"):
+        build(work, tokenizer, [{"prompt": "a"}, "{", GOOD])
+    with pytest.raises(DataError, match=r"2 bad ones; the first is \S*in.jsonl:1: a record needs"):
+        build(work, tokenizer, [{"prompt": "a"}, "{"], on_bad=OnBad.skip)
+
+
+def test_a_link_out_of_the_folders_is_followed_only_where_it_leads_into_another(work, tokenizer):
+    store, pictures = work / "store", work / "pictures"
+    store.mkdir()
+    pictures.mkdir()
+    (work / "a.png").rename(store / "blob")
+    (pictures / "a.png").symlink_to(store / "blob")
+    lines = write(work, [GOOD])
+    with pytest.raises(DataError, match=rf"store/blob  -> .* --images {pictures} {store}; "):
+        build_dataset([lines], work / "out", tokenizer, images=[pictures])
+    build_dataset([lines], work / "out", tokenizer, images=[pictures, store])
+
+
+def test_a_file_that_is_too_large_is_not_read(work, tokenizer, monkeypatch):
+    monkeypatch.setattr(media_files, "MAX_BYTES", 50)
+    with pytest.raises(DataError, match=r"a.png has \d+ bytes, above the bound of 50"):
+        build(work, tokenizer, [GOOD])
 
 
 def test_an_existing_output_is_never_overwritten(work, tokenizer):
@@ -124,7 +159,7 @@ def test_webdataset_reads_the_shards(work, tokenizer):
 def test_the_same_input_gives_the_same_bytes(work, tokenizer):
     lines = write(work, [GOOD, {"text": "words"}])
     for name in ("one", "two"):
-        build_dataset([lines], work / name, tokenizer, images=work)
+        build_dataset([lines], work / name, tokenizer, images=[work])
     one, two = (Dataset.open(work / name, name) for name in ("one", "two"))
     assert one.fingerprint == two.fingerprint
 

@@ -92,10 +92,11 @@ def pictures(tmp_path) -> Path:
     (folder / "empty.png").touch()
     (folder / "text.png").write_text("hello")
     (folder / "dangling.png").symlink_to("nowhere")
+    os.mkfifo(folder / "pipe.png")
     return folder
 
 
-GOOD = ("cmyk.jpg", "1x1.png", "rgba.png", "16bit.png", "animated.gif", "../outside.png")
+GOOD = ("cmyk.jpg", "1x1.png", "rgba.png", "16bit.png", "animated.gif")
 BAD = {
     "long.png": "10000x10 pixels; one side may be at most 200 times the other",
     "cut.png": "cannot be decoded as an image",
@@ -106,6 +107,10 @@ BAD = {
     "missing.png": "cannot be read: .*No such file",
     "http://host/a.png": "is not a path: download images first",
     "a\0b": "cannot be read: embedded null byte",
+    "../outside.png": "leads out of the folders of media, to .*  -> .*--images",
+    "file:///etc/passwd": "leads out of the folders of media, to /etc/passwd",
+    "/dev/zero": "leads out of the folders of media, to /dev/zero",
+    "pipe.png": "cannot be read: it is no regular file",
 }
 BAD_LINES = {
     "{broken": "not JSON",
@@ -143,7 +148,10 @@ def test_a_bad_sample_is_left_out_with_its_reason_and_the_rest_is_kept(pictures,
         assert re.search(reason, line["reason"]), line
 
     for content, message in {
-        lines[-1]: "records.jsonl:1: not JSON.*-> mend it, or leave such samples out",
+        lines[-1]
+        + "\n"
+        + lines[0]: "records.jsonl:1: not JSON.*-> mend it, or leave such samples out",
+        lines[-1]: "records.jsonl:1: not JSON.*-> mend the input: of its first 1 records none",
         "": "records.jsonl: no usable sample, 0 bad ones  -> check the files given as --input",
     }.items():
         records.write_text(content)

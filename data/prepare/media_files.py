@@ -1,0 +1,73 @@
+"""The files that records name, read only where they may be.
+
+Records come from elsewhere: a path in one of them may lead to any file of this machine, to a pipe
+that nobody writes or to a device without an end.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from stat import S_ISREG
+
+from triptych.data.media.kinds import kind_of
+from triptych.data.prepare.writer import MediaFile
+from triptych.data.tokens import MediaRef
+from triptych.errors import DataError
+
+MAX_BYTES = 512 << 20
+"""Of one file. An image within the bound of its pixels, 16 bits per channel, not compressed."""
+
+
+class MediaFolders:
+    """Folders below which every media file lies."""
+
+    def __init__(self, folders: Sequence[Path]) -> None:
+        """Relative paths start from the first folder."""
+        self._start = folders[0]
+        self._folders = [folder.resolve() for folder in folders]
+
+    def read(self, item: MediaRef) -> MediaFile:
+        """One file, byte for byte, which decodes.
+
+        Raises:
+            DataError: it is no regular file below one of the folders, links followed; is too large,
+                cannot be read or decoded.
+        """
+        kind = kind_of(item.kind)
+        local = item.path.removeprefix("file://")
+        if "://" in local:
+            raise DataError(
+                f"{item.path[:80]!r} is not a path: download {kind.name}s first, and name the files"
+            )
+        file = self._start / local
+        where = f"{kind.name} {file}"
+        try:
+            content = self._content(file, where)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{where} cannot be read: {error}") from error
+        extension = file.suffix.removeprefix(".").lower()
+        if not (extension.isascii() and extension.isalnum() and len(extension) <= 8):
+            extension = kind.extension
+        return MediaFile(item.kind, content, extension, kind.measure(content, where))
+
+    def _content(self, file: Path, where: str) -> bytes:
+        target = file.resolve()
+        if not any(target.is_relative_to(folder) for folder in self._folders):
+            raise DataError(
+                f"{where} leads out of the folders of media, to {target}"
+                f"  -> if it is meant, name its folder too: --images {self._start} {target.parent}"
+            )
+        with open(target, "rb", opener=_without_waiting) as opened:
+            status = os.fstat(opened.fileno())
+            if not S_ISREG(status.st_mode):
+                raise DataError(f"{where} cannot be read: it is no regular file")
+            if status.st_size > MAX_BYTES:
+                raise DataError(
+                    f"{where} has {status.st_size} bytes, above the bound of {MAX_BYTES}"
+                )
+            return opened.read()
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Opens a pipe too, whether or not somebody writes to it."""
+    return os.open(path, flags | os.O_NONBLOCK)
