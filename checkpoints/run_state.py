@@ -81,17 +81,28 @@ def save_state(folder: CheckpointFolder, run: RunTensors, numbers: Mapping[str, 
     on_every_rank(run.mesh.world, write_the_rest, os_error=CheckpointError)
 
 
+def save_weights(folder: CheckpointFolder, run: RunTensors) -> None:
+    """Write the weights only, as ``save_state`` does. Every rank must call this.
+
+    Raises:
+        CheckpointError: on every rank alike, where some could not write; names them.
+    """
+    if run.optimizer is not None:
+        run.optimizer.gather_weights()
+    save_tensors(folder.shards, {WEIGHTS: run.parameters}, run.mesh, run.sharding)
+
+
 def load_numbers(folder: Path) -> dict[str, Any]:
     """The numbers that ``save_state`` was given, and ``num_updates``.
 
     Raises:
-        CheckpointError: it was imported, so no run has saved it.
+        CheckpointError: it has weights only, as one that was imported.
     """
     path = CheckpointFolder(folder).numbers
     if not path.is_file():
         raise CheckpointError(
-            f"{folder} has weights only, no position in the data and no optimizer state, as it was "
-            "imported  -> init.checkpoint=FOLDER starts from it, with init.optimizer_state=false"
+            f"{folder} has weights only, no position in the data and no optimizer state"
+            "  -> init.checkpoint=FOLDER starts from it, with init.optimizer_state=false"
         )
     numbers: dict[str, Any] = json.loads(path.read_text())
     return numbers

@@ -295,6 +295,9 @@ class RunConfig:
     """Steps between checkpoints; one is always written at the end."""
     keep: int = 3
     """Newest checkpoints that are kept."""
+    weights_every: int = 0
+    """Steps between checkpoints of weights only, in ``run.dir/weights``: a seventh of a whole one
+    in bf16, a quarter in fp32. All are kept; 0 saves none."""
 
 
 @dataclass(kw_only=True, slots=True)

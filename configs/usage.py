@@ -33,6 +33,7 @@ OVERRIDES = {
     "init.allow_random": "start from random weights on purpose",
     "run.dir": "where logs and checkpoints go",
     "run.checkpoint_every": "steps between checkpoints",
+    "run.weights_every": "steps between checkpoints of weights only, all kept",
     "resume": "auto, never, or the checkpoint to go on from",
     "seed": "random weights, order and mixture of the data",
 }

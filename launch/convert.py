@@ -1,7 +1,8 @@
-"""Between Hugging Face folders and our checkpoints.
+r"""Between Hugging Face folders and our checkpoints.
 
     python launch/convert.py import Qwen2-VL-7B-Instruct runs/imported
-    python launch/convert.py export runs/7b/stage3 exported --tokenizer Qwen2-VL-7B-Instruct
+    python launch/convert.py export runs/7b/stage3 exported --tokenizer Qwen2-VL-7B-Instruct \
+        --dtype bf16    # else in the dtype that they are stored in
     torchrun --nproc-per-node 8 launch/convert.py import ...    # each rank reads its pieces
 
 A run starts from an imported model with --config-dir runs/imported model=Qwen2-VL-7B-Instruct
@@ -17,6 +18,7 @@ from pathlib import Path
 
 try:
     from triptych.configs.model_schema import ModelConfig
+    from triptych.configs.schema import Precision
     from triptych.errors import ConfigError
     from triptych.launch.cli import run
 except ModuleNotFoundError as missing:
@@ -28,6 +30,7 @@ def main(argv: Sequence[str]) -> None:
     options = _parser().parse_args(argv)
     from triptych.checkpoints.hf import conversion  # late: --help does not pay for torch
     from triptych.checkpoints.model_file import read_model
+    from triptych.parallel.dtypes import DTYPES
 
     if options.direction == "import":
         folder = conversion.import_hf(options.source, options.output)
@@ -44,7 +47,8 @@ def main(argv: Sequence[str]) -> None:
             f"an export is the work of one process, not of {num_ranks}"
             "  -> python launch/convert.py export ..., without torchrun"
         )
-    folder = conversion.export_hf(options.source, options.output, options.tokenizer)
+    dtype = options.dtype and DTYPES[Precision[options.dtype]]
+    folder = conversion.export_hf(options.source, options.output, options.tokenizer, dtype)
     print(f"{folder} -> {options.output}")
 
 
@@ -60,6 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     out.add_argument("source", type=Path, help="run folder, its checkpoints/, or one checkpoint")
     out.add_argument("output", type=Path, help="new folder")
     out.add_argument("--tokenizer", type=Path, required=True, help="tokenizer folder, copied along")
+    out.add_argument(
+        "--dtype", choices=[choice.name for choice in Precision], help="default: as they are stored"
+    )
     return parser
 
 

@@ -28,6 +28,7 @@ from triptych.train.hooks.progress import Progress
 from triptych.train.hooks.quarantine import QUARANTINE, Quarantine
 from triptych.train.hooks.trackers import METRICS, MetricsFile, TensorBoardTracker, WandbTracker
 from triptych.train.hooks.validation import Validation
+from triptych.train.hooks.weights import WEIGHTS, WeightsOnly
 from triptych.train.json_lines import keep_until
 from triptych.train.lock import lock_run_dir
 from triptych.train.loop import is_finished, train
@@ -166,7 +167,11 @@ def _hooks(config: Config, engine: Engine, store: CheckpointStore) -> HookChain:
             hooks.append(TensorBoardTracker(run_dir))
     if mesh.reads_media:
         hooks += [Ledger(run_dir, mesh), Quarantine(run_dir, mesh)]
-    return HookChain([*hooks, Progress(config, mesh), Checkpointing(config, engine, store)])
+    hooks += [Progress(config, mesh), Checkpointing(config, engine, store)]
+    if config.run.weights_every:
+        weights = CheckpointStore(run_dir / WEIGHTS, mesh.world)
+        hooks.append(WeightsOnly(config, engine, weights))
+    return HookChain(hooks)
 
 
 def _stopped(config: Config, state: TrainState, reasons: str) -> str:

@@ -71,13 +71,16 @@ def import_hf(source: Path, output: Path) -> Path:
     return writer.commit({"stage": "imported", "from": source.name})
 
 
-def export_hf(source: Path, output: Path, tokenizer: Path) -> Path:
+def export_hf(
+    source: Path, output: Path, tokenizer: Path, dtype: torch.dtype | None = None
+) -> Path:
     """Write a checkpoint's weights as a folder that transformers loads, one tensor at a time.
 
     Args:
         source: a run folder, its ``checkpoints``, or one checkpoint.
         output: a new folder.
         tokenizer: a tokenizer folder, copied along.
+        dtype: of the weights that are written; by default the one they are stored in.
 
     Returns:
         The checkpoint that was exported.
@@ -94,13 +97,13 @@ def export_hf(source: Path, output: Path, tokenizer: Path) -> Path:
     init_distributed(TIMEOUT_S)
     mesh = build_mesh(1, 1, seed=0, timeout_s=TIMEOUT_S)
     shards = CheckpointFolder(folder).shards
-    sharding, dtype = sharding_table(model), weights_dtype(shards)
+    sharding, stored = sharding_table(model), weights_dtype(shards)
     for name, entry in name_table(model).items():
         if not entry.exported:
             continue
-        weight = torch.empty(entry.shape, dtype=dtype)
+        weight = torch.empty(entry.shape, dtype=stored)
         load_tensors(shards, {WEIGHTS: {name: weight}}, mesh, sharding)
-        writer.add(name, weight)
+        writer.add(name, weight.to(dtype or stored))
     writer.finish(tokenizer, _limits_of(folder))
     return folder
 

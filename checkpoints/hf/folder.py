@@ -175,16 +175,27 @@ class HFWriter:
         self._write_json("config.json", {**self._config, "torch_dtype": dtype})
         self._write_json("generation_config.json", generation_config(self._model))
         self._write_json("preprocessor_config.json", preprocessor_config(self._model, limits))
+        self._copy_tokenizer(tokenizer)
+        self._work.rename(self._folder)
+
+    def _copy_tokenizer(self, tokenizer: Path) -> None:
+        """Its files; and its chat template once more, where processors of transformers 5 look."""
         for name in TOKENIZER_FILES:
             if (tokenizer / name).exists():
                 shutil.copyfile(tokenizer / name, self._work / name)
-        self._work.rename(self._folder)
+        settings = json.loads((tokenizer / "tokenizer_config.json").read_text())
+        template = settings.get("chat_template")
+        if isinstance(template, str) and not list(self._work.glob("chat_template.*")):
+            (self._work / "chat_template.jinja").write_text(template)
 
     def _write_shard(self) -> None:
         if not self._pending:
             return
         path = self._work / f"{len(self._shards)}.safetensors"
+        path.touch()
+        mode = path.stat().st_mode  # as the umask has it; safetensors lets nobody else read
         save_file(self._pending, path, metadata={"format": "pt"})
+        path.chmod(mode)
         self._shards.append(list(self._pending))
         self._total_bytes += self._pending_bytes
         self._pending, self._pending_bytes = {}, 0

@@ -50,6 +50,7 @@ AT_LEAST = {
     0: (
         "model.vision.window_size",
         "train.validate_every",
+        "run.weights_every",
         "seed",
         "data.prefetch_steps",
         "cluster.reserved_gib",
@@ -106,6 +107,7 @@ AT_MOST = {
         "train.validate_every",
         "run.checkpoint_every",
         "run.keep",
+        "run.weights_every",
         "log.every",
     ),
 }

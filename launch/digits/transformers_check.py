@@ -20,31 +20,21 @@ def transformers_answers(
     Returns:
         Ids of each answer, without the token that ends it.
     """
-    from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+    from transformers import Qwen2VLForConditionalGeneration
+
+    from triptych.checkpoints.hf.processor import load_processor
 
     model = Qwen2VLForConditionalGeneration.from_pretrained(export).eval()
-    tokenizer = AutoTokenizer.from_pretrained(export)
-    processor = Qwen2VLImageProcessorPil.from_pretrained(export)
+    processor = load_processor(export)
     content = [{"type": "image"}, {"type": "text", "text": READ}]
-    chat = tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+    chat = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True
     )
     answers = []
     for picture in heldout_images(num_images, seed):
-        pixels = processor(images=[picture.image.convert("RGB")], return_tensors="pt")
-        repeats = int(pixels["image_grid_thw"].prod()) // processor.merge_size**2
-        text = chat.replace("<|image_pad|>", "<|image_pad|>" * repeats)
-        prompt = tokenizer(text, return_tensors="pt")
-        is_image = prompt["input_ids"] == model.config.image_token_id
+        prompt = processor(images=[picture.image], text=[chat], return_tensors="pt")
         with torch.no_grad():
-            ids = model.generate(
-                **prompt,
-                **pixels,
-                mm_token_type_ids=is_image.int(),
-                do_sample=False,
-                max_new_tokens=MAX_NEW_TOKENS,
-            )
+            ids = model.generate(**prompt, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
         new = ids[0, prompt["input_ids"].shape[1] :].tolist()
         ends = [i for i, token in enumerate(new) if token in model.generation_config.eos_token_id]
         answers.append(new[: ends[0]] if ends else new)

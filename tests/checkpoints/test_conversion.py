@@ -15,10 +15,12 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
 import triptych
 from triptych.checkpoints.hf.conversion import import_hf
+from triptych.checkpoints.hf.folder import SINGLE
 from triptych.checkpoints.hf.model_config import hf_config
 from triptych.checkpoints.hf.name_table import name_table
 from triptych.checkpoints.model_file import read_model
@@ -117,6 +119,17 @@ def test_transformers_loads_an_export_bit_for_bit(tied, hub, exported):
     want, got = Theirs.from_pretrained(hub[tied]).state_dict(), again.state_dict()
     assert want.keys() == got.keys()
     assert all(torch.equal(want[name], got[name]) for name in want)
+
+
+@pytest.mark.torchrun
+def test_an_export_in_bf16_is_the_weights_rounded(exported, imported, tokenizer, tmp_path):
+    words = ["export", str(imported[True]), str(tmp_path / "out"), "--tokenizer", str(tokenizer)]
+    convert.main([*words, "--dtype", "bf16"])
+    want, got = (load_file(folder / SINGLE) for folder in (exported[True], tmp_path / "out"))
+    assert want.keys() == got.keys()
+    assert {tensor.dtype for tensor in want.values()} == {torch.float32}
+    assert all(torch.equal(want[name].bfloat16(), got[name]) for name in want)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
 @pytest.mark.torchrun

@@ -1,13 +1,16 @@
 """Weights and sizes go to Hugging Face folders and back without a bit lost, whatever tp."""
 
 import json
+import os
 import re
+import stat
 from dataclasses import asdict, replace
 from math import prod
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
@@ -16,10 +19,12 @@ from transformers import (
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
 )
+from transformers.utils import is_torchvision_available
 
 from triptych.checkpoints.hf.folder import INDEX, SINGLE, HFReader, HFWriter
 from triptych.checkpoints.hf.model_config import hf_config, model_config_from_hf
 from triptych.checkpoints.hf.name_table import hub_name, name_table
+from triptych.checkpoints.hf.processor import load_processor
 from triptych.configs.model_schema import (
     LanguageConfig,
     ModelConfig,
@@ -28,9 +33,11 @@ from triptych.configs.model_schema import (
     VisionMLP,
     VisionNorm,
 )
-from triptych.data.tokenizer import train_tokenizer
+from triptych.data.media.image import image_patches, normalize_patches
+from triptych.data.tokenizer import load_tokenizer, train_tokenizer
+from triptych.data.tokens import encode_prompt
 from triptych.data.types import PixelLimits
-from triptych.errors import CheckpointError, ConfigError
+from triptych.errors import CheckpointError, ConfigError, DataError
 from triptych.models.sharding import shard, unshard
 
 LIMITS = PixelLimits(min_pixels=784, max_pixels=28224)
@@ -334,6 +341,51 @@ def test_transformers_loads_tokenizer_processor_and_sizes(tmp_path, saved, token
     assert processor.size["shortest_edge"] == LIMITS.min_pixels
     assert processor.size["longest_edge"] == LIMITS.max_pixels
     assert replace(model_config_from_hf(out), name="tiny") == tiny()
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_an_export_is_readable_by_whom_the_umask_lets_read(tmp_path, saved, tokenizer, umask):
+    before = os.umask(umask)
+    try:
+        out = export(HFReader(saved, tiny()), tiny(), tmp_path / "out", tokenizer)
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in out.iterdir()}
+    assert SINGLE in modes
+    assert set(modes.values()) == {0o666 & ~umask}, modes
+
+
+# --- the processor
+
+
+def test_the_processor_of_an_export_opens_and_gives_our_pixels_and_tokens(
+    tmp_path, saved, tokenizer
+):
+    """Also where torchvision is missing, as in the environment that ``make install`` makes."""
+    out = export(HFReader(saved, tiny()), tiny(), tmp_path / "out", tokenizer)
+    processor = load_processor(out)
+    picture = Image.radial_gradient("L").resize((150, 90)).convert("RGB")
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": "read the digits"}]
+    prompt = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    patches, grid = image_patches(picture, LIMITS, tiny().vision)
+    assert prompt["image_grid_thw"].tolist() == [list(grid)]
+    ids = prompt["input_ids"][0].tolist()
+    assert ids.count(TOKENS.image_pad) == prod(grid) // 4
+    content[0] = {"type": "image", "image": "a.png"}
+    ours = encode_prompt([{"role": "user", "content": content}], load_tokenizer(tokenizer))
+    pad = [TOKENS.image_pad]
+    assert [i for i in ids if i not in pad] == [i for i in ours.input_ids if i not in pad]
+    if not is_torchvision_available():
+        pixels = normalize_patches(torch.from_numpy(patches))
+        assert torch.equal(prompt["pixel_values"], pixels)
+        with pytest.raises(DataError, match="videos need torchvision"):
+            processor(videos=[picture], text=["<|video_pad|>"])
 
 
 # --- sizes

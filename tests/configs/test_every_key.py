@@ -155,6 +155,7 @@ CHANGES_A_RUN = {
     "optimizer.clip_grad": "0.1",
     "run.checkpoint_every": "1",
     "run.keep": "1",
+    "run.weights_every": "2",
     "log.every": "2",
     "log.wandb": "true",
     "log.wandb_project": "other",
