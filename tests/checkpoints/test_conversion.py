@@ -1,6 +1,7 @@
 """Hugging Face folder -> checkpoint -> Hugging Face folder, by the commands that a person types.
 
-And a run that starts from what was imported.
+And a run that starts from what was imported. Whoever takes ``imported`` or ``exported`` is marked
+``distributed``, too: of the processes of ``make test`` only one makes these folders.
 """
 
 import json
@@ -84,12 +85,16 @@ def imported(tmp_path_factory, hub) -> dict[bool, Path]:
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory, imported, tokenizer) -> dict[bool, Path]:
+def exported(tmp_path_factory, imported, tokenizer, pool) -> dict[bool, Path]:
+    """The tied model by its command, the untied one by a rank that has started already."""
     root = tmp_path_factory.mktemp("exported")
-    for tied in (True, False):
-        words = ("export", imported[tied], root / str(tied), "--tokenizer", tokenizer)
-        done = command(PYTHON, "convert.py", *words)
-        assert done.returncode == 0, done.stderr
+    words = {
+        tied: ["export", str(imported[tied]), str(root / str(tied)), "--tokenizer", str(tokenizer)]
+        for tied in (True, False)
+    }
+    done = command(PYTHON, "convert.py", *words[True])
+    assert done.returncode == 0, done.stderr
+    pool(1).run(convert.main, argv=words[False])
     return {tied: root / str(tied) for tied in (True, False)}
 
 
@@ -109,6 +114,7 @@ def command(launcher: list[str], script: str, *words: object) -> subprocess.Comp
 
 
 @pytest.mark.torchrun
+@pytest.mark.distributed
 @pytest.mark.parametrize("tied", [True, False])
 def test_transformers_loads_an_export_bit_for_bit(tied, hub, exported):
     from transformers import Qwen2VLForConditionalGeneration as Theirs
@@ -195,6 +201,7 @@ def run_from(imported: Path, model: str, data: Path, tokenizer: Path, run: Path)
 
 
 @pytest.mark.torchrun
+@pytest.mark.distributed
 def test_a_run_starts_from_what_was_imported(imported, exported, data, tokenizer, tmp_path):
     """The command that the import printed works, and its first loss is that of transformers, which
     reads image and caption by its own processors.
@@ -357,6 +364,7 @@ def test_wrong_sources_of_an_import(hub, tmp_path):
 
 
 @pytest.mark.torchrun
+@pytest.mark.distributed
 def test_an_import_does_not_add_to_a_folder_that_has_checkpoints(hub, imported):
     with pytest.raises(CheckpointError, match=r"step_000000000\.0 is there already -> name anoth"):
         convert.main(["import", str(hub[True]), str(imported[True])])
@@ -387,6 +395,7 @@ def test_several_ranks_do_not_export(monkeypatch, tmp_path):
 
 
 @pytest.mark.torchrun
+@pytest.mark.distributed
 def test_wrong_words_of_an_export(hub, imported, exported, tokenizer, tmp_path):
     def export(source: Path, output: Path, by: Path) -> None:
         convert.main(["export", str(source), str(output), "--tokenizer", str(by)])
