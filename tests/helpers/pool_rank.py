@@ -90,12 +90,12 @@ def serve(
     import torch
     import torch.distributed as dist
 
-    from triptych.parallel.device import let_peers_work
+    from triptych.parallel.device import BACKEND, let_peers_work
 
     torch.set_num_threads(1)
     let_peers_work()
     store = dist.FileStore(str(rendezvous), world_size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    dist.init_process_group(BACKEND, store=store, rank=rank, world_size=world_size)
     connection.send_bytes(pickle.dumps(Returned(pickle.dumps(None))))
     while True:
         try:

@@ -39,7 +39,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -49,7 +48,12 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from triptych.tests.helpers.pretend_kernels import KERNELS, refuse_as_cuda, refuse_as_nccl
+from triptych.tests.helpers.pretend_kernels import KERNELS, refuse_as_cuda
+from triptych.tests.helpers.pretend_nccl import (
+    patch_process_groups,
+    refuse_as_nccl,
+    refuse_host_tensors,
+)
 from triptych.tests.helpers.pretend_registration import register_devices
 from triptych.tests.helpers.pretend_runtime import NUM_DEVICES, CurrentDevice, patch_torch
 
@@ -134,6 +138,7 @@ class PretendedCuda(TorchDispatchMode):
         if name == "aten::is_pinned":
             return _is_pinned(args[0])
         if name.startswith("c10d::"):
+            refuse_host_tensors(name, args)
             self.host_collectives.append(_wait(name))
         if kwargs.get("pin_memory"):
             return _pinned(func(*args, **{**kwargs, "pin_memory": False}))
@@ -185,6 +190,8 @@ class PretendedCuda(TorchDispatchMode):
     def _collective(self, func: Any, name: str, args: Any, kwargs: Any, tensors: Any) -> Any:
         """Over gloo, between the values."""
         refuse_as_nccl(name, tensors, torch.device("cuda", self.current.index))
+        if name == "c10d::barrier":
+            self.note_wait("barrier")
         by_values: dict[int, FakeTensor] = {}
         kept = []
 
@@ -226,6 +233,7 @@ def _device() -> PretendedCuda:
     device = PretendedCuda()
     register_devices(NUM_DEVICES, lambda: device.current.index)
     patch_torch(device.current, device.note_wait)
+    patch_process_groups()
 
     def to_list(tensor: Tensor) -> Any:
         """One copy; torch would ask a fake tensor for one number after the other."""
@@ -350,12 +358,6 @@ def _short(frame: FrameType) -> str:
 def main(argv: list[str]) -> None:
     """Run a script, then list what the host waited for, by place."""
     pretend_cuda()
-    start = dist.init_process_group
-
-    def over_gloo(backend: str | None = None, *args: Any, **options: Any) -> None:
-        start("gloo", *args, **options)
-
-    dist.init_process_group = over_gloo
     sys.argv = argv
     with pretended_cuda() as device:
         try:

@@ -1,7 +1,7 @@
-"""What CUDA's kernels and NCCL refuse, and what they compute where the CPU has no such kernel.
+"""What CUDA's kernels refuse, and what they compute where the CPU has no such kernel.
 
-The rules are those of the C++ entries of attention over packs (flash-attn's mha_varlen_fwd, which
-torch's varlen_attn shares), and of cuBLAS and NCCL: what neither fake tensors nor a CPU refuses.
+The rules are those of cuBLAS, and of the C++ entries of attention over packs (flash-attn's
+mha_varlen_fwd, which torch's varlen_attn shares): what neither fake tensors nor a CPU refuses.
 
 T tokens of the pack, N heads, K of them key/value heads, D head_dim.
 """
@@ -57,25 +57,6 @@ def _refuse_as_varlen_attention(
     if broken := [rule for rule, holds in rules.items() if not holds]:
         given = [(tuple(x.shape), x.dtype, str(x.device)) for x in (*qkv, *bounds)]
         raise TypeError(f"{name} needs {'; '.join(broken)}; got {given}")
-
-
-def refuse_as_nccl(name: str, tensors: Sequence[Tensor], device: torch.device) -> None:
-    """Refuse a collective of tensors that NCCL refuses.
-
-    Raises:
-        TypeError: names the collective and the tensors.
-    """
-    for tensor in tensors:
-        if (
-            tensor.device != device
-            or tensor.dtype != tensors[0].dtype
-            or not tensor.is_contiguous()
-        ):
-            given = [(str(x.device), x.dtype, x.is_contiguous()) for x in tensors]
-            raise TypeError(
-                f"{name} over NCCL needs contiguous tensors of one dtype on {device}; "
-                f"got (device, dtype, contiguous) {given}"
-            )
 
 
 def _attention(
