@@ -34,7 +34,9 @@ def check_parallel(config: Config, world_size: int) -> Iterator[Problem]:
 
 def check_split(model: ModelConfig, tp: int, key: str) -> Iterator[Problem]:
     """Tp divides what it splits; ``key`` is what a person sets tp by."""
-    shared = gcd(*(getattr(getattr(model, tower), size) for tower in SPLIT for size in SPLIT[tower]))
+    shared = gcd(
+        *(getattr(getattr(model, tower), size) for tower, sizes in SPLIT.items() for size in sizes)
+    )
     good = [degree for degree in range(1, shared + 1) if shared % degree == 0]
     nearest = sorted(sorted(good, key=lambda degree: abs(degree - tp))[:2])
     for tower, sizes in SPLIT.items():
