@@ -1,16 +1,21 @@
-"""What all commands share: errors become a message and an exit code, not a traceback."""
+"""What all commands share: an error is told once, as the last thing on the screen."""
 
 import errno
 import os
+import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import NoReturn
 
 from triptych.errors import CheckpointError, ConfigError, TriptychError
+from triptych.launch.last_words import speaks_first
 from triptych.train.console import console
 
 SPEAKER_FIRST_S = 3.0
-"""How long the silent ranks wait, so that torchrun does not stop rank 0 before it has spoken."""
+"""How long the other ranks wait, so that torchrun stops none before it has spoken."""
 
 NO_ROOM = dict.fromkeys(
     (errno.ENOSPC, errno.EDQUOT),
@@ -18,32 +23,49 @@ NO_ROOM = dict.fromkeys(
 )
 """Errors of a full disk, which often name no file -> what to do."""
 
+INTERRUPTED = "interrupted  -> type the command again: training resumes from its newest checkpoint"
+
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
     """Run a command with the words of the command line.
 
-    Exits with 1 on an error that a person can mend.
+    Exits with 1 on an error, and with 130 on Ctrl-C. An error that a person can mend is its
+    message; any other is a mistake of ours, with its traceback.
     """
+    signal.signal(signal.SIGINT, _interrupt_once)
     rank = int(os.environ.get("RANK", "0"))
     try:
         with console(rank):
             main(sys.argv[1:])
+    except KeyboardInterrupt:
+        _leave(INTERRUPTED, status=130)
     except (ConfigError, CheckpointError) as error:  # raised on all ranks alike
-        if rank != 0:
-            time.sleep(SPEAKER_FIRST_S)
-            sys.exit(1)
-        sys.exit(f"{type(error).__name__}: {error}")
-    except TriptychError as error:
-        sys.exit(f"{_where(rank)}{type(error).__name__}: {error}")
+        _leave(f"{type(error).__name__}: {error}")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at its end
-        sys.exit(f"{_where(rank)}stopped: what read the output, as `head` does, has gone")
-    except OSError as error:
-        if error.filename is None and error.errno not in NO_ROOM:
-            raise
-        sys.exit(
-            f"{_where(rank)}{type(error).__name__}: {error}{NO_ROOM.get(error.errno or 0, '')}"
-        )
+        _leave(f"{_where(rank)}stopped: what read the output, as `head` does, has gone")
+    except Exception as error:
+        message = f"{_where(rank)}{type(error).__name__}: {error}"
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            _leave(f"{message}{NO_ROOM[error.errno]}")
+        if isinstance(error, TriptychError) or (isinstance(error, OSError) and error.filename):
+            _leave(message)
+        _leave(message, before=traceback.format_exc())
+
+
+def _leave(message: str, *, before: str = "", status: int = 1) -> NoReturn:
+    """Exit. Of the ranks of a node, the first to come here is heard, the others wait for it."""
+    if speaks_first(message):
+        print(f"{before}{message}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(SPEAKER_FIRST_S)
+    sys.exit(status)
+
+
+def _interrupt_once(_signal: int, _frame: FrameType | None) -> NoReturn:
+    """As Python does, and once: the terminal interrupts every rank, then torchrun does again."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def _where(rank: int) -> str:
