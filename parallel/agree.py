@@ -4,7 +4,7 @@ Did all succeed, which of them differ, where is something so: every rank gets th
 the same error. This module imports no torch, for tools that need none.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 from triptych.errors import TriptychError
@@ -21,6 +21,9 @@ class Ranks(Protocol):
     def all_gather(self, value: Any) -> list[Any]:
         """The picklable ``value`` of every rank, by rank. Every rank must call this."""
 
+    def add_up(self, counts: Sequence[int]) -> list[int]:
+        """The sum of each count over the ranks. Every rank must call this."""
+
 
 class SingleProcess:
     """One process, for tools and tests."""
@@ -32,14 +35,19 @@ class SingleProcess:
         """The value alone."""
         return [value]
 
+    def add_up(self, counts: Sequence[int]) -> list[int]:
+        """The counts themselves."""
+        return list(counts)
+
 
 class ProcessGroupRanks:
     """The ranks of a torch process group, all of them by default."""
 
     def __init__(self, group: Any = None) -> None:
-        import torch.distributed as dist  # late: see above
+        import torch  # late: see above
+        import torch.distributed as dist
 
-        self._gather = dist.all_gather_object
+        self._torch, self._dist = torch, dist
         self._group = group
         self.rank: int = dist.get_rank(group)
         self.world_size: int = dist.get_world_size(group)
@@ -47,8 +55,14 @@ class ProcessGroupRanks:
     def all_gather(self, value: Any) -> list[Any]:
         """The value of every rank, by rank. Every rank of the group must call this."""
         values: list[Any] = [None] * self.world_size
-        self._gather(values, value, group=self._group)
+        self._dist.all_gather_object(values, value, group=self._group)
         return values
+
+    def add_up(self, counts: Sequence[int]) -> list[int]:
+        """The sum of each count, over a group that has gloo. Every rank of it must call this."""
+        total = self._torch.tensor(counts, dtype=self._torch.int64)
+        self._dist.all_reduce(total, group=self._group)
+        return [int(number) for number in total]
 
 
 def on_every_rank(

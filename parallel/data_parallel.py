@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from triptych.configs.schema import OverlapConfig, Zero
 
@@ -61,12 +62,37 @@ def wrap_chunks(
     else:
         wrapped = [_reducing(chunk, overlap) for chunk in chunks]
     transformer: Any = wrapped[0].config  # megatron-core's schedule asks the first chunk's
-    transformer.finalize_model_grads_func = finalize_model_grads
+    transformer.finalize_model_grads_func = _finish_gradients
     if overlap.grad_reduce:
         # a list is for several chunks only
         no_sync = [chunk.no_sync for chunk in wrapped]
         transformer.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
     return wrapped
+
+
+def _finish_gradients(
+    chunks: Sequence[DistributedDataParallel],
+    num_tokens: Tensor,
+    *,
+    pg_collection: ProcessGroupCollection,
+    **options: Any,
+) -> None:
+    """Sum the gradients over the ranks, and divide by the global number of tokens that count.
+
+    megatron-core would divide too, but wait for the device to see whether the number is 0, which
+    ``train_step`` has ruled out.
+
+    Args:
+        chunks: of this rank.
+        num_tokens: of this dp rank, 0-d int32; 0 but on the last stage.
+        pg_collection: megatron-core's groups.
+        options: passed on.
+    """
+    finalize_model_grads(chunks, None, pg_collection=pg_collection, **options)
+    for group in (pg_collection.pp, pg_collection.dp_cp):
+        dist.all_reduce(num_tokens, group=group)
+    for chunk in chunks:
+        chunk.scale_gradients(1.0 / num_tokens)
 
 
 def _reducing(chunk: nn.Module, overlap: OverlapConfig) -> DistributedDataParallel:

@@ -9,7 +9,8 @@ import torch
 # Before CUDA is first asked for.
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 HAS_CUDA = torch.cuda.is_available()
-BACKEND = "cpu:gloo,cuda:nccl" if HAS_CUDA else "gloo"
+BACKEND = "nccl" if HAS_CUDA else "gloo"
+"""Of every process group but the one that the hosts agree in, which is gloo's."""
 
 
 def local_device(local_rank: int) -> torch.device:

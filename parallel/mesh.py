@@ -71,7 +71,7 @@ class Mesh:
 
     dims: Dims
     world: Ranks
-    """All ranks, to agree with."""
+    """All ranks, to agree with over gloo: no device is waited for."""
     rank: int
     tp_rank: int
     pp_rank: int
@@ -109,6 +109,11 @@ class Mesh:
         Tp rank 0 of the first pipeline stage.
         """
         return self.is_first_pp_stage and self.tp_rank == 0
+
+    @property
+    def media_reader(self) -> int:
+        """The rank that reads for this rank's replica."""
+        return self.dp_rank * self.dims.tp
 
     @property
     def is_main(self) -> bool:
@@ -153,7 +158,7 @@ def build_mesh(tp: int, pp: int, *, seed: int, timeout_s: int, vpp: int = 1) -> 
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return Mesh(
         dims=Dims.of(dist.get_world_size(), tp, pp),
-        world=ProcessGroupRanks(),
+        world=ProcessGroupRanks(_host_group(timeout_s)),
         rank=dist.get_rank(),
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
@@ -164,6 +169,18 @@ def build_mesh(tp: int, pp: int, *, seed: int, timeout_s: int, vpp: int = 1) -> 
         dp_group=parallel_state.get_data_parallel_group(),
         model_group=parallel_state.get_model_parallel_group(),
     )
+
+
+def _host_group(timeout_s: int) -> dist.ProcessGroup | None:
+    """All ranks over gloo; None where the default group is that already.
+
+    The only one: gloo connects every two ranks of a group, and megatron-core makes dozens of groups
+    which on CUDA need NCCL alone.
+    """
+    if dist.get_backend() != "nccl":
+        return None
+    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    return group
 
 
 def broadcast_from_source(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

@@ -3,39 +3,23 @@
 Who reads pixels tells the others, nobody decodes twice.
 """
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from triptych.data.types import Batch, Step
+from triptych.data.types import Batch, Step, UnreadableSample
 from triptych.parallel.device import upload
 from triptych.parallel.mesh import ChunkPlace, Mesh, broadcast_from_source
 
 
-def drop_unreadable(step: Step, mesh: Mesh, *, asks_to_stop: bool = False) -> bool:
-    """Take samples whose media could not be read out of the loss, on every rank of the replica.
-
-    Only the reading rank knows of them. Whether a rank asks to stop travels along: returns whether
-    any rank of the replica does. Every rank of ``model_group`` must call this, once per step.
-    """
-    spots = [(sample.microbatch, sample.segment) for sample in step.unreadable]
-    if mesh.dims.tp * mesh.dims.pp > 1:
-        # Summed: who does not read adds no sample, and a request may come from any rank.
-        counts = torch.tensor([len(spots), asks_to_stop], dtype=torch.int64, device=mesh.device)
-        dist.all_reduce(counts, group=mesh.model_group)
-        num_spots, num_asking = counts.tolist()
-        asks_to_stop = num_asking > 0
-        if num_spots:
-            table = torch.zeros(num_spots, 2, dtype=torch.int64, device=mesh.device)
-            if mesh.reads_media:
-                table.copy_(torch.tensor(spots))
-            spots = [tuple(row) for row in broadcast_from_source(table, mesh.model_group).tolist()]
-    for microbatch, segment in spots:
-        batch = step.microbatches[microbatch]
-        batch.loss_mask[batch.segments[segment] : batch.segments[segment + 1]] = False
-    return asks_to_stop
+def drop_unreadable(step: Step, unreadable: Iterable[UnreadableSample]) -> None:
+    """Take samples whose media could not be read out of the loss of this rank."""
+    for sample in unreadable:
+        batch = step.microbatches[sample.microbatch]
+        start, end = batch.segments[sample.segment : sample.segment + 2]
+        batch.loss_mask[start:end] = False
 
 
 def to_device(batch: Batch, mesh: Mesh, place: ChunkPlace) -> Batch:

@@ -29,9 +29,9 @@ class Totals:
     """What the FLOPs of the step follow from."""
     num_samples: int
     num_unreadable: int
-    """Samples whose media could not be read; known to the ranks that read, 0 on the others."""
+    """Samples whose media could not be read."""
     num_asking_to_stop: int
-    """Replicas in which a rank asks for the run to end after this step; the same on all ranks."""
+    """Ranks that ask for the run to end after this step."""
 
     @property
     def num_supervised_tokens(self) -> int:
@@ -72,16 +72,15 @@ def train_step(
         TrainingError: loss or gradient is not finite; on every rank, before anything is updated.
     """
     mesh, optimizer = engine.mesh, engine.optimizer
-    # All ranks learn who asks to stop, without a collective for it: the first one adds over the
-    # replica (tp x pp), the next over dp, and every rank is in one replica and one dp group.
-    asks_to_stop = drop_unreadable(step, mesh, asks_to_stop=asks_to_stop)
     totals = count(step, mesh, asks_to_stop=asks_to_stop)
     if totals.num_supervised_tokens == 0:
         return StepResult(None, 0.0, lr, totals)
     optimizer.zero_grad()
     loss_sum = sum_losses(engine.chunks, step.microbatches, mesh, forward_only=False)
-    grad_norm = optimizer.grad_norm()
-    loss = _mean_loss(loss_sum, totals, mesh)
+    total_loss = _over_ranks(loss_sum, mesh)
+    # The step's one wait for the device.
+    loss, grad_norm = torch.stack([total_loss, optimizer.squared_grad_norm()]).tolist()
+    loss, grad_norm = loss / totals.num_supervised_tokens, grad_norm**0.5
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         _stop(number, loss, grad_norm, loss_sum, mesh)
     optimizer.step(lr, grad_norm)
@@ -90,11 +89,10 @@ def train_step(
 
 def validation_loss(chunks: Sequence[nn.Module], step: Step, mesh: Mesh) -> float:
     """Mean loss over the supervised tokens of all ranks' batches. Every rank must call this."""
-    drop_unreadable(step, mesh)
     totals = count(step, mesh)
     with torch.no_grad():
         loss_sum = sum_losses(chunks, step.microbatches, mesh, forward_only=True)
-    return _mean_loss(loss_sum, totals, mesh)
+    return float(_over_ranks(loss_sum, mesh)) / max(1, totals.num_supervised_tokens)
 
 
 def sum_losses(
@@ -133,31 +131,32 @@ def counted(loss_sum: Tensor, num_supervised_tokens: int) -> tuple[Tensor, Tenso
 
 
 def count(step: Step, mesh: Mesh, *, asks_to_stop: bool = False) -> Totals:
-    """Add up the batches of all data-parallel ranks. Every rank must call this.
+    """Add up the batches of all replicas, without the samples that could not be read.
 
-    ``asks_to_stop`` must be the same on all ranks of a replica.
+    Only the reading rank of a replica knows of those, so it counts for the others, and tells them
+    which to leave out of their loss where there are any. Every rank must call this.
     """
+    drop_unreadable(step, step.unreadable)
     workload = sum((batch.workload for batch in step.microbatches), NO_WORK)
     num_samples = sum(len(batch.sample_ids) for batch in step.microbatches)
-    counts = torch.tensor(
-        [*astuple(workload), num_samples, len(step.unreadable), asks_to_stop],
-        dtype=torch.int64,
-        device=mesh.device,
-    )
-    dist.all_reduce(counts, group=mesh.dp_group)
-    *loads, num_samples, num_unreadable, num_asking = counts.tolist()
+    counts = [*astuple(workload), num_samples, len(step.unreadable)]
+    if not mesh.reads_media:
+        counts = [0] * len(counts)
+    *loads, num_samples, num_unreadable, num_asking = mesh.world.add_up([*counts, asks_to_stop])
+    if num_unreadable:
+        drop_unreadable(step, mesh.world.all_gather(step.unreadable)[mesh.media_reader])
     return Totals(Workload(*loads), num_samples, num_unreadable, num_asking)
 
 
-def _mean_loss(loss_sum: Tensor, totals: Totals, mesh: Mesh) -> float:
-    """The global mean, on every rank.
+def _over_ranks(loss_sum: Tensor, mesh: Mesh) -> Tensor:
+    """The sum over all ranks, on every rank.
 
     The last stage's sums over dp, then from the last stage to the others.
     """
     total = loss_sum.clone()
     dist.all_reduce(total, group=mesh.dp_group)
     dist.all_reduce(total, group=mesh.pp_group)
-    return float(total) / max(1, totals.num_supervised_tokens)
+    return total
 
 
 def _stop(number: int, loss: float, grad_norm: float, loss_sum: Tensor, mesh: Mesh) -> None:

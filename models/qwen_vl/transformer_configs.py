@@ -46,6 +46,7 @@ def language_transformer(
         moe_token_dispatcher_type="alltoall",  # asked for wherever lengths vary, experts or not
         # interleaved, batched messages give wrong numbers without an error (docs/adr/0007)
         batch_p2p_comm=parallel.vpp == 1,
+        batch_p2p_sync=False,  # for a torch older than this needs; waits after every message
         overlap_p2p_comm=parallel.vpp > 1,
         overlap_p2p_comm_warmup_flush=parallel.overlap.p2p,
         # interleaved, megatron-core frees an output that may still be on its way to the next stage

@@ -14,6 +14,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.utils import is_model_parallel_parameter
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import (
@@ -59,8 +60,11 @@ class DeepSpeedZero(ShardedOptimizer):
         self._zero.zero_grad()
         self._zero.averaged_gradients.clear()  # in bf16 DeepSpeed adds to them until it steps
 
-    def grad_norm(self) -> float:
-        """Reduce the gradients over dp; L2 norm of the whole model's. Every rank must call this."""
+    def squared_grad_norm(self) -> Tensor:
+        """Reduce the gradients over dp; squared L2 norm of the whole model's.
+
+        Every rank must call this.
+        """
         parameter: Any
         for parameter in self._trained.values():
             # DeepSpeed averages over dp; ours is a sum already divided by the number of tokens.
@@ -68,12 +72,13 @@ class DeepSpeedZero(ShardedOptimizer):
         for stand_in in self._stand_ins:
             self._hand_over(stand_in, torch.zeros_like(stand_in, dtype=torch.float32))
         self._zero.reduce_gradients(pipeline_parallel=True)
-        return float(self._zero.scaled_global_norm())
+        return self._squared_norm(list(self._counted_grads()))
 
     def step(self, lr: Mapping[str, float], grad_norm: float) -> None:
-        """Clip and update; ``grad_norm()`` comes before. Every rank must call this."""
+        """Clip and update; ``squared_grad_norm()`` comes before. Every rank must call this."""
         for group in self._zero.optimizer.param_groups:
             group["lr"] = lr[group["part"]]
+        self._zero.grad_norm = torch.tensor(grad_norm)
         self._zero.step()
         self._count_update()
 
@@ -117,6 +122,17 @@ class DeepSpeedZero(ShardedOptimizer):
         """Copy the model's weights to the master weights."""
         self._zero.refresh_fp32_params()
 
+    def _counted_grads(self) -> Iterator[Tensor]:
+        """This rank's shards of the gradient, but for copies of what another rank counts."""
+        for group, shards in self._zero.averaged_gradients.items():
+            grads = [shard for shard in shards if not getattr(shard, "_zero_padding", False)]
+            parameters = self._zero.params_in_partition[group]
+            # not strict: DeepSpeed does not mark all the padding that ends a group
+            for grad, parameter in zip(grads, parameters, strict=False):
+                is_tp_copy = self._mesh.tp_rank > 0 and not is_model_parallel_parameter(parameter)
+                if not (is_tp_copy or getattr(parameter, "ds_pipe_replicated", False)):
+                    yield grad
+
     def _adam_step(self, group: Mapping[str, Any], shard: Tensor) -> Tensor:
         """Where torch's fused AdamW wants it: beside the weights."""
         return torch.tensor(float(self.num_updates[group["part"]]), device=shard.device)
@@ -140,6 +156,17 @@ class DeepSpeedZero(ShardedOptimizer):
             parameter.grad_accum = grad  # type: ignore[attr-defined]  # DeepSpeed's name
         else:
             parameter.grad = grad
+
+
+class _ToldTheNorm(DeepSpeedZeroOptimizer):
+    """DeepSpeed's, which would compute the norm again to clip, and wait for every group's."""
+
+    grad_norm: Tensor
+    """0-d fp32, in host memory."""
+
+    def scaled_global_norm(self, norm_type: int = 2) -> Tensor:
+        """The norm that it was told."""
+        return self.grad_norm
 
 
 def _param_groups(
@@ -177,12 +204,11 @@ def _sharded_adam(
     trained: Mapping[str, nn.Parameter],
     config: OptimizerConfig,
     mesh: Mesh,
-) -> DeepSpeedZeroOptimizer:
+) -> _ToldTheNorm:
     deepspeed_logger.setLevel(logging.WARNING)
     if not HAS_CUDA:
         deepspeed.ops.__compatible_ops__ = {}  # else a CPU collective is compiled for a minute
-    backend = BACKEND if not HAS_CUDA else "nccl"
-    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    deepspeed.init_distributed(dist_backend=BACKEND, auto_mpi_discovery=False, verbose=False)
     adam = torch.optim.AdamW(
         groups, lr=1.0, betas=(config.beta1, config.beta2), eps=config.eps, fused=FUSED or None
     )
@@ -190,7 +216,7 @@ def _sharded_adam(
     by_parameter |= {
         g["params"][0]: f"stand-in for {g['part']}" for g in groups if g["is_stand_in"]
     }
-    return DeepSpeedZeroOptimizer(
+    return _ToldTheNorm(
         adam,
         by_parameter,
         timers=NoopTimer(),

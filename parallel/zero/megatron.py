@@ -68,13 +68,15 @@ class MegatronZero(ShardedOptimizer):
         self._model.zero_grad()
         self._chain.zero_grad()
 
-    def grad_norm(self) -> float:
-        """L2 norm of the whole model's gradient. Every rank must call this."""
+    def squared_grad_norm(self) -> Tensor:
+        """Squared L2 norm of the whole model's gradient. Every rank must call this."""
         self._chain.prepare_grads()
-        return float(self._chain.get_grad_norm())
+        return self._squared_norm(
+            [g for o in self._optimizers for g in o.get_main_grads_for_grad_norm()]
+        )
 
     def step(self, lr: Mapping[str, float], grad_norm: float) -> None:
-        """Clip and update; ``grad_norm()`` comes before. Every rank must call this."""
+        """Clip and update; ``squared_grad_norm()`` comes before. Every rank must call this."""
         for group in self._chain.param_groups:
             group["lr"] = lr[group["part"]]
         for optimizer in self._optimizers:

@@ -1,9 +1,12 @@
 """What training asks of an optimizer that is sharded over the data-parallel ranks (ZeRO-1)."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from triptych.configs.schema import PARTS, OptimizerConfig, Precision
 from triptych.parallel.data_parallel import DataParallelModel
@@ -53,10 +56,10 @@ class ShardedOptimizer(ABC):
         """Forget the gradients. Before each step's first microbatch."""
 
     @abstractmethod
-    def grad_norm(self) -> float:
-        """L2 norm of the whole model's gradient, replicated and tied parameters counted once.
+    def squared_grad_norm(self) -> Tensor:
+        """Squared L2 norm of the whole model's gradient; copies of a parameter count once.
 
-        A collective of all ranks.
+        0-d float64, on the device: nobody has waited for it. A collective of all ranks.
         """
 
     @abstractmethod
@@ -93,6 +96,17 @@ class ShardedOptimizer(ABC):
     @abstractmethod
     def refresh_master_weights(self) -> None:
         """Copy the model's weights to the master weights, after the weights were loaded."""
+
+    def _squared_norm(self, grads: Sequence[Tensor]) -> Tensor:
+        """Of what all ranks give together. A collective of all ranks.
+
+        The norm of the tensors' norms. Both libraries' own wait for the device, once for each
+        tensor or parameter group.
+        """
+        zero = torch.zeros((), device=self._mesh.device)
+        squared = (get_total_norm(grads) if grads else zero).square()
+        dist.all_reduce(squared)
+        return squared.double()
 
     def _count_update(self) -> None:
         """One update was made, of all parts."""

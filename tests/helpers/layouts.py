@@ -196,7 +196,7 @@ def _measure(case: LayoutCase, mesh: Mesh, num_steps: int) -> RankOutcome:
         engine.optimizer.zero_grad()
         loss = sum_losses(engine.chunks, step.microbatches, mesh, forward_only=False)
         loss_sums[kind] = float(loss)
-        norms[kind] = engine.optimizer.grad_norm()
+        norms[kind] = float(engine.optimizer.squared_grad_norm()) ** 0.5
         grads[kind] = engine.optimizer.local_grads()
     targets = {kind: count(step, mesh).num_supervised_tokens for kind, step in steps.items()}
     lr = {part: LR if part in TRAINED[case.stage] else 0.0 for part in ("vit", "adapter", "llm")}

@@ -48,4 +48,5 @@ def count_messages(layout: Layout, planned: bool) -> tuple[float, int, set[int],
         engine.optimizer.zero_grad()
         loss = sum_losses(engine.chunks, step.microbatches, mesh, forward_only=False)
     lengths = {tensor.size(0) for tensor in sent if tensor.is_floating_point()}
-    return float(loss), len(sent), lengths, engine.optimizer.grad_norm()
+    norm = float(engine.optimizer.squared_grad_norm()) ** 0.5
+    return float(loss), len(sent), lengths, norm

@@ -1,7 +1,7 @@
 """Ranks as threads of one process: for what agrees without torch."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -23,6 +23,9 @@ class ThreadRanks:
         values = [self._board[rank] for rank in range(self.world_size)]
         self._barrier.wait(timeout=HANG_S)
         return values
+
+    def add_up(self, counts: Sequence[int]) -> list[int]:
+        return [sum(column) for column in zip(*self.all_gather(counts), strict=True)]
 
 
 def on_ranks(world_size: int, action: Callable[[ThreadRanks], Any]) -> list[Any]:

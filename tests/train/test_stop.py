@@ -11,7 +11,6 @@ from triptych.configs.schema import Config
 from triptych.parallel.mesh import build_mesh
 from triptych.tests.helpers.layouts import make_step
 from triptych.tests.helpers.runs import Runs, metrics, packs, train, without_times
-from triptych.train.batches import drop_unreadable
 from triptych.train.hooks.chain import HookChain
 from triptych.train.hooks.hook import Hook, StepEvent
 from triptych.train.step import count
@@ -33,11 +32,11 @@ def runs(pool, digits, tmp_path) -> Runs:
 
 @pytest.mark.parametrize(("tp", "pp"), MESHES)
 def test_all_ranks_learn_of_any_that_asks(tp, pp, pool):
-    """In the two collectives that count samples and tokens anyway, no other."""
+    """In the one collective that counts samples and tokens anyway."""
     by_rank = pool(4).run(agreements, tp=tp, pp=pp)
     for asking, *found in zip(ASKING, *by_rank, strict=True):
         assert {stops for stops, _ in found} == {bool(asking)}
-        assert {collectives for _, collectives in found} == {1 if tp * pp == 1 else 2}
+        assert {collectives for _, collectives in found} == {1}
 
 
 def agreements(tp: int, pp: int) -> list[tuple[bool, int]]:
@@ -49,8 +48,7 @@ def agreements(tp: int, pp: int) -> list[tuple[bool, int]]:
     for asking in ASKING:
         counting = {name: mock.Mock(wraps=getattr(dist, name)) for name in names}
         with mock.patch.multiple(dist, **counting):
-            asks = drop_unreadable(step, mesh, asks_to_stop=mesh.rank in asking)
-            totals = count(step, mesh, asks_to_stop=asks)
+            totals = count(step, mesh, asks_to_stop=mesh.rank in asking)
         num_collectives = sum(calls.call_count for calls in counting.values())
         found.append((totals.num_asking_to_stop > 0, num_collectives))
     return found
