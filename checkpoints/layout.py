@@ -7,7 +7,7 @@
         data.json             position in the data, and what else is a number
         config.yaml           configuration of the run; an imported checkpoint has none
         model.json            what model the weights are of
-        environment.json      versions and device, for people
+        environment.json      git commit, host, device and versions, for people
         MANIFEST.json         every file with size and hash
         COMMIT                hash of the manifest, written last
       step_000012500.1.tmp/   being written; becomes step_000012500.1 once COMMIT is in it
@@ -27,6 +27,8 @@ from typing import NamedTuple
 CHECKPOINTS = "checkpoints"
 """The folder in ``run.dir``."""
 LATEST = "latest"
+ENVIRONMENT = "environment.json"
+"""Also in ``run.dir``."""
 MANIFEST = "MANIFEST.json"
 COMMIT = "COMMIT"
 
@@ -62,8 +64,8 @@ class CheckpointFolder:
 
     @property
     def environment(self) -> Path:
-        """Versions and device, for people."""
-        return self.path / "environment.json"
+        """Git commit, host, device and versions, for people."""
+        return self.path / ENVIRONMENT
 
     @property
     def manifest(self) -> Path:

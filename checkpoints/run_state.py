@@ -5,17 +5,15 @@ Weights, optimizer state, random states and a few numbers, saved and loaded toge
 
 import io
 import json
-import platform
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from triptych.checkpoints.environment import write_environment
 from triptych.checkpoints.layout import CheckpointFolder
 from triptych.checkpoints.model_file import differences
 from triptych.checkpoints.sharded import (
@@ -31,7 +29,7 @@ from triptych.configs.model_schema import ModelConfig
 from triptych.errors import CheckpointError
 from triptych.models.sharding import ShardingTable
 from triptych.parallel.agree import on_every_rank
-from triptych.parallel.device import HAS_CUDA, device_name, random_states, set_random_states
+from triptych.parallel.device import HAS_CUDA, random_states, set_random_states
 from triptych.parallel.mesh import Mesh
 from triptych.parallel.zero.protocol import STATE_KINDS, ParamState, ShardedOptimizer
 
@@ -75,8 +73,9 @@ def save_state(folder: CheckpointFolder, run: RunTensors, numbers: Mapping[str, 
         torch.save(_random_state(), random_state)
         folder.random_state(run.mesh.rank).write_bytes(random_state.getvalue())
         if run.mesh.is_main:
-            _write_json(folder.numbers, {**numbers, "num_updates": num_updates})
-            _write_json(folder.environment, _environment(run.mesh))
+            content = json.dumps({**numbers, "num_updates": num_updates}, indent=1)
+            folder.numbers.write_text(content + "\n")
+            write_environment(folder.environment, run.mesh)
 
     on_every_rank(run.mesh.world, write_the_rest, os_error=CheckpointError)
 
@@ -193,19 +192,3 @@ def _random_state() -> dict[str, Any]:
 def _empty_state(parameter: nn.Parameter) -> ParamState:
     """In host memory: 12 bytes per element are more than a device has room for."""
     return {kind: torch.empty(parameter.shape) for kind in STATE_KINDS}
-
-
-def _environment(mesh: Mesh) -> dict[str, Any]:
-    packages = ("torch", "megatron-core", "numpy", "pillow")
-    return {
-        "python": sys.version.split()[0],
-        "platform": platform.platform(),
-        "world_size": mesh.dims.world_size,
-        "layout": str(mesh.dims),
-        "device": device_name(),
-        "packages": {name: version(name) for name in packages},
-    }
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n")

@@ -116,6 +116,9 @@ class TrainConfig:
     """Steps between validation losses; 0 never validates."""
     validation_packs: int = 64
     """Packs of ``data.validation`` that a validation loss is computed on."""
+    profile: str | None = None
+    """First and last step that torch's profiler traces, as 20..22, on one rank of each pipeline
+    stage; the files are large, so few."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -304,12 +307,16 @@ class RunConfig:
 class LogConfig:
     """What is logged besides the terminal and ``metrics.jsonl``."""
 
-    every: int = 1
-    """Steps between progress lines on the terminal."""
+    every: int = 10
+    """Steps between progress lines on the terminal; slow steps get one at least every minute."""
     wandb: bool = False
     wandb_project: str = "triptych"
     wandb_mode: str = "online"
     """online, offline or disabled."""
+    wandb_name: str | None = None
+    """Of the run; null takes ``run.dir``, which no other run has."""
+    wandb_group: str | None = None
+    wandb_tags: list[str] = field(default_factory=list)
     tensorboard: bool = False
 
 

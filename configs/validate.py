@@ -18,7 +18,13 @@ from triptych.configs.rules.parallel import (
     check_overlap,
     check_parallel,
 )
-from triptych.configs.rules.training import check_hooks, check_recompute, check_stage, check_start
+from triptych.configs.rules.training import (
+    check_hooks,
+    check_profile,
+    check_recompute,
+    check_stage,
+    check_start,
+)
 from triptych.configs.schema import Config
 
 
@@ -38,6 +44,7 @@ def validate(config: Config, world_size: int) -> None:
         *check_start(config),
         *check_data(config),
         *check_hooks(config),
+        *check_profile(config),
         *check_recompute(config),
         *check_measured(config),
         *check_size(config, world_size),
@@ -61,6 +68,7 @@ def validate_plan(config: Config) -> None:
         *check_measured(config),
         *check_stage(config),
         *check_hooks(config),
+        *check_profile(config),
         *check_recompute(config),
     ]
     if not out_of_range:

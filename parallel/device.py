@@ -53,6 +53,24 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if HAS_CUDA else "cpu"
 
 
+def peak_memory_bytes() -> int | None:
+    """The most that this process's tensors have taken of the device's own memory, if it has any."""
+    return torch.cuda.max_memory_allocated() if HAS_CUDA else None
+
+
+def record_memory_history() -> None:
+    """Let torch remember what is allocated and freed on the device from now on, and where."""
+    if HAS_CUDA:
+        torch.cuda.memory._record_memory_history(max_entries=100_000)
+
+
+def dump_memory_history(path: str) -> None:
+    """Write what was remembered, for https://pytorch.org/memory_viz, and remember no more."""
+    if HAS_CUDA:
+        torch.cuda.memory._dump_snapshot(path)
+        torch.cuda.memory._record_memory_history(enabled=None)
+
+
 def random_states() -> dict[str, torch.Tensor]:
     """Torch's random state of each device of this process, by the device's type."""
     states = {"cpu": torch.get_rng_state()}

@@ -1,6 +1,6 @@
 """The one way to the terminal: ``logging``, each line with its time.
 
-    11-25 14:03:22 stage2 step 5/20 | loss 5.7871 | ...
+    11-25 14:03:22 stage2 step 5/20 | loss 5.7871, norm 2.91 | ...
     11-25 14:03:23 [rank 3] warning from torch.distributed: ...
 
 Rank 0 tells what goes on, the other ranks only what they warn of. Warnings of libraries, by
@@ -15,6 +15,9 @@ from collections.abc import Iterator
 
 OURS = logging.getLogger(__name__.partition(".")[0])
 """Above the loggers of all our modules."""
+TIME = "%m-%d %H:%M:%S"
+COLUMNS = 120 - len("11-25 14:03:22 ")
+"""What a line may hold beside its time to fit a terminal."""
 
 
 def say(text: str) -> None:
@@ -66,7 +69,7 @@ class _Terminal(logging.Handler):
         stream = sys.stderr if warns else sys.stdout  # as they are now: they may be redirected
         source = "" if _is_ours(record) else f" from {record.name}"
         kind = f"{record.levelname.lower()}{source}: " if warns else ""
-        now = time.strftime("%m-%d %H:%M:%S", time.localtime(record.created))
+        now = time.strftime(TIME, time.localtime(record.created))
         lines = f"{kind}{self.format(record).rstrip()}".split("\n")
         stream.write("".join(f"{now} {self._speaker}{line}\n" for line in lines))
         stream.flush()

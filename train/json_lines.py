@@ -1,10 +1,17 @@
-"""Files of one JSON object per line and step, that a resumed run continues: each step once."""
+"""Files of one JSON object per line and step, that a resumed run continues: each step once.
+
+They are for people: a line that cannot be read, as after a bit flipped, decides nothing and is
+kept aside.
+"""
 
 import json
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
+
+_log = logging.getLogger(__name__)
 
 
 class JsonLines:
@@ -28,14 +35,48 @@ class JsonLines:
             self._file.close()
 
 
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of whole steps, in order; lines that are none are passed over."""
+    with path.open("rb") as file:
+        yield from filter(None, map(_record, file))
+
+
 def keep_until(path: Path, last_step: int) -> None:
     """Drop steps after ``last_step``, which will be trained again, and a half-written line.
 
-    Nobody may have the file open.
+    Lines that cannot be read are moved to ``NAME.unreadable``, with a warning. A file that cannot
+    be read or replaced stays as it is, with a warning. Nobody may have the file open.
     """
-    with path.open() as file:
-        whole = [line for line in file if line.endswith("\n")]
-    kept = [line for line in whole if json.loads(line)["step"] <= last_step]
+    try:
+        _cut(path, last_step)
+    except OSError as error:
+        _log.warning("%s stays as it is, with steps that will be trained again: %s", path, error)
+
+
+def _cut(path: Path, last_step: int) -> None:
+    kept, unreadable = [], []
+    with path.open("rb") as file:
+        whole = [line for line in file if line.endswith(b"\n")]
+    for line in whole:
+        record = _record(line)
+        if record is None:
+            unreadable.append(line)
+        elif record["step"] <= last_step:
+            kept.append(line)
+    if unreadable:
+        aside = path.with_suffix(".unreadable")
+        with aside.open("ab") as file:
+            file.writelines(unreadable)
+        _log.warning("%s: %d of its lines cannot be read; see %s", path, len(unreadable), aside)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
+    temporary.write_bytes(b"".join(kept))
     os.replace(temporary, path)
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """The record in a line; None where it is none of ours."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None

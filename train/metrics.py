@@ -1,10 +1,14 @@
 """The numbers of a step, as ``metrics.jsonl`` and the trackers get them."""
 
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
+
+import psutil
 
 from triptych.configs.schema import Config
 from triptych.costs.flops import stage_flops
+from triptych.parallel.device import peak_memory_bytes
 from triptych.train.state import TrainState
 from triptych.train.step import StepResult
 
@@ -27,7 +31,7 @@ class StepTimes:
 def step_metrics(
     config: Config, state: TrainState, result: StepResult, times: StepTimes, num_ranks: int
 ) -> dict[str, Any]:
-    """The numbers of one step, over all ranks; times are this rank's.
+    """The numbers of one step, over all ranks; times and memory are this rank's.
 
     ``fill`` is the share of the packs' positions that hold tokens. ``flops`` are those of the model
     (costs/flops.py): of the patches, segments and supervised tokens that were there, padding and
@@ -41,6 +45,7 @@ def step_metrics(
     flops_per_s = flops / times.step_s
     return {
         "step": state.step,
+        "time": datetime.now().astimezone().isoformat(timespec="milliseconds"),
         "stage": config.stage.name,
         "loss": result.loss,
         "grad_norm": result.grad_norm,
@@ -59,4 +64,6 @@ def step_metrics(
         "flops_per_s": flops_per_s,
         "mfu": None if peak is None else flops_per_s / (num_ranks * peak * 1e12),
         "fill": load.num_tokens / (config.train.global_batch_size * config.train.seq_len),
+        "host_memory_bytes": psutil.Process().memory_info().rss,
+        "device_memory_bytes": peak_memory_bytes(),
     }

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from triptych.checkpoints.layout import CHECKPOINTS
+from triptych.checkpoints.environment import write_environment
+from triptych.checkpoints.layout import CHECKPOINTS, ENVIRONMENT
 from triptych.checkpoints.store import CheckpointStore
 from triptych.configs.compose import save_config
 from triptych.configs.schema import Config
@@ -22,8 +23,11 @@ from triptych.train.data import Mixture, generate_samples
 from triptych.train.engine import Engine, build_engine
 from triptych.train.hooks.chain import HookChain
 from triptych.train.hooks.checkpoint import Checkpointing
+from triptych.train.hooks.harmless import Harmless
 from triptych.train.hooks.hook import Hook
 from triptych.train.hooks.ledger import LEDGER, Ledger
+from triptych.train.hooks.loss_curve import LossCurve
+from triptych.train.hooks.profiler import Profiler
 from triptych.train.hooks.progress import Progress
 from triptych.train.hooks.quarantine import QUARANTINE, Quarantine
 from triptych.train.hooks.trackers import METRICS, MetricsFile, TensorBoardTracker, WandbTracker
@@ -90,7 +94,7 @@ def leave() -> None:
 
 
 def _open_run_folder(config: Config, mesh: Mesh, state: TrainState) -> None:
-    """Make ``run.dir``, write the resolved configuration, and cut records of steps back to here.
+    """Make ``run.dir``, write what runs and where, and cut records of steps back to here.
 
     Only a run that will train does: what was refused leaves no trace. All files of an earlier start
     are cut, of however many ranks, before any rank appends to its own.
@@ -99,6 +103,7 @@ def _open_run_folder(config: Config, mesh: Mesh, state: TrainState) -> None:
     if mesh.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
         save_config(config, run_dir / "config.yaml")
+        write_environment(run_dir / ENVIRONMENT, mesh)
         for pattern in (METRICS, f"{LEDGER}/*.jsonl", f"{QUARANTINE}/*.jsonl"):
             for record in run_dir.glob(pattern):
                 keep_until(record, state.step)
@@ -161,10 +166,13 @@ def _hooks(config: Config, engine: Engine, store: CheckpointStore) -> HookChain:
         hooks.append(Validation(config, engine, held_out.validation_step(config, mesh)))
     if mesh.is_main:
         hooks.append(MetricsFile(run_dir))
+        hooks.append(Harmless(LossCurve(config, run_dir)))
         if config.log.wandb:
-            hooks.append(WandbTracker(config, run_dir))
+            hooks.append(Harmless(WandbTracker(config, run_dir)))
         if config.log.tensorboard:
-            hooks.append(TensorBoardTracker(run_dir))
+            hooks.append(Harmless(TensorBoardTracker(run_dir)))
+    if config.train.profile and (mesh.dp_rank, mesh.tp_rank) == (0, 0):
+        hooks.append(Harmless(Profiler(config, mesh)))
     if mesh.reads_media:
         hooks += [Ledger(run_dir, mesh), Quarantine(run_dir, mesh)]
     hooks += [Progress(config, mesh), Checkpointing(config, engine, store)]

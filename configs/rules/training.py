@@ -1,5 +1,6 @@
 """What trains, what it starts from, and what is logged and kept of it."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +9,10 @@ from triptych.configs.schema import PARTS, Config, Recompute
 
 NOT_IN_WANDB_PROJECT = "/\\#?%:"
 WANDB_MODES = ("online", "offline", "disabled")
+MAX_WANDB_NAME, MAX_WANDB_TAG = 128, 64
+"""Characters that W&B takes."""
+MAX_PROFILED = 20
+"""Steps: a trace takes megabytes for each, all of them in memory until it is written."""
 RECOMPUTABLE = ("core_attn", "mlp")
 
 
@@ -84,6 +89,44 @@ def check_hooks(config: Config) -> Iterator[Problem]:
         yield Problem(
             f"log.wandb_mode={config.log.wandb_mode} must be {either(WANDB_MODES)}",
             "log.wandb_mode=offline",
+        )
+
+    for key in ("wandb_name", "wandb_group"):
+        name = getattr(config.log, key)
+        if name is not None and not 1 <= len(name) <= MAX_WANDB_NAME:
+            yield Problem(
+                f"log.{key} has {len(name)} characters; W&B takes 1 to {MAX_WANDB_NAME}",
+                f"log.{key}=null or a shorter one",
+            )
+    for tag in config.log.wandb_tags:
+        if not 1 <= len(tag) <= MAX_WANDB_TAG:
+            yield Problem(
+                f"log.wandb_tags has one of {len(tag)} characters; W&B takes 1 to {MAX_WANDB_TAG}",
+                "log.wandb_tags=[mine,ablation]",
+            )
+
+
+def profiled_steps(text: str | None) -> tuple[int, int] | None:
+    """First and last step of ``train.profile``; None where it names none, or makes no sense."""
+    found = re.fullmatch(r"(\d{1,15})\.\.(\d{1,15})", text or "")
+    steps = (int(found[1]), int(found[2])) if found else (0, 0)
+    return steps if 1 <= steps[0] <= steps[1] else None
+
+
+def check_profile(config: Config) -> Iterator[Problem]:
+    """Few steps are profiled."""
+    profile = config.train.profile
+    if profile is None:
+        return
+    steps = profiled_steps(profile)
+    if steps is None:
+        yield Problem(
+            f"train.profile={profile} must be the first and the last step", "train.profile=20..22"
+        )
+    elif steps[1] - steps[0] >= MAX_PROFILED:
+        yield Problem(
+            f"train.profile={profile} must be {MAX_PROFILED} steps at most",
+            f"train.profile={steps[0]}..{steps[0] + 2}",
         )
 
 

@@ -142,6 +142,7 @@ CHANGES_A_RUN = {
     "train.num_steps": "1",
     "train.validate_every": "1",
     "train.validation_packs": "1",
+    "train.profile": "2..2",
     "data.validation": "{chat:1.0}",
     "data.min_pixels": "3136",
     "data.max_pixels": "12544",
@@ -168,6 +169,9 @@ SHOWN_ELSEWHERE = {
     "cluster.timeout_s": "test_groups_have_the_timeout",
     "run.dir": "test_a_run_writes_where_it_is_told",
     "data.accept_new_plan": "tests/train/test_resume.py",
+    "log.wandb_name": "tests/train/test_hooks.py",
+    "log.wandb_group": "tests/train/test_hooks.py",
+    "log.wandb_tags": "tests/train/test_hooks.py",
     "data.num_workers": "tests/data/test_loader.py",
     "data.prefetch_steps": "tests/data/test_loader.py",
 }

@@ -142,13 +142,14 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-TIMES = ("step_time_s", "data_s", "compute_s", "tokens_per_s", "flops_per_s", "mfu")
+TIMES = ("time", "step_time_s", "data_s", "compute_s", "tokens_per_s", "flops_per_s", "mfu")
+MEMORY = ("host_memory_bytes", "device_memory_bytes")
 """The metrics that no two runs share."""
 
 
 def without_times(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of ``metrics.jsonl``, without what depends on the clock."""
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in metrics(run_dir)]
+    return [{k: v for k, v in line.items() if k not in TIMES + MEMORY} for line in metrics(run_dir)]
 
 
 def losses(run_dir: Path) -> list[float]:

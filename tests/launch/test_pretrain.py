@@ -13,9 +13,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 FIELDS = (
-    "step stage loss grad_norm lr num_tokens num_supervised_tokens num_patches num_unreadable"
+    "step time stage loss grad_norm lr num_tokens num_supervised_tokens num_patches num_unreadable"
     " consumed_tokens consumed_samples step_time_s data_s compute_s tokens_per_s flops"
-    " flops_per_s mfu fill"
+    " flops_per_s mfu fill host_memory_bytes device_memory_bytes"
 ).split()
 
 
@@ -74,7 +74,10 @@ def test_literal_command_trains_each_stage(stage, clone):
     assert metrics[-1]["loss"] < metrics[0]["loss"]
     assert (run / "checkpoints" / "step_000000020.0" / "COMMIT").exists()
     assert names(clone) == {"launch", "runs"}
-    assert names(run) == {"config.yaml", "metrics.jsonl", "ledger", "checkpoints"}
+    told_at_a_glance = {"environment.json", "loss_curve.png"}
+    assert (
+        names(run) == {"config.yaml", "metrics.jsonl", "ledger", "checkpoints"} | told_at_a_glance
+    )
 
 
 @pytest.mark.torchrun

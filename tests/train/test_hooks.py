@@ -29,7 +29,7 @@ from triptych.tests.helpers.runs import (
     refusal,
     train,
 )
-from triptych.train.json_lines import JsonLines, keep_until
+from triptych.train.json_lines import JsonLines, keep_until, read_lines
 from triptych.train.step import counted
 
 distributed = pytest.mark.distributed
@@ -57,6 +57,32 @@ def test_a_resumed_file_has_every_step_once(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+@pytest.mark.parametrize(
+    "harm",
+    [
+        b'{"stec": 2}\n',  # one flipped bit in a key
+        b'\xfb"step": 2}\n',
+        b'{"step": "2"}\n',
+        b"[2]\n",
+        b"\n",
+    ],
+)
+def test_a_line_that_cannot_be_read_decides_nothing(harm, tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + harm + b'{"step": 3}\n{"step": 4}\n')
+    keep_until(path, 3)
+    assert path.read_bytes() == b'{"step": 1}\n{"step": 3}\n'
+    assert path.with_suffix(".unreadable").read_bytes() == harm
+    assert "metrics.jsonl: 1 of its lines cannot be read" in caplog.text
+    assert [record["step"] for record in read_lines(path)] == [1, 3]
+
+
+def test_a_record_that_cannot_be_replaced_decides_nothing(tmp_path, caplog):
+    (tmp_path / "metrics.jsonl").mkdir()
+    keep_until(tmp_path / "metrics.jsonl", 3)
+    assert "stays as it is" in caplog.text
+
+
 @distributed
 def test_metrics_and_ledger_agree(runs, digits):
     """Counts of the metrics, added up from the samples that the ledger names."""
@@ -81,7 +107,7 @@ def test_waiting_for_data_is_measured_apart(runs):
     """One rank's loader is late in step 2: it waits for the data, the other for it."""
     words = ("train.num_steps=3", "data.prefetch_steps=0")
     told, *_ = runs.call(train_on_slow_media, "run", "dp2", *words, rank=0)
-    assert re.search(r"\| [0-9.]+ s/step, [0-9.]+ for data \|", told)
+    assert re.search(r" \| left [0-9hms ]+ \| data [0-9]+%", told)
     for line in metrics(runs.dir("run")):
         assert line["step_time_s"] == pytest.approx(line["data_s"] + line["compute_s"])
         assert (line["data_s"] >= SLOW_S) == (line["step"] == 2)
@@ -138,7 +164,7 @@ def test_flops_are_those_of_the_samples_in_any_layout(runs, digits):
             assert line["flops_per_s"] == pytest.approx(line["flops"] / line["step_time_s"])
             share = line["flops_per_s"] / (ranks * 0.01e12) if name == "tp2 pp2" else None
             assert line["mfu"] == pytest.approx(share)
-    assert re.search(r"\| [0-9.e-]+ TFLOP/s per rank, MFU [0-9.]+% \|", told)
+    assert re.search(r"\| MFU [0-9]+% \|", told)
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +236,7 @@ def test_validation_loss_is_the_same_in_every_layout(layouts, runs):
     options = ("train.validate_every=1", "train.validation_packs=5")
     for layout in layouts:
         told = runs.train(layout, layout, "train.num_steps=1", *options)
-        assert "| validation " in told
+        assert ", validation " in told
     found = {layout: metrics(runs.dir(layout))[0]["validation_loss"] for layout in layouts}
     worst = max(abs(loss / found["single"] - 1) for loss in found.values())
     print(f"validation loss {found['single']:.4f} in every layout, within {worst:.1e}")
@@ -323,26 +349,30 @@ def test_wandb_offline_has_what_the_metrics_have(runs, tmp_path):
     """Nothing leaves the machine; a resumed run goes on under the same id."""
     options = ("log=wandb", "log.wandb_mode=offline")
     runs.train("run", "single", *options, "train.num_steps=2")
-    runs.train("run", "single", *options, "train.num_steps=4")
+    named = ("log.wandb_name=mine", "log.wandb_group=ablation", "log.wandb_tags=[vit,wide]")
+    runs.train("run", "single", *options, *named, "train.num_steps=4")
     logs = sorted((runs.dir("run") / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len({log.name for log in logs}) == 1
     assert len(logs) == 2
-    shown = {}
-    for log in logs:
-        shown |= wandb_history(log)
+    records = [wandb_records(log) for log in logs]
+    shown = wandb_history(records[0]) | wandb_history(records[1])
     assert [shown[step]["loss"] for step in sorted(shown)] == losses(runs.dir("run"))
     assert {"grad_norm", "lr/vit", "tokens_per_s"} <= set(shown[1])
+    told = [record.run for found in records for record in found if record.HasField("run")]
+    assert [run.display_name for run in told] == [str(runs.dir("run"))[-128:], "mine"]
+    assert [run.run_group for run in told] == ["", "ablation"]
+    assert [list(run.tags) for run in told] == [[], ["vit", "wide"]]
 
 
-def wandb_history(log: Path) -> dict[int, dict]:
-    """Step -> what was logged, from an offline log: protocol buffers in LevelDB's log format.
+def wandb_records(log: Path) -> list:
+    """The records of an offline log: protocol buffers in LevelDB's log format.
 
     After 7 bytes come blocks of 32 KiB of fragments: checksum, length, kind, content. Kind 1 is a
     whole record, 2 its first, 3 a middle and 4 its last fragment.
     """
     from wandb.proto.wandb_internal_pb2 import Record
 
-    content, shown, data, place = log.read_bytes(), {}, b"", 7
+    content, records, data, place = log.read_bytes(), [], b"", 7
     while place + 7 <= len(content):
         if 32768 - place % 32768 < 7:  # too little is left of the block for a fragment
             place += 32768 - place % 32768
@@ -351,7 +381,16 @@ def wandb_history(log: Path) -> dict[int, dict]:
         fragment = content[place + 7 : place + 7 + length]
         data = fragment if kind in (1, 2) else data + fragment
         place += 7 + length
-        if kind in (1, 4) and (record := Record.FromString(data)).HasField("history"):
+        if kind in (1, 4):
+            records.append(Record.FromString(data))
+    return records
+
+
+def wandb_history(records: list) -> dict[int, dict]:
+    """Step -> what was logged."""
+    shown = {}
+    for record in records:
+        if record.HasField("history"):
             items = {item.key or "/".join(item.nested_key): item for item in record.history.item}
             shown[record.history.step.num] = {
                 key: json.loads(item.value_json) for key, item in items.items()

@@ -1,16 +1,25 @@
-"""A line on the terminal for each step: where it stands, loss, rate, time left."""
+"""Lines on the terminal: where a run stands, loss, rates, time left, memory."""
 
 import time
 from collections import deque
+from itertools import accumulate
+from statistics import mean, median
+
+import psutil
 
 from triptych.configs.schema import Config
 from triptych.parallel.mesh import Mesh
-from triptych.train.console import say
+from triptych.train.console import COLUMNS, say
 from triptych.train.hooks.hook import Hook, StepEvent
 from triptych.train.state import TrainState
 
 RECENT_STEPS = 20
-"""Rate and time left follow these."""
+"""Rates and time left follow the median of these: a slow step among them changes neither."""
+SILENT_S = 60.0
+"""However long steps are, a line comes this often: watchdogs take silence for a hung job."""
+NOTABLE = 0.01
+"""Of the time, spent waiting for data."""
+SEPARATOR = " | "
 
 
 class Progress(Hook):
@@ -18,54 +27,97 @@ class Progress(Hook):
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
         self._config, self._mesh = config, mesh
-        self._ends: deque[float] = deque(maxlen=RECENT_STEPS + 1)
-        self._waits: deque[float] = deque(maxlen=RECENT_STEPS)
+        self._steps_s: deque[float] = deque(maxlen=RECENT_STEPS)
         self._tokens: deque[int] = deque(maxlen=RECENT_STEPS)
         self._flops: deque[float] = deque(maxlen=RECENT_STEPS)
+        self._waits_s: deque[float] = deque(maxlen=RECENT_STEPS)
+        self._is_first = True
 
     def on_start(self, state: TrainState) -> None:
-        """The first step counts from here."""
-        self._ends.append(time.perf_counter())
+        """The first step counts from here; what was before is start-up."""
+        self._start_up_s = time.time() - psutil.Process().create_time()
+        self._step_ended = self._told = time.perf_counter()
 
     def after_step(self, event: StepEvent) -> None:
-        """Print every ``log.every`` steps, and at the last."""
-        self._ends.append(time.perf_counter())
-        self._waits.append(event.metrics["data_s"])
-        self._tokens.append(event.result.totals.workload.num_tokens)
-        self._flops.append(event.metrics["flops"])
-        if event.state.step % self._config.log.every == 0 or event.is_last:
+        """Print every ``log.every`` steps, at the first and the last, and where it was silent."""
+        now = time.perf_counter()
+        step_s, self._step_ended = now - self._step_ended, now
+        is_first, self._is_first = self._is_first, False
+        if is_first:  # it loads, compiles and allocates: as a rate it would mislead for long
+            say(
+                f"start-up took {self._start_up_s:.1f} s, the first step {step_s:.1f} s; "
+                "rates and time left follow the steps after it"
+            )
+        else:
+            self._steps_s.append(step_s)
+            self._tokens.append(event.result.totals.workload.num_tokens)
+            self._flops.append(event.metrics["flops"])
+            self._waits_s.append(event.metrics["data_s"])
+        is_due = event.state.step % self._config.log.every == 0 or now - self._told >= SILENT_S
+        if is_due or is_first or event.is_last:
+            self._told = now
             say(self._line(event))
 
     def _line(self, event: StepEvent) -> str:
-        elapsed = self._ends[-1] - self._ends[0]
-        step_s, rate = elapsed / len(self._tokens), sum(self._tokens) / elapsed
-        data_s = sum(self._waits) / len(self._waits)
-        loss = "none" if event.result.loss is None else f"{event.result.loss:.4f}"
-        rates = [f"{part} {value:.1e}" for part, value in event.result.lr.items() if value]
-        validation = event.metrics.get("validation_loss")
-        steps_left, of = self._remaining(event, step_s * rate)
-        return (
-            f"{self._config.stage.name} step {event.state.step}{of} | loss {loss}"
-            + (f" | validation {validation:.4f}" if validation is not None else "")
-            + f" | norm {event.result.grad_norm:.3f} | lr {' '.join(rates) or 0}"
-            + f" | {rate:,.0f} tokens/s | {self._speed(elapsed)}"
-            + f" | {step_s:.2f} s/step, {data_s:.2f} for data"
-            + f" | fill {event.metrics['fill']:.3f} | left {duration(steps_left * step_s)}"
-        )
-
-    def _speed(self, elapsed_s: float) -> str:
-        """Speed of one rank by the model's FLOPs, and its share of the peak where that is known."""
-        tflops = sum(self._flops) / elapsed_s / self._mesh.dims.world_size / 1e12
-        peak = self._config.cluster.peak_tflops
-        return f"{tflops:.3g} TFLOP/s per rank" + (f", MFU {tflops / peak:.1%}" if peak else "")
-
-    def _remaining(self, event: StepEvent, tokens_per_step: float) -> tuple[float, str]:
-        """Steps until the budget or the cap ends the stage, and the cap as text."""
-        left = (self._config.stage.token_budget - event.state.consumed_tokens) / tokens_per_step
+        """What fits, of the greatest interest first; ``metrics.jsonl`` has all of it."""
         cap = self._config.train.num_steps
-        if cap is None:
-            return max(0.0, left), ""
-        return max(0.0, min(left, cap - event.state.step)), f"/{cap}"
+        of = "" if cap is None else f"/{cap}"
+        loss = "none" if event.result.loss is None else f"{event.result.loss:.4f}"
+        validation = event.metrics.get("validation_loss")
+        validated = "" if validation is None else f", validation {validation:.4f}"
+        parts = [
+            f"{self._config.stage.name} step {event.state.step}{of}",
+            f"loss {loss}{validated}, norm {event.result.grad_norm:.3g}",
+            _memory(event),
+            *self._rates(event),
+            *self._mfu(),
+            f"lr {max(event.result.lr.values()):.1e}",
+            f"fill {event.metrics['fill']:.3f}",
+        ]
+        ends = accumulate(len(SEPARATOR) + len(part) for part in parts)
+        columns = COLUMNS + len(SEPARATOR)  # there is none before the first
+        return SEPARATOR.join(part for part, end in zip(parts, ends, strict=True) if end <= columns)
+
+    def _rates(self, event: StepEvent) -> list[str]:
+        """Tokens and seconds of the median step, the time left, the share that waits for data."""
+        if not self._steps_s:
+            return []
+        step_s = median(self._steps_s)
+        rate = median(n / s for n, s in zip(self._tokens, self._steps_s, strict=True))
+        waits = sum(self._waits_s) / sum(self._steps_s)
+        return [
+            f"{_compact(rate)} tok/s, {step_s:.3g} s/step",
+            f"left {duration(self._steps_left(event) * step_s)}",
+            *([f"data {waits:.0%}"] if waits >= NOTABLE else []),
+        ]
+
+    def _mfu(self) -> list[str]:
+        """By the model's FLOPs, where the peak is known."""
+        peak = self._config.cluster.peak_tflops
+        if not peak or not self._steps_s:
+            return []
+        rate = median(n / s for n, s in zip(self._flops, self._steps_s, strict=True))
+        return [f"MFU {rate / (self._mesh.dims.world_size * peak * 1e12):.0%}"]
+
+    def _steps_left(self, event: StepEvent) -> float:
+        """Until the budget or the cap ends the stage."""
+        left = (self._config.stage.token_budget - event.state.consumed_tokens) / mean(self._tokens)
+        cap = self._config.train.num_steps
+        return max(0.0, left if cap is None else min(left, cap - event.state.step))
+
+
+def _memory(event: StepEvent) -> str:
+    """Of the device, where it has its own."""
+    device, host = event.metrics["device_memory_bytes"], event.metrics["host_memory_bytes"]
+    return f"{(host if device is None else device) / 2**30:.3g} GiB"
+
+
+def _compact(number: float) -> str:
+    """As "1.23M", "45.6k" or "789"."""
+    for size, unit in ((1e6, "M"), (1e3, "k")):
+        if number >= 0.9995 * size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.3g}"
 
 
 def duration(seconds: float) -> str:

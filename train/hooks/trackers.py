@@ -8,6 +8,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from triptych.configs.rules.training import MAX_WANDB_NAME
 from triptych.configs.schema import Config
 from triptych.train.hooks.hook import Hook, StepEvent
 from triptych.train.json_lines import JsonLines
@@ -49,7 +50,9 @@ class WandbTracker(Hook):
         self._run = wandb.init(
             project=config.log.wandb_project,
             mode=config.log.wandb_mode,  # type: ignore[arg-type]  # validated
-            name=f"{config.model.name}-{config.stage.name}",
+            name=config.log.wandb_name or config.run.dir[-MAX_WANDB_NAME:],
+            group=config.log.wandb_group,
+            tags=config.log.wandb_tags,
             dir=str(self._run_dir),
             id=_own_id(self._run_dir / "wandb" / "id"),
             config=json.loads(json.dumps(asdict(config), default=lambda value: value.name)),
