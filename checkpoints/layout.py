@@ -11,7 +11,7 @@
         MANIFEST.json         every file with size and hash
         COMMIT                hash of the manifest, written last
       step_000012500.1.tmp/   being written; becomes step_000012500.1 once COMMIT is in it
-      step_000011500.0.damaged/
+      step_000011500.0.damaged/   set aside; .damaged_2 where there is one
       latest                  a hint for people and scripts; nothing here reads it
 
 Newest means highest attempt, then highest step: a run that was sent back to an earlier step goes on
@@ -32,7 +32,7 @@ ENVIRONMENT = "environment.json"
 MANIFEST = "MANIFEST.json"
 COMMIT = "COMMIT"
 
-_STEP = re.compile(r"step_(\d+)\.(\d+)(\.tmp|\.damaged|\.deleted)?")
+_STEP = re.compile(r"step_(\d+)\.(\d+)((?:\.tmp|\.damaged|\.deleted)(?:_\d+)?)?")
 _OWNER = re.compile(r"(?:__|rank_)(\d+)[_.]")  # megatron's __3_0.distcp, our rank_00003.pt
 
 
@@ -120,15 +120,31 @@ def state_of(name: str) -> str | None:
     is no checkpoint's name.
     """
     match = _STEP.fullmatch(name)
-    return (match.group(3) or "") if match else None
+    return (match.group(3) or "").partition("_")[0] if match else None
 
 
-def step_names(root: Path, state: str | None = None) -> list[str]:
-    """Names of checkpoint folders under ``root``, sorted: all, or those in one ``state_of``."""
+def step_names(root: Path, state: str) -> list[str]:
+    """Names of the checkpoint folders under ``root`` that are in one ``state_of``, sorted."""
     if not root.is_dir():
         return []
-    states = {entry.name: state_of(entry.name) for entry in sorted(root.iterdir())}
-    return [name for name, found in states.items() if found is not None and state in (None, found)]
+    folders = [entry.name for entry in sorted(root.iterdir()) if entry.is_dir()]
+    return [name for name in folders if state_of(name) == state]
+
+
+def next_attempt(root: Path) -> int:
+    """Higher than that of anything under ``root`` that bears a checkpoint's name, also a file."""
+    names = [entry.name for entry in root.iterdir() if state_of(entry.name) is not None]
+    return 1 + max((parse_step(name).attempt for name in names), default=-1)
+
+
+def free_name(folder: Path, state: str) -> Path:
+    """The path of ``folder`` in another state, as ``.damaged``, that nothing has yet.
+
+    ``.damaged_2`` and so on where something does: a restored checkpoint may be damaged again.
+    """
+    numbers = (state, *(f"{state}_{number}" for number in range(2, 1000)))
+    paths = (folder.with_name(f"{parse_step(folder.name)}{more}") for more in numbers)
+    return next(path for path in paths if not path.exists())
 
 
 def step_folders(root: Path) -> list[Path]:

@@ -13,12 +13,20 @@ from typing import Any
 
 import xxhash
 
-from triptych.checkpoints.layout import COMMIT, MANIFEST, CheckpointFolder, writer_of
+from triptych.checkpoints.layout import (
+    COMMIT,
+    MANIFEST,
+    CheckpointFolder,
+    StepName,
+    state_of,
+    writer_of,
+)
 from triptych.data.hashed_files import HashedFile, hash_file
 from triptych.errors import CheckpointError
-from triptych.parallel.agree import Ranks, on_every_rank
+from triptych.parallel.agree import Ranks, on_every_rank, on_rank_0
 
 FORMAT = 1
+UNREADABLE = "  -> nothing was changed; make the files readable and type the command again"
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -64,47 +72,76 @@ def write_manifest(folder: CheckpointFolder, manifest: CheckpointManifest) -> No
     write_synced(folder.commit, f"{xxhash.xxh3_128_hexdigest(content)}\n".encode())
 
 
+class DamagedError(CheckpointError):
+    """A checkpoint has other bytes than were committed, or none where there should be some."""
+
+
 def read_manifest(folder: Path) -> CheckpointManifest:
     """The manifest of a committed folder.
 
     Raises:
-        CheckpointError: COMMIT or MANIFEST.json is missing, or they do not belong together.
+        DamagedError: COMMIT or MANIFEST.json is missing, or they do not belong together.
+        CheckpointError: it has a format that this version does not know, or is another's copy.
+        OSError: COMMIT or MANIFEST.json cannot be read, which says nothing of what is in them.
     """
     try:
         commit = CheckpointFolder(folder).commit.read_bytes().decode(errors="replace").strip()
         manifest = CheckpointFolder(folder).manifest.read_bytes()
     except FileNotFoundError as error:
-        raise CheckpointError(f"{Path(error.filename).name} is missing") from error
-    except OSError as error:
-        raise CheckpointError(f"{COMMIT} or {MANIFEST} cannot be read: {error}") from error
+        raise DamagedError(f"{Path(error.filename).name} is missing") from error
     digest = xxhash.xxh3_128_hexdigest(manifest)
     if digest != commit:
-        raise CheckpointError(f"{MANIFEST} has xxh3-128 {digest}, {COMMIT} says {commit!r}")
+        raise DamagedError(f"{MANIFEST} has xxh3-128 {digest}, {COMMIT} says {commit!r}")
     content = json.loads(manifest)
-    if content.pop("format") != FORMAT:
-        raise CheckpointError(f"{MANIFEST} has another format than {FORMAT}, of a later version")
+    if (found := content.pop("format")) != FORMAT:
+        raise CheckpointError(
+            f"{folder} has format {found}, this version reads {FORMAT}"
+            "  -> use the version that wrote it; its environment.json names the commit"
+        )
     files = {name: SavedFile(**record) for name, record in content.pop("files").items()}
     return CheckpointManifest(files=files, **content)
 
 
 def verify(folder: Path, ranks: Ranks) -> list[str]:
-    """What is wrong with a checkpoint, file by file; empty if it is good. Reads every byte once.
+    """What is damaged in a checkpoint, file by file; empty if it is good. Reads every byte once.
 
     Each rank hashes its share of the files. Every rank must call this; all get the same answer.
+
+    Raises:
+        CheckpointError: on every rank: a file cannot be read, so nobody knows whether it is good;
+            or the checkpoint is of another format, or under the name of another step.
     """
-    findings: list[str] = []
     try:
-        files = read_manifest(folder).files
-    except CheckpointError as error:
-        files, findings = {}, [str(error)]
+        manifest = on_rank_0(ranks, lambda: _read_named(folder), os_error=CheckpointError)
+    except DamagedError as error:
+        return [str(error)]
+    files = manifest.files
     largest_first = sorted(files, key=lambda name: (-files[name].size, name))
     share = largest_first[ranks.rank :: ranks.world_size]
 
     def check() -> list[str]:
-        return findings + [text for name in share if (text := _check(folder, name, files[name]))]
+        return [text for name in share if (text := _check(folder, name, files[name]))]
 
-    everyone = on_every_rank(ranks, check, os_error=CheckpointError)
+    try:
+        everyone = on_every_rank(ranks, check, os_error=CheckpointError)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}{UNREADABLE}") from error
     return sorted({text for texts in everyone for text in texts})
+
+
+def _read_named(folder: Path) -> CheckpointManifest:
+    """The manifest, of the checkpoint that the folder's name says, where it is a step's name."""
+    try:
+        manifest = read_manifest(folder)
+    except OSError as error:
+        raise CheckpointError(f"{error}{UNREADABLE}") from error
+    own = str(StepName(attempt=manifest.attempt, step=manifest.step))
+    if state_of(folder.name) == "" and folder.name != own:
+        raise CheckpointError(
+            f"{folder} holds {own}, by its manifest"
+            "  -> give it that name, or one that is no step's, as my_copy"
+        )
+    return manifest
 
 
 def _check(folder: Path, name: str, record: SavedFile) -> str | None:
@@ -115,8 +152,6 @@ def _check(folder: Path, name: str, record: SavedFile) -> str | None:
         digest = hash_file(folder / name).xxh3_128
     except FileNotFoundError:
         return f"{name} is missing"
-    except OSError as error:
-        return f"{name} cannot be read: {error}"
     if digest != record.xxh3_128:
         return f"{name} has xxh3-128 {digest}, {MANIFEST} says {record.xxh3_128}"
     return None

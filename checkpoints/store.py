@@ -14,11 +14,12 @@ from triptych.checkpoints.checkpoint_writer import CheckpointWriter, rename
 from triptych.checkpoints.layout import (
     CheckpointFolder,
     StepName,
-    parse_step,
+    free_name,
+    next_attempt,
     step_folders,
     step_names,
 )
-from triptych.checkpoints.manifest import read_manifest, verify
+from triptych.checkpoints.manifest import DamagedError, read_manifest, verify
 from triptych.errors import CheckpointError
 from triptych.parallel.agree import Ranks, on_every_rank, on_rank_0
 
@@ -65,7 +66,8 @@ class CheckpointStore:
         and the one before is tried.
 
         Raises:
-            CheckpointError: there are checkpoints, and none of them is good.
+            CheckpointError: there are checkpoints, and none of them is good; or one that might be
+                the newest good one cannot be read, or is of a format that is not known here.
         """
         self._on_rank_0(self._tidy)
         rejected = []
@@ -73,8 +75,7 @@ class CheckpointStore:
             problems = verify(folder, self._ranks)
             if not problems:
                 return folder
-            damaged = folder.with_name(f"{folder.name}.damaged")
-            self._on_rank_0(partial(rename, folder, damaged))
+            damaged = self._on_rank_0(partial(_rename_as, folder, ".damaged"))
             rejected.append(_listed(f"{folder.name} is damaged, renamed {damaged.name}", problems))
             if self._ranks.rank == 0:
                 _log.warning("checkpoint %s", rejected[-1])
@@ -110,9 +111,7 @@ class CheckpointStore:
     def _claim(self, step: int) -> CheckpointFolder:
         self.root.mkdir(parents=True, exist_ok=True)
         if self._attempt is None:
-            self._attempt = 1 + max(
-                (parse_step(name).attempt for name in step_names(self.root)), default=-1
-            )
+            self._attempt = next_attempt(self.root)
             self._tidy()
         name = str(StepName(self._attempt, step))
         final, temporary = self.root / name, self.root / f"{name}.tmp"
@@ -128,7 +127,7 @@ class CheckpointStore:
             folder = self.root / name
             try:
                 read_manifest(folder)
-            except CheckpointError:
+            except DamagedError:
                 _delete(folder)
             else:  # died between COMMIT and the renaming
                 rename(folder, folder.with_suffix(""))
@@ -138,9 +137,13 @@ class CheckpointStore:
 
 def _delete(folder: Path) -> None:
     """Delete a folder such that a part of it can never be taken for a checkpoint."""
-    doomed = folder.with_name(f"{parse_step(folder.name)}.deleted")
-    rename(folder, doomed)
-    shutil.rmtree(doomed)
+    shutil.rmtree(_rename_as(folder, ".deleted"))
+
+
+def _rename_as(folder: Path, state: str) -> Path:
+    renamed = free_name(folder, state)
+    rename(folder, renamed)
+    return renamed
 
 
 def _listed(title: str, items: list[str]) -> str:

@@ -1,8 +1,10 @@
 """Checkpoints survive a run that dies anywhere, and files that do not stay as written."""
 
+import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import xxhash
 
 from triptych.checkpoints.layout import COMMIT, MANIFEST, CheckpointFolder, step_folders, writer_of
 from triptych.checkpoints.locate import locate
@@ -195,6 +198,118 @@ def test_a_run_whose_checkpoints_are_all_damaged_never_starts_over(tmp_path):
     for _ in range(2):  # the second time they already bear the name .damaged
         with pytest.raises(CheckpointError, match=r"no good checkpoint(.|\n)*step_000000001"):
             newest(tmp_path)
+
+
+# --- what is not damage
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """Let reads of files whose name ends so fail, until told otherwise."""
+    open_path, ends = Path.open, {}
+
+    def fails(self, *args, **kwargs):
+        for end, number in ends.items():
+            if str(self).endswith(end):
+                raise OSError(number, os.strerror(number), str(self))
+        return open_path(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", fails)
+    return ends
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
+@pytest.mark.parametrize("end", ["shards/__0_0.distcp", MANIFEST, COMMIT])
+def test_what_cannot_be_read_is_not_damaged(tmp_path, failing, end, number):
+    """Every checkpoint used to be renamed, and the run to say that it has none."""
+    folders = run_with(1, 2, root=tmp_path)
+    failing[end] = number
+    for find in (newest, lambda root: locate(root, SingleProcess())):
+        with pytest.raises(CheckpointError, match="-> nothing was changed; make the") as error:
+            find(tmp_path)
+        assert end in str(error.value)
+        assert os.strerror(number) in str(error.value)
+        assert "damaged" not in str(error.value)
+    failing.clear()
+    assert newest(tmp_path) == folders[-1]
+    assert len(step_folders(tmp_path)) == 2
+
+
+def test_all_ranks_hear_of_a_file_that_one_cannot_read(tmp_path, failing):
+    run_with(1, 2, root=tmp_path)
+    failing["__0_0.distcp"] = errno.EIO
+    errors = on_ranks(3, lambda ranks: CheckpointStore(tmp_path, ranks).newest())
+    assert len({str(error) for error in errors}) == 1
+    assert re.search(r"rank \d: .*Input/output error", str(errors[0]))
+    assert len(step_folders(tmp_path)) == 2
+
+
+def test_a_half_written_folder_that_cannot_be_read_is_not_removed(tmp_path, failing):
+    """It may be a whole one, that died before its renaming."""
+    run_with(1, root=tmp_path)
+    whole = run_with(2, root=tmp_path)[0].rename(tmp_path / "step_000000002.1.tmp")
+    failing[COMMIT] = errno.EIO
+    with pytest.raises(CheckpointError, match="Input/output error"):
+        newest(tmp_path)
+    failing.clear()
+    assert whole.exists()
+    assert newest(tmp_path) == tmp_path / "step_000000002.1"
+
+
+def test_another_format_is_refused_by_name(tmp_path):
+    folder = CheckpointFolder(run_with(1, 2, root=tmp_path)[-1])
+    text = folder.manifest.read_text().replace('"format": 1', '"format": 7').encode()
+    folder.manifest.write_bytes(text)
+    folder.commit.write_text(xxhash.xxh3_128_hexdigest(text))
+    for find in (newest, lambda root: locate(root, SingleProcess())):
+        with pytest.raises(CheckpointError, match="has format 7, this version reads 1  -> use the"):
+            find(tmp_path)
+    assert len(step_folders(tmp_path)) == 2
+
+
+def test_a_copy_under_the_name_of_another_step_is_refused(tmp_path):
+    folder = run_with(14, root=tmp_path)[0]
+    copy = tmp_path / "step_000000016.0"
+    shutil.copytree(folder, copy)
+    for find in (newest, lambda root: locate(root, SingleProcess())):
+        with pytest.raises(
+            CheckpointError, match=r"016\.0 holds step_000000014\.0, by its manifest"
+        ):
+            find(tmp_path)
+    copy.rename(tmp_path / "my_copy")
+    assert newest(tmp_path) == folder
+
+
+def test_a_checkpoint_may_be_damaged_restored_and_damaged_again(tmp_path):
+    good, bad = run_with(1, 2, root=tmp_path)
+    shutil.copytree(bad, tmp_path / "backup")
+    for _ in range(3):
+        flip_bit(bad / "data.json")
+        assert newest(tmp_path) == good
+        shutil.copytree(tmp_path / "backup", bad)
+    assert newest(tmp_path) == bad
+    names = {path.name[16:] for path in tmp_path.glob("*.damaged*")}
+    assert names == {".damaged", ".damaged_2", ".damaged_3"}
+    shutil.rmtree(bad)
+    flip_bit(good / "data.json")
+    with pytest.raises(CheckpointError, match="no good checkpoint"):
+        newest(tmp_path)
+    with pytest.raises(CheckpointError, match=r"only .*002\.0\.damaged, .*002\.0\.damaged_2"):
+        locate(tmp_path, SingleProcess())
+
+
+@pytest.mark.parametrize("suffix", ["", ".tmp", ".deleted", ".damaged"])
+def test_a_stray_file_is_in_nobodys_way(tmp_path, suffix):
+    folder = run_with(1, root=tmp_path)[0]
+    for name in ("step_000000002.1", "step_000000001.0" if suffix else "step_000000007.3"):
+        (tmp_path / f"{name}{suffix}").write_text("stray")
+    assert newest(tmp_path) == folder
+    store = CheckpointStore(tmp_path, SingleProcess())
+    after = [save(store, step) for step in (2, 3)]
+    store.retain(1)
+    assert step_folders(tmp_path) == after[1:]
+    assert newest(tmp_path) == after[1]
+    assert sum(path.is_file() for path in tmp_path.glob("step_*")) == 2
 
 
 # --- paths that people type
