@@ -30,6 +30,7 @@ from triptych.train.hooks.loss_curve import LossCurve
 from triptych.train.hooks.profiler import Profiler
 from triptych.train.hooks.progress import Progress
 from triptych.train.hooks.quarantine import QUARANTINE, Quarantine
+from triptych.train.hooks.stop_request import StopRequest, forget_stop, tell_of_stop
 from triptych.train.hooks.trackers import METRICS, MetricsFile, TensorBoardTracker, WandbTracker
 from triptych.train.hooks.validation import Validation
 from triptych.train.hooks.weights import WEIGHTS, WeightsOnly
@@ -38,7 +39,7 @@ from triptych.train.lock import lock_run_dir
 from triptych.train.loop import is_finished, train
 from triptych.train.start import start
 from triptych.train.state import TrainState
-from triptych.train.stop import gather_reasons
+from triptych.train.stop import StopReason, gather_reasons
 
 
 def pretrain(config: Config) -> TrainState:
@@ -83,7 +84,10 @@ def _run_stage(config: Config, mesh: Mesh) -> TrainState:
     if is_finished(config, engine, state):
         say(_finished(config, state))
     else:
-        say(_stopped(config, state, gather_reasons(mesh.world, asked)))
+        reasons = gather_reasons(mesh.world, asked)
+        if mesh.is_main:
+            tell_of_stop(Path(config.run.dir), state.step, reasons)
+        say(_stopped(config, state, reasons))
     return state
 
 
@@ -104,6 +108,7 @@ def _open_run_folder(config: Config, mesh: Mesh, state: TrainState) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         save_config(config, run_dir / "config.yaml")
         write_environment(run_dir / ENVIRONMENT, mesh)
+        forget_stop(run_dir)
         for pattern in (METRICS, f"{LEDGER}/*.jsonl", f"{QUARANTINE}/*.jsonl"):
             for record in run_dir.glob(pattern):
                 keep_until(record, state.step)
@@ -160,7 +165,7 @@ def _kernels(config: Config, engine: Engine) -> str:
 def _hooks(config: Config, engine: Engine, store: CheckpointStore) -> HookChain:
     """Everything optional. Saving comes last: a checkpoint's steps have been written down then."""
     mesh, run_dir = engine.mesh, Path(config.run.dir)
-    hooks: list[Hook] = []
+    hooks: list[Hook] = [StopRequest(run_dir, mesh)]
     if config.train.validate_every:
         held_out = Mixture.open(config, config.data.validation, once=True)
         hooks.append(Validation(config, engine, held_out.validation_step(config, mesh)))
@@ -182,9 +187,10 @@ def _hooks(config: Config, engine: Engine, store: CheckpointStore) -> HookChain:
     return HookChain(hooks)
 
 
-def _stopped(config: Config, state: TrainState, reasons: str) -> str:
+def _stopped(config: Config, state: TrainState, reasons: list[tuple[int, StopReason]]) -> str:
+    told = "; ".join(f"rank {rank}: {reason.text}" for rank, reason in reasons)
     return (
-        f"{config.stage.name} stops after step {state.step}, as asked by {reasons}"
+        f"{config.stage.name} stops after step {state.step}, as asked by {told}"
         "  -> type the command again: the run resumes"
     )
 

@@ -11,10 +11,11 @@ class StopReason:
 
     text: str
     """For people, as "Slurm ends the job in two minutes"."""
+    requeue: bool = False
+    """Whether the run shall be started again, by itself."""
 
 
-def gather_reasons(ranks: Ranks, own: StopReason | None) -> str:
-    """Who asked, and why, for all to know. Every rank must call this, once they have stopped."""
+def gather_reasons(ranks: Ranks, own: StopReason | None) -> list[tuple[int, StopReason]]:
+    """Which ranks asked, and why, for all to know. Every rank must call this, once all stopped."""
     reasons: list[StopReason | None] = ranks.all_gather(own)
-    told = [f"rank {rank}: {reason.text}" for rank, reason in enumerate(reasons) if reason]
-    return "; ".join(told)
+    return [(rank, reason) for rank, reason in enumerate(reasons) if reason]

@@ -157,7 +157,7 @@ CHANGES_A_RUN = {
     "run.checkpoint_every": "1",
     "run.keep": "1",
     "run.weights_every": "2",
-    "log.every": "2",
+    "log.every": "5",
     "log.wandb": "true",
     "log.wandb_project": "other",
     "log.wandb_mode": "disabled",

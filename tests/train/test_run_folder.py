@@ -36,7 +36,7 @@ def test_what_ran_where_and_how_the_loss_fell(runs):
     assert told["packages"]["torch"].split("+")[0].count(".") == 2
     assert Image.open(folder / "loss_curve.png").size == (880, 495)
     traces = sorted((folder / "profile").iterdir())
-    assert [path.name for path in traces] == [f"rank_0000{rank}.trace.json.gz" for rank in (0, 1)]
+    assert [path.name for path in traces] == [f"pp_0000{stage}.trace.json.gz" for stage in (0, 1)]
     events = json.loads(gzip.decompress(traces[0].read_bytes()))["traceEvents"]
     assert sum(event["name"] == "aten::mm" for event in events) > 10
 

@@ -1,7 +1,13 @@
 """Any rank may ask a run to stop: all end after the same step, and it resumes bit for bit."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -13,6 +19,8 @@ from triptych.tests.helpers.layouts import make_step
 from triptych.tests.helpers.runs import Runs, metrics, packs, train, without_times
 from triptych.train.hooks.chain import HookChain
 from triptych.train.hooks.hook import Hook, StepEvent
+from triptych.train.hooks.stop_request import ONE_REQUEST_S, SIGNALS, StopRequest
+from triptych.train.state import TrainState
 from triptych.train.step import count
 from triptych.train.stop import StopReason
 
@@ -22,6 +30,7 @@ MESHES = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (1, 4)]
 """(tp, pp); dp is what is left of four ranks."""
 ASKING = [(), (0,), (1,), (2,), (3,), (1, 2)]
 """Ranks."""
+PRETRAIN = Path(__file__).parents[2] / "launch" / "pretrain.py"
 slow = pytest.mark.slow
 
 
@@ -97,6 +106,101 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(layout, rank, runs):
     assert without_times(runs.dir("stopped")) == without_times(runs.dir("whole"))
     assert packs(runs.dir("stopped")) == packs(runs.dir("whole"))
     assert last_shards(runs.dir("stopped")) == last_shards(runs.dir("whole"))
+
+
+@pytest.mark.parametrize(
+    ("ask", "rank", "told", "requeue"),
+    [
+        ("USR1", 1, "rank 1: SIGUSR1", True),
+        ("TERM", 1, "rank 1: SIGTERM", False),
+        ("USR1 TERM TERM", 0, "rank 0: SIGTERM", False),
+        ("", 0, "rank 0: the file {file}", False),
+        ("requeue\n", 0, "rank 0: the file {file}", True),
+    ],
+)
+def test_signals_and_a_file_stop_all_ranks_with_a_checkpoint(ask, rank, told, requeue, runs):
+    """Asked for during step 2. What was left by a start that died asks nothing of this one."""
+    folder = runs.dir("run")
+    folder.mkdir()
+    (folder / "stop").touch()
+    (folder / "stopped.json").touch()
+    said, *_ = runs.call(train_and_interrupt, "run", "dp2", "train.num_steps=9", rank=rank, ask=ask)
+    told = told.format(file=folder / "stop")
+    assert f"stage2 stops after step 3, as asked by {told}  -> type the " in said
+    assert [line["step"] for line in metrics(folder)] == [1, 2, 3]
+    assert (folder / "checkpoints" / "step_000000003.0" / "COMMIT").exists()
+    who, why = told.split(": ")
+    stopped = {"step": 3, "requeue": requeue, "asked_by": {who: why}}
+    assert json.loads((folder / "stopped.json").read_text()) == stopped
+    assert not (folder / "stop").exists()
+    assert "is finished" in runs.train("run", "dp2", "train.num_steps=4")
+    assert not (folder / "stopped.json").exists()
+
+
+def train_and_interrupt(config: Config, rank: int, ask: str) -> str:
+    """Run the command; one rank is interrupted in step 2."""
+    before = [signal.getsignal(number) for number in SIGNALS]
+    interrupting = [Interrupting(ask, Path(config.run.dir))] if dist.get_rank() == rank else []
+    with mock.patch(
+        "triptych.train.run.HookChain", lambda hooks: HookChain([*hooks, *interrupting])
+    ):
+        told = train(config)
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+    return told
+
+
+class Interrupting(Hook):
+    """Sends signals, or writes the file, as step 2 begins."""
+
+    def __init__(self, ask: str, run_dir: Path) -> None:
+        self._ask, self._run_dir = ask, run_dir
+
+    def before_step(self, state: TrainState) -> None:
+        if state.step != 1:
+            return
+        if "TERM" not in self._ask and "USR1" not in self._ask:
+            (self._run_dir / "stop").write_text(self._ask)
+            return
+        for name in self._ask.split():
+            os.kill(os.getpid(), signal.Signals[f"SIG{name}"])
+
+
+def test_a_second_term_ends_a_process_at_once(monkeypatch, tmp_path):
+    """Not one of the same moment: what Slurm sends to all comes once more through torchrun."""
+    monkeypatch.setattr("triptych.train.hooks.stop_request.time.monotonic", lambda: now)
+    now = 100.0
+    if (child := os.fork()) == 0:
+        StopRequest(tmp_path, SimpleNamespace(is_main=False)).on_start(state=None)
+        for now in (100.0, 99.9 + ONE_REQUEST_S, 100.0 + ONE_REQUEST_S):
+            os.kill(os.getpid(), signal.SIGTERM)
+            (tmp_path / f"survived at {now}").touch()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.torchrun
+@pytest.mark.parametrize("ask", ["TERM", pytest.param("requeue", marks=slow)])
+def test_torchrun_that_is_asked_to_stop_saves_first(ask, runs, tmp_path):
+    """TERM reaches the ranks through torchrun, which exits with 1 then; after the file with 0."""
+    folder = runs.dir("run")
+    words = runs.words("run", "pp2", "train.num_steps=null", "stage.token_budget=1000000000")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    agent = subprocess.Popen([*command, PRETRAIN, *words], env=environment)
+    while not (folder / "metrics.jsonl").exists():
+        assert agent.poll() is None, "it ended before it could be asked"
+        time.sleep(0.05)
+    if ask == "TERM":
+        agent.terminate()
+    else:
+        (folder / "stop").write_text(ask)
+    assert agent.wait() == (1 if ask == "TERM" else 0)
+    stopped = json.loads((folder / "stopped.json").read_text())
+    assert stopped["requeue"] == (ask == "requeue")
+    assert stopped["step"] == metrics(folder)[-1]["step"]
+    saved = folder / "checkpoints" / f"step_{stopped['step']:09d}.0"
+    assert (saved / "COMMIT").exists()
 
 
 def test_asked_at_the_end_it_is_finished(runs):

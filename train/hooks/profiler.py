@@ -17,17 +17,17 @@ PROFILE = "profile"
 
 
 class Profiler(Hook):
-    """Writes ``profile/rank_00000.trace.json.gz``, for chrome://tracing and Perfetto.
+    """Writes ``profile/pp_00000.trace.json.gz``, which chrome://tracing and Perfetto show.
 
-    On CUDA also ``rank_00000.memory.pickle``, for https://pytorch.org/memory_viz. The profiled
-    steps are slower; hooks that come before this one are in the trace.
+    On CUDA also ``pp_00000.memory.pickle``, for https://pytorch.org/memory_viz. Runs on one rank of
+    each pipeline stage. Profiled steps are slower; what hooks before this one do is in the trace.
     """
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
         steps = profiled_steps(config.train.profile)
         assert steps is not None, "the hook is there where they are"
         self._first, self._last = steps
-        self._prefix = Path(config.run.dir) / PROFILE / f"rank_{mesh.rank:05d}"
+        self._prefix = Path(config.run.dir) / PROFILE / f"pp_{mesh.pp_rank:05d}"
         self._running: profiler.profile | None = None
 
     def before_step(self, state: TrainState) -> None:
