@@ -79,7 +79,8 @@ class PartConfig:
     min_lr: float = 0.0
     """Learning rate at the end of the token budget."""
     warmup: float = 0.01
-    """Share of the token budget over which the rate rises linearly from 0."""
+    """Share of the token budget over which the rate rises linearly, by a step's share in each; the
+    first step has one already, not 0."""
     decay: Decay = Decay.cosine
 
 

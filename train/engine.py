@@ -59,7 +59,7 @@ def build_engine(config: Config, mesh: Mesh) -> Engine:
     layers = layers_per_chunk(config)
     chunks = build_model(config.model, config.parallel, precision, layers, mesh, kernels)
     parameters = dict(global_parameters(chunks))
-    stage = Stage(config.stage)
+    stage = Stage(config)
     stage.freeze(parameters)
     sharding = sharding_table(config.model)
     counts = count_parameters(parameters, sharding, mesh)

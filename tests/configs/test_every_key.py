@@ -197,7 +197,7 @@ def exported(config: Config) -> dict[str, Any]:
 
 
 def scheduled(config: Config) -> list[dict[str, float]]:
-    stage = Stage(config.stage)
+    stage = Stage(config)
     return [stage.learning_rates(stage.token_budget * i // 10) for i in range(11)]
 
 

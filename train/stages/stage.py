@@ -5,20 +5,23 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from triptych.configs.schema import Decay, Part, PartConfig, StageConfig
+from triptych.configs.schema import Config, Decay, Part, PartConfig
 from triptych.models.parameters import part_of
 
 
 class Stage:
     """One stage of the recipe, as configs/stage/ describes it."""
 
-    def __init__(self, config: StageConfig) -> None:
-        self.name = config.name
-        self.token_budget = config.token_budget
+    def __init__(self, config: Config) -> None:
+        stage, train = config.stage, config.train
+        self.name = stage.name
+        self.token_budget = stage.token_budget
+        self.tokens_per_step = train.global_batch_size * train.seq_len
+        """At most: where every pack is full."""
         self.parts: dict[Part, PartConfig] = {
-            Part.VIT: config.vit,
-            Part.ADAPTER: config.adapter,
-            Part.LLM: config.llm,
+            Part.VIT: stage.vit,
+            Part.ADAPTER: stage.adapter,
+            Part.LLM: stage.llm,
         }
 
     @property
@@ -44,19 +47,23 @@ class Stage:
         0 for what is frozen.
         """
         progress = min(1.0, consumed_tokens / self.token_budget)
+        step = self.tokens_per_step / self.token_budget
         return {
-            part.value: learning_rate(config, progress) if config.train else 0.0
+            part.value: learning_rate(config, progress, step) if config.train else 0.0
             for part, config in self.parts.items()
         }
 
 
-def learning_rate(config: PartConfig, progress: float) -> float:
+def learning_rate(config: PartConfig, progress: float, step: float) -> float:
     """Linear warm-up, then decay to ``min_lr``.
 
-    ``progress`` is the share of the token budget that is used up.
+    Args:
+        config: of the part.
+        progress: share of the token budget that is used up before this step.
+        step: share that a step uses up; the first step warms up by as much.
     """
     if progress < config.warmup:
-        return config.lr * progress / config.warmup
+        return config.lr * min(1.0, (progress + step) / config.warmup)
     left = (1.0 - progress) / (1.0 - config.warmup) if config.warmup < 1 else 0.0
     if config.decay is Decay.constant:
         return config.lr
