@@ -11,7 +11,7 @@ INSTALLED := .venv/.installed
 # What Python keeps of megatron-core halves the time of its import: dozens of times in make test.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install demo test test-fast test-full checks bench
+.PHONY: help install demo test test-fast test-full checks bench gpu
 
 help:
 	@echo "make demo        train three stages on handwritten digits on the CPU, then read unseen ones"
@@ -20,6 +20,7 @@ help:
 	@echo "make test-full   lint, types, layers, and every test"
 	@echo "make checks      lint, types and layers"
 	@echo "make bench       measure, and print a table"
+	@echo "make gpu         where there are GPUs: check and measure all that concerns CUDA, on one page"
 	@echo "make install     only make .venv"
 
 install: $(INSTALLED)
@@ -54,3 +55,6 @@ test-full: checks
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/bench.py
+
+gpu: $(INSTALLED)
+	$(BIN)/python benchmarks/gpu_check.py

@@ -51,12 +51,12 @@ def build_both(config: Config, mesh: Mesh) -> tuple[Engine, nn.Module]:
         model = Qwen2VLForConditionalGeneration(sizes).to(dtype).train()
     engine = build_engine(config, mesh)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        model.save_pretrained(folder)
+        model.cpu().save_pretrained(folder)
         reader = HFReader(Path(folder), config.model)
         for name, parameter in engine.parameters.items():
             parameter.copy_(reader.read(name))
     engine.optimizer.refresh_master_weights()
-    return engine, model
+    return engine, model.to(mesh.device)
 
 
 def build_arms(

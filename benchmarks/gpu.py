@@ -2,6 +2,7 @@
 
     python benchmarks/gpu.py                       # model=qwen2_vl_2b, 8192 tokens a pack
     python benchmarks/gpu.py model=qwen2_vl_7b     # takes the overrides of launch/pretrain.py
+    python benchmarks/gpu.py --miniature           # few small samples, one round: does it run?
 
 The same samples and random weights on both sides; a step is the forward and backward pass of one
 global batch. Losses are compared first, then the arms take turns, with a large matrix product on
@@ -29,7 +30,7 @@ from triptych.benchmarks.arms import (
 )
 from triptych.benchmarks.calibrate import product
 from triptych.benchmarks.samples import Mix, draw_samples, num_tokens
-from triptych.benchmarks.table import Row, print_rows, spread
+from triptych.benchmarks.table import Row, finish, spread
 from triptych.configs.compose import load_config
 from triptych.configs.schema import Config
 from triptych.costs.activation_memory import GPU, Activations
@@ -39,13 +40,14 @@ from triptych.costs.memory import pp_stage_memory
 from triptych.costs.parameter_shards import pp_stage_shards
 from triptych.data.types import Batch, Step
 from triptych.models.kernels import Installed, choose
-from triptych.parallel.device import HAS_CUDA, synchronize
+from triptych.parallel.device import HAS_CUDA, device_name, synchronize
 from triptych.parallel.mesh import Mesh, build_mesh, init_distributed, shutdown
 from triptych.train.engine import Engine
 from triptych.train.step import train_step
 
 NUM_ROUNDS = 7
 MIX = Mix(num_samples=64, sides=(16, 72), text=(256, 2048))
+MINIATURE = Mix(num_samples=4, sides=(4, 12), text=(16, 64))
 ROWS = 4
 """Samples in a padded batch."""
 SAME_LOSS = 5e-3
@@ -112,13 +114,18 @@ def peak_bytes(engine: Engine, batches: Sequence[Batch]) -> int:
 
 def report(rounds: Sequence[Round], tokens: int, flops: float) -> list[Row]:
     """Print a line for each arm; returns a row for each bar."""
-    print("| arm | tokens / s | model FLOPs / GEMM rate | ours is faster by |\n|---|---|---|---|")
+    print(
+        "| arm | tokens / s | model TFLOP/s | of the GEMM rate | ours is faster by |\n"
+        "|---|---|---|---|---|"
+    )
     rows, over = [], {}
     for name in rounds[0][1]:
         speeds = [tokens / seconds[name] for _, seconds in rounds]
+        teras = [flops / seconds[name] / 1e12 for _, seconds in rounds]
         shares = [flops / seconds[name] / rate for rate, seconds in rounds]
         ratios = [seconds[name] / seconds["ours"] for _, seconds in rounds]
-        print(f"| {name} | {spread(speeds, 0)} | {spread(shares)} | {spread(ratios)} |")
+        cells = (spread(speeds, 0), spread(teras, 1), spread(shares), spread(ratios))
+        print(f"| {name} | {' | '.join(cells)} |")
         if name == "ours":
             met = statistics.median(shares) >= LEAST_SHARE
             claim = "model FLOPs of ours, share of the GEMM rate"
@@ -173,14 +180,18 @@ def main(argv: Sequence[str] = ()) -> list[Row]:
     if not HAS_CUDA:
         print("nothing measured: there is no GPU here  -> python benchmarks/speed.py, on a CPU")
         return []
-    config = load_config([*DEFAULTS, *argv])
+    words = [word for word in argv if word != "--miniature"]
+    given = {word.split("=")[0] for word in words}
+    defaults = [word for word in DEFAULTS if word.split("=")[0] not in given]
+    config = load_config([*defaults, *words])
+    mix, num_rounds = (MINIATURE, 1) if "--miniature" in argv else (MIX, NUM_ROUNDS)
     init_distributed(config.cluster.timeout_s)
     mesh = build_mesh(1, 1, seed=0, timeout_s=config.cluster.timeout_s)
-    print(torch.cuda.get_device_name())
-    rows = compare(config, MIX, mesh, num_rounds=NUM_ROUNDS, rows=ROWS)
+    print(device_name())
+    rows = compare(config, mix, mesh, num_rounds=num_rounds, rows=ROWS)
     shutdown()
     return rows
 
 
 if __name__ == "__main__":
-    print_rows(main(sys.argv[1:]))
+    finish(main(sys.argv[1:]))

@@ -1,6 +1,7 @@
 """What a benchmark hands to the table at the end: a claim, the figure measured, and its bar."""
 
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,3 +29,10 @@ def print_rows(rows: Sequence[Row]) -> None:
     for row in rows:
         verdict = "met" if row.met else "NOT MET"
         print(f"| {row.claim} | {row.figure} | {row.bar} | {verdict} | `{row.command}` |")
+
+
+def finish(rows: Sequence[Row]) -> None:
+    """Print the rows, and end the process with exit code 1 where a bar is not met."""
+    print_rows(rows)
+    if not all(row.met for row in rows):
+        sys.exit(1)

@@ -1,8 +1,9 @@
-"""launch/slurm/pretrain.sbatch, submitted to a real Slurm of two nodes."""
+"""The files of launch/slurm, submitted to a real Slurm of two nodes."""
 
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 WITH_SLURM = ROOT / "tests" / "helpers" / "slurm" / "with_slurm.sh"
 SBATCH_FILE = ROOT / "launch" / "slurm" / "pretrain.sbatch"
+GPU_CHECK = ROOT / "launch" / "slurm" / "gpu_check.sbatch"
 
 # Stands in for launch/pretrain.py where the test is about the job, not about training.
 STAND_IN = """
@@ -32,7 +34,9 @@ dist.destroy_process_group()
 """
 
 
-def submit(tmp_path: Path, project: Path, *arguments: str, **env: str) -> tuple[str, str]:
+def submit(
+    tmp_path: Path, project: Path, *arguments: str, file: Path = SBATCH_FILE, **env: str
+) -> tuple[str, str]:
     """Run the job on a cluster of two nodes, to its end. Returns the job's state and its log.
 
     Slurm ends a job that hangs after half an hour (``TIMEOUT``), so that its log is shown.
@@ -52,7 +56,7 @@ def submit(tmp_path: Path, project: Path, *arguments: str, **env: str) -> tuple[
         "CUDA_VISIBLE_DEVICES": "",
         **env,
     }
-    command = [WITH_SLURM, "2", "bash", "-c", script, log, SBATCH_FILE, *arguments]
+    command = [WITH_SLURM, "2", "bash", "-c", script, log, file, *arguments]
     ended = subprocess.run(
         command,
         cwd=project,
@@ -100,6 +104,27 @@ def test_training_runs_on_two_nodes(tmp_path: Path):
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert len(metrics) == 3
     assert list((run / "checkpoints").glob("step_*/COMMIT")), log
+
+
+@pytest.mark.slurm
+def test_the_gpu_check_has_all_ranks_for_the_layouts_and_one_process_for_the_rest(
+    tmp_path: Path, stand_in: Path
+):
+    scripts = dict.fromkeys(("machine", "gpu_kernels", "gpu", "calibrate"), "print('one process')")
+    for name, text in (scripts | {"gpu_layouts": STAND_IN}).items():
+        path = stand_in / "benchmarks" / f"{name}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    shutil.copy(ROOT / "benchmarks" / "gpu_check.py", path.parent)
+    (stand_in / "launch" / "slurm").mkdir()
+    shutil.copy(SBATCH_FILE, stand_in / "launch" / "slurm")
+    state, log = submit(tmp_path, stand_in, file=GPU_CHECK, NPROC_PER_NODE="2")
+    assert state == "COMPLETED", log
+    page = (stand_in / "runs" / "gpu_check" / "page.md").read_text()
+    assert page.count("| met |") == 5
+    assert page.count("one process") == 4
+    hosts = re.findall(r"host=(n\d) rank=\d total=10", page)
+    assert sorted(hosts) == ["n0", "n0", "n1", "n1"], page
 
 
 def refusal(**env: str) -> str:
