@@ -39,7 +39,7 @@ Function = Callable[..., Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class KernelComparison:
     """A kernel, and the same by torch on a CPU."""
 
     what: str
@@ -51,7 +51,7 @@ class Comparison:
     dtypes: Sequence[torch.dtype] = tuple(BARS)
 
 
-def comparisons(installed: Installed, device: torch.device) -> Iterator[Comparison]:
+def comparisons(installed: Installed, device: torch.device) -> Iterator[KernelComparison]:
     """All that can be made here."""
     yield from attentions(installed, device)
     yield from norms(installed)
@@ -60,7 +60,7 @@ def comparisons(installed: Installed, device: torch.device) -> Iterator[Comparis
     yield loss(device)
 
 
-def attentions(installed: Installed, device: torch.device) -> Iterator[Comparison]:
+def attentions(installed: Installed, device: torch.device) -> Iterator[KernelComparison]:
     """A decoder's, grouped queries of 128 that look back; the ViT's, heads of 80, both ways."""
     kernels = {
         Kernel.PER_SEGMENT: tuple(BARS),
@@ -76,7 +76,7 @@ def attentions(installed: Installed, device: torch.device) -> Iterator[Compariso
             attend = attention(kernel, device, causal, head_dim)
             plain = attention(Kernel.PER_SEGMENT, torch.device("cpu"), causal, head_dim)
             if dtypes:
-                yield Comparison(what, kernel, attend, plain, shapes, dtypes)
+                yield KernelComparison(what, kernel, attend, plain, shapes, dtypes)
 
 
 def attention(kernel: Kernel, device: torch.device, causal: bool, head_dim: int) -> Function:
@@ -85,7 +85,7 @@ def attention(kernel: Kernel, device: torch.device, causal: bool, head_dim: int)
     return lambda q, k, v: VARLEN_ATTENTIONS[kernel](q, k, v, segments, causal, scale)
 
 
-def norms(installed: Installed) -> Iterator[Comparison]:
+def norms(installed: Installed) -> Iterator[KernelComparison]:
     def of(kind: type[nn.Module]) -> Function:
         def normalize(x: Tensor, *parameters: Tensor) -> Tensor:
             config = SimpleNamespace(params_dtype=x.dtype, sequence_parallel=False)
@@ -97,15 +97,17 @@ def norms(installed: Installed) -> Iterator[Comparison]:
         return normalize
 
     rows, weight = (BOUNDS[-1], 1, WIDTH), (WIDTH,)
-    yield Comparison(
+    yield KernelComparison(
         "LayerNorm", Kernel.TORCH, of(LayerNorm), of(LayerNorm), (rows, weight, weight)
     )
-    yield Comparison("RMSNorm", Kernel.TORCH, of(RMSNorm), of(RMSNorm), (rows, weight))
+    yield KernelComparison("RMSNorm", Kernel.TORCH, of(RMSNorm), of(RMSNorm), (rows, weight))
     if "liger_kernel" in installed.modules and installed.compiles:
-        yield Comparison("RMSNorm", Kernel.LIGER, of(LigerRMSNorm), of(RMSNorm), (rows, weight))
+        yield KernelComparison(
+            "RMSNorm", Kernel.LIGER, of(LigerRMSNorm), of(RMSNorm), (rows, weight)
+        )
 
 
-def activations(installed: Installed) -> Iterator[Comparison]:
+def activations(installed: Installed) -> Iterator[KernelComparison]:
     def swiglu(x: Tensor) -> Tensor:
         gate, up = x.chunk(2, dim=-1)
         return F.silu(gate) * up
@@ -113,12 +115,14 @@ def activations(installed: Installed) -> Iterator[Comparison]:
     rows = (BOUNDS[-1], 1, MLP_WIDTH)
     for compiled in (False, True) if installed.compiles else (False,):
         kernel = Kernel.COMPILED if compiled else Kernel.TORCH
-        yield Comparison("SwiGLU", kernel, SwiGLU(None, compiled=compiled), swiglu, [rows])
+        yield KernelComparison("SwiGLU", kernel, SwiGLU(None, compiled=compiled), swiglu, [rows])
         gelu = quick_gelu(compiled=compiled)
-        yield Comparison("quick GELU", kernel, gelu, lambda x: x * torch.sigmoid(1.702 * x), [rows])
+        yield KernelComparison(
+            "quick GELU", kernel, gelu, lambda x: x * torch.sigmoid(1.702 * x), [rows]
+        )
 
 
-def rotaries(installed: Installed, device: torch.device) -> Iterator[Comparison]:
+def rotaries(installed: Installed, device: torch.device) -> Iterator[KernelComparison]:
     """Angles as far as a pack's positions go."""
     heads = (BOUNDS[-1], 1, 12, 128)
     angles = 8192 * torch.rand(BOUNDS[-1], 1, 1, 64, generator=torch.Generator().manual_seed(2))
@@ -130,12 +134,12 @@ def rotaries(installed: Installed, device: torch.device) -> Iterator[Comparison]
         cos, sin = angles.double().cos().to(x.dtype), angles.double().sin().to(x.dtype)
         return x * cos + torch.cat([-high, low], dim=-1) * sin
 
-    yield Comparison("rotary", Kernel.TORCH, lambda x: turn(x, on_device), plain, [heads])
+    yield KernelComparison("rotary", Kernel.TORCH, lambda x: turn(x, on_device), plain, [heads])
     if "transformer_engine" in installed.modules:
         config = SimpleNamespace(
             apply_rope_fusion=True, mrope_section=None, rotary_interleaved=False
         )
-        yield Comparison(
+        yield KernelComparison(
             "rotary",
             Kernel.TRANSFORMER_ENGINE,
             lambda x: apply_rotary_pos_emb(x, on_device, config),
@@ -144,7 +148,7 @@ def rotaries(installed: Installed, device: torch.device) -> Iterator[Comparison]
         )
 
 
-def loss(device: torch.device) -> Comparison:
+def loss(device: torch.device) -> KernelComparison:
     """The mean over all rows; hidden states and weights so small that probabilities differ."""
     rows = BOUNDS[-1]
     labels = torch.randint(VOCABULARY, (rows,), generator=torch.Generator().manual_seed(3))
@@ -158,7 +162,7 @@ def loss(device: torch.device) -> Comparison:
         return F.cross_entropy(hidden.squeeze(1) @ weight.T, labels)
 
     shapes = ((rows, 1, WIDTH), (VOCABULARY, WIDTH))
-    return Comparison("loss", Kernel.CHUNKED, chunked, plain, shapes)
+    return KernelComparison("loss", Kernel.CHUNKED, chunked, plain, shapes)
 
 
 def draw(shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
@@ -191,7 +195,9 @@ def apart(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
     )
 
 
-def compare(comparison: Comparison, device: torch.device) -> Iterator[tuple[str, float, float]]:
+def compare(
+    comparison: KernelComparison, device: torch.device
+) -> Iterator[tuple[str, float, float]]:
     """Dtype, distance from fp64 on ``device``, and that of torch in the same dtype on a CPU."""
     cpu = torch.device("cpu")
     inputs = draw(comparison.shapes)
@@ -202,7 +208,7 @@ def compare(comparison: Comparison, device: torch.device) -> Iterator[tuple[str,
         yield dtype, apart(got, exact), apart(on_cpu, exact)
 
 
-def report(comparison: Comparison, device: torch.device) -> Row:
+def report(comparison: KernelComparison, device: torch.device) -> Row:
     """Print a line for each dtype; a kernel that fails is a bar not met."""
     claim = f"{comparison.what}, {comparison.kernel.value}"
     figures, bars, met = [], [], True

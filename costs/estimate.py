@@ -1,6 +1,7 @@
 """What a run will be like: memory, time of a step, utilisation, days. Arithmetic, no torch.
 
 Not in it: the optimizer's update, reading data, checkpoints, and ranks that wait for slower ones.
+So a speed is the upper end of a range (``Estimate.least_share``).
 """
 
 from collections.abc import Sequence
@@ -28,6 +29,10 @@ from triptych.costs.pipeline_schedule import Timeline, ideal_bubble, simulate
 
 DAY_S = 86400
 TERA = 1e12
+LEFT_OUT = 0.1
+"""Share of a step that all that is left out may take: our judgement, as nothing is measured."""
+GUESSED_TOO_FAST = 0.15
+"""By how much guessed efficiencies may overstate the speed: so, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +136,18 @@ class Estimate:
         """Model FLOPs utilisation: recomputation does not count."""
         peak = self.config.cluster.peak_tflops
         assert peak is not None
-        available = self.step_s * self.gpus * peak * TERA
-        return sum(self.flops_per_token) * self.tokens_per_step / available
+        return self.tflops_per_gpu / peak
+
+    @property
+    def tflops_per_gpu(self) -> float:
+        """Model TFLOP/s of one device; recomputation does not count."""
+        return sum(self.flops_per_token) * self.tokens_per_step / self.step_s / self.gpus / TERA
+
+    @property
+    def least_share(self) -> float:
+        """The share of the estimated speed that a run should reach at least."""
+        is_guessed = "efficiency" not in self.config.cluster.measured
+        return (1 - LEFT_OUT) * (1 - GUESSED_TOO_FAST * is_guessed)
 
     @property
     def fits(self) -> bool:

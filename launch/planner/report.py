@@ -9,6 +9,7 @@ from triptych.costs.estimate import DAY_S, Estimate
 from triptych.costs.parameter_shards import ParameterShard, trained
 
 GIB = 2**30
+LEFT_OUT = "the optimizer's update, reading data, checkpoints, slower ranks"
 
 
 def report(estimate: Estimate) -> str:
@@ -48,7 +49,23 @@ def _headline(estimate: Estimate) -> str:
         f"recompute {_recompute(config)}; frozen: {', '.join(frozen) or 'nothing'}\n"
         f"step: {train.global_batch_size} packs x {train.seq_len} tokens = "
         f"{estimate.tokens_per_step:,} tokens, in {shape.num_microbatches} microbatches per "
-        f"replica of {shape.load.num_tokens} tokens and {shape.load.num_patches} ViT patches each"
+        f"replica of {shape.load.num_tokens} tokens and {shape.load.num_patches} ViT patches each\n"
+        f"{_expectation(estimate)}"
+    )
+
+
+def _expectation(estimate: Estimate) -> str:
+    """The speed as a range, and why it is one."""
+    cluster, least = estimate.config.cluster, estimate.least_share
+    tflops, per_second = estimate.tflops_per_gpu, estimate.tokens_per_day / DAY_S / estimate.gpus
+    guessed = [f"cluster.{name}" for name in UNMEASURED if name not in cluster.measured]
+    return (
+        f"expected: {least * tflops:.0f} to {tflops:.0f} TFLOP/s and {least * per_second:,.0f} to "
+        f"{per_second:,.0f} tokens/s per device, MFU {least * estimate.mfu:.0%} to "
+        f"{estimate.mfu:.0%}; the stage takes {estimate.days:.0f} to {estimate.days / least:.0f} "
+        f"days\n"
+        f"guessed: {', '.join([*guessed, 'what the data are like'])}\n"
+        f"left out: {LEFT_OUT}"
     )
 
 
@@ -149,7 +166,7 @@ def _sources(estimate: Estimate) -> str:
             "Where this comes from",
             "computed   parameters, FLOPs, bytes kept and sent, the order of passes",
             *(f"{kind:<10} {', '.join(texts)}" for kind, texts in kinds.items() if texts),
-            "left out   the optimizer's update, reading data, checkpoints, slower ranks",
+            f"left out   {LEFT_OUT}",
         ]
     )
 

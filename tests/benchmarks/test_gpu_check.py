@@ -11,6 +11,7 @@ from triptych.benchmarks import gpu_check, gpu_kernels, gpu_layouts
 from triptych.benchmarks.gpu_check import Launchers, Section
 from triptych.models.kernels import Installed, Kernel
 from triptych.tests.helpers.layouts import grid
+from triptych.tests.helpers.limits import HANG_S
 from triptych.tests.helpers.pretend_cuda import pretended_cuda
 from triptych.tests.helpers.pretend_registration import why_impossible
 from triptych.tests.helpers.single import alone
@@ -117,8 +118,9 @@ def test_a_kernel_that_cannot_run_is_told(capsys):
 
 @pytest.mark.slow
 @pytest.mark.skipif(bool(why_impossible()), reason=str(why_impossible()))
-def test_all_of_it_runs_on_a_pretended_device(tmp_path):
+def test_all_of_it_runs_on_a_pretended_device(tmp_path, monkeypatch):
     """To its end: speed, memory and what they are held against exist on a real one only."""
+    monkeypatch.setattr(gpu_check, "LIMIT_S", HANG_S)
     pretended = ["-m", "triptych.tests.helpers.pretend_cuda"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     launchers = Launchers(

@@ -270,6 +270,29 @@ def test_the_report_says_what_is_assumed() -> None:
     assert "cluster.latency_us" not in measured
 
 
+def test_the_first_lines_give_a_range_and_what_is_guessed() -> None:
+    """Published runs of such models reach about 400 TFLOP/s on an H100, not the sum of the plan."""
+    words = ["model=qwen2_vl_7b", "parallel=tp2", "cluster=h100", "cluster.gpus=8"]
+    guessed = estimate(load_config(words))
+    assert guessed.least_share * guessed.tflops_per_gpu < 400 < guessed.tflops_per_gpu
+    measured = estimate(load_config([*words, "cluster.measured=[efficiency,latency_us]"]))
+    assert guessed.least_share < measured.least_share == pytest.approx(0.9)
+    first = report(measured).splitlines()[:5]
+    tflops, per_second = measured.tflops_per_gpu, 512 * 8192 / measured.step_s / 8
+    assert first[2].startswith(
+        f"expected: {0.9 * tflops:.0f} to {tflops:.0f} TFLOP/s and "
+        f"{0.9 * per_second:,.0f} to {per_second:,.0f} tokens/s per device"
+    )
+    assert first[3].startswith("guessed: cluster.link_efficiency, cluster.reserved_gib, ")
+    assert first[4].startswith("left out: the optimizer's update")
+
+
+def test_the_command_of_the_readme_shows_the_best_layout() -> None:
+    [words] = re.findall(r"python launch/plan\.py (.*)", (ROOT / "README.md").read_text())
+    shown = load_config(words.split())
+    assert estimate(shown).mfu == best_layouts(shown, count=8)[0].mfu
+
+
 def test_the_report_states_the_parameters_of_every_stage() -> None:
     plan = plan_of()
     text = report(plan)
