@@ -154,9 +154,10 @@ def main(*, miniature: bool) -> list[Row]:
     ranks.all_gather(None)  # the others wait here, while rank 0 computes on its CPU
     if is_main:
         print(
-            f"{world_size} ranks. Distance from fp32 in one process on the CPU: loss and norm "
+            f"On {world_size} ranks. Distance from fp32 in one process on the CPU: loss and norm "
             "relative, gradients of the largest element, updates in learning rates. Bar in fp32: "
-            f"{BAR}; in bf16 {BF16_BAND:g} times what one process has on the CPU.\n\n"
+            f"{BAR.loss:g}, {BAR.norm:g}, {BAR.grads:g} and {BAR.parameters:g}; in bf16 "
+            f"{BF16_BAND:g} times what one process has on the CPU.\n\n"
             "| case | loss | norm | gradients | updates | of the bar |\n|---|---|---|---|---|---|"
         )
     shares = {}
