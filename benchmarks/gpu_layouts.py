@@ -19,8 +19,8 @@ from pathlib import Path
 from torch import Tensor
 
 from triptych.benchmarks.table import Row, finish
-from triptych.parallel.agree import ProcessGroupRanks
-from triptych.parallel.mesh import init_distributed, shutdown
+from triptych.parallel.agree import Ranks
+from triptych.parallel.mesh import build_mesh, init_distributed, shutdown
 from triptych.tests.helpers.layouts import (
     LAYOUTS,
     NUM_PACKS,
@@ -109,10 +109,9 @@ def on_cpu(outcome: RankOutcome) -> RankOutcome:
     return replace(outcome, grads=grads, parameters=moved(outcome.parameters))
 
 
-def measured(world_size: int, *, miniature: bool) -> Iterator[tuple[LayoutCase, list[RankOutcome]]]:
+def measured(ranks: Ranks, *, miniature: bool) -> Iterator[tuple[LayoutCase, list[RankOutcome]]]:
     """Every case, with what each rank has of it. Every rank must call this."""
-    ranks = ProcessGroupRanks()
-    for layout in layouts_of(world_size):
+    for layout in layouts_of(ranks.world_size):
         cases = cases_of(layout, miniature=miniature)
         with contextlib.redirect_stdout(sys.stderr):  # where DeepSpeed's log belongs
             outcomes = measure(layout, cases, NUM_STEPS)
@@ -146,22 +145,22 @@ def rows_of(shares: dict[LayoutCase, float]) -> list[Row]:
 
 def main(*, miniature: bool) -> list[Row]:
     """Compare, and print Markdown on rank 0; returns its rows, there."""
-    world_size = init_distributed(TIMEOUT_S)
-    ranks = ProcessGroupRanks()
+    init_distributed(TIMEOUT_S)
+    ranks = build_mesh(1, 1, seed=0, timeout_s=TIMEOUT_S).world
     is_main = ranks.rank == 0
     with tempfile.TemporaryDirectory() as folder:
         references = reference(Path(folder) / "reference.pickle") if is_main else {}
     ranks.all_gather(None)  # the others wait here, while rank 0 computes on its CPU
     if is_main:
         print(
-            f"On {world_size} ranks. Distance from fp32 in one process on the CPU: loss and norm "
-            "relative, gradients of the largest element, updates in learning rates. Bar in fp32: "
-            f"{BAR.loss:g}, {BAR.norm:g}, {BAR.grads:g} and {BAR.parameters:g}; in bf16 "
+            f"On {ranks.world_size} ranks. Distance from fp32 in one process on the CPU: loss and "
+            "norm relative, gradients of the largest element, updates in learning rates. Bar in "
+            f"fp32: {BAR.loss:g}, {BAR.norm:g}, {BAR.grads:g} and {BAR.parameters:g}; in bf16 "
             f"{BF16_BAND:g} times what one process has on the CPU.\n\n"
             "| case | loss | norm | gradients | updates | of the bar |\n|---|---|---|---|---|---|"
         )
     shares = {}
-    for case, pieces in measured(world_size, miniature=miniature):
+    for case, pieces in measured(ranks, miniature=miniature):
         if is_main:
             far, bar = compare(case, join(pieces, case), references)
             shares[case] = far.times(bar)
