@@ -22,6 +22,7 @@ from triptych.configs.model_schema import ModelConfig
 from triptych.configs.schema import Config
 from triptych.data.loading.collate import Segment, collate
 from triptych.data.media.image import normalize_patches
+from triptych.data.partition import Partition
 from triptych.data.types import Batch
 from triptych.models.attention import VARLEN_ATTENTIONS, Segments
 from triptych.models.kernels import Installed, choose
@@ -167,7 +168,7 @@ def packed(samples: Sequence[Segment], model: ModelConfig, device: torch.device)
         "attention_mask": {"full_attention": None},
         "position_ids": pack.position_ids[:, None].to(device),
         "labels": _labels(samples)[None].to(device),
-        PACKED: [Segments(device, pack.segments)],
+        PACKED: [Segments(Partition(pack.segments, pack.cu_seqlens.to(device)))],
         **_media(pack, device),
     }
 

@@ -41,7 +41,7 @@ from triptych.models.qwen_vl.sharding_table import sharding_table
 from triptych.parallel.device import HAS_CUDA, synchronize
 from triptych.parallel.dtypes import DTYPES
 from triptych.parallel.mesh import Mesh, build_mesh, init_distributed, shutdown
-from triptych.train.batches import to_device
+from triptych.train.batches import on_device
 
 NUM_ROUNDS = 7
 DEPTH = 3
@@ -124,7 +124,7 @@ def medians(tasks: Sequence[Callable[[], object]]) -> list[float]:
 
 def step(model: Qwen2VL, batch: Batch, mesh: Mesh) -> Callable[[], None]:
     """Forward and backward pass; the batch is already on the device."""
-    placed = to_device(batch, mesh, mesh.places(1)[0])
+    [placed] = on_device([batch], mesh, mesh.places(1)[0])
 
     def run() -> None:
         model(placed).backward()

@@ -1,7 +1,7 @@
 """What travels from the dataset folder to the model: media, samples, packs, batches."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from triptych.configs.model_schema import VisionConfig
 from triptych.costs.flops import Workload
+from triptych.data.patch_layout import PatchLayout
 
 
 class MediaKind(IntEnum):
@@ -143,14 +144,20 @@ class Batch:
     labels: Tensor
     """(T,) int64, already shifted: labels[t] = input_ids[t + 1]."""
     loss_mask: Tensor
-    """(T,) bool, True = counts. False at each segment's last position. Stays on the CPU."""
+    """(T,) bool, True = counts. False at each segment's last position. Stays on the CPU, and is
+    changed by ``leave_out`` only."""
+    supervised_index: Tensor
+    """(num_supervised_tokens,) int64: the positions that count in the loss."""
     position_ids: Tensor
     """(3, T) int64, M-RoPE; restarts at 0 in every segment."""
     segments: list[int]
-    """(num_segments + 1,) where segments begin: starts at 0, ends at T. Kernels that want them on
-    the device as ``cu_seqlens`` get them from the model (models/attention.py)."""
+    """(num_segments + 1,) where segments begin: starts at 0, ends at T."""
+    cu_seqlens: Tensor
+    """The same for kernels, int32."""
     grid_thw: Tensor
-    """(num_media, 3) int64, in unmerged patches, in order of appearance."""
+    """(num_media, 3) int64, in unmerged patches, in order of appearance. Stays on the CPU."""
+    patches: PatchLayout
+    """Follows from ``grid_thw``."""
     vision_index: Tensor
     """(num_merged,) int64: the positions in ``input_ids`` that the merged patches take."""
     pixel_values: Tensor | None
@@ -182,12 +189,32 @@ class Batch:
     @property
     def num_supervised_tokens(self) -> int:
         """Tokens that count in the loss."""
-        return int(self.loss_mask.sum())
+        return len(self.supervised_index)
 
-    @property
-    def supervised_index(self) -> Tensor:
-        """(num_supervised_tokens,) int64 on the CPU: the positions that count in the loss."""
-        return torch.from_numpy(np.flatnonzero(self.loss_mask.numpy()))
+    def leave_out(self, start: int, end: int) -> None:
+        """Take the tokens from ``start`` up to ``end`` out of the loss. While on the CPU."""
+        self.loss_mask[start:end] = False
+        self.supervised_index = index_of(self.loss_mask)
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        """The same batch, all tensors that a model takes moved."""
+        pixels = self.pixel_values
+        return replace(
+            self,
+            input_ids=function(self.input_ids),
+            labels=function(self.labels),
+            supervised_index=function(self.supervised_index),
+            position_ids=function(self.position_ids),
+            cu_seqlens=function(self.cu_seqlens),
+            patches=self.patches.each(function),
+            vision_index=function(self.vision_index),
+            pixel_values=None if pixels is None else function(pixels),
+        )
+
+
+def index_of(mask: Tensor) -> Tensor:
+    """The positions where a mask on the CPU is True, int64."""
+    return torch.from_numpy(np.flatnonzero(mask.numpy()))
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from triptych.data.partition import Partition
 from triptych.models.kernels import Kernel
-from triptych.parallel.device import upload
 
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
@@ -36,10 +36,10 @@ class Segments(PackedSeqParams):
     stay per token, and T stays the first dimension of (T, 1, ...).
     """
 
-    def __init__(self, device: torch.device, bounds: list[int], *windows: list[int]) -> None:
-        """Take the boundaries of the segments, and of windows, if some layers see those instead."""
-        cu_seqlens = upload(torch.tensor(bounds, dtype=torch.int32), device)
-        longest = max(end - start for start, end in pairwise(bounds))
+    def __init__(self, segments: Partition, windows: Partition | None = None) -> None:
+        """Take the segments, and the windows, if some layers see those instead."""
+        cu_seqlens = segments.cu_seqlens
+        longest = max(end - start for start, end in pairwise(segments.bounds))
         super().__init__(
             qkv_format="sbhd",
             cu_seqlens_q=cu_seqlens,
@@ -47,8 +47,8 @@ class Segments(PackedSeqParams):
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
         )
-        self.bounds = bounds
-        self.windows = Segments(device, *windows) if windows else None
+        self.bounds = segments.bounds
+        self.windows = Segments(windows) if windows else None
 
 
 class PackedCoreAttention(MegatronModule):

@@ -18,6 +18,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from triptych.configs.schema import Config, Kernels, Part
 from triptych.costs.flops import Workload
+from triptych.data.patch_layout import PatchLayout
 from triptych.data.types import Batch
 from triptych.models.kernels import choose_here
 from triptych.models.parameters import global_parameters, part_of
@@ -138,19 +139,6 @@ def _received(config: Config, batch: Batch, mesh: Mesh) -> Tensor:
     )
 
 
-@dataclass(slots=True)
-class _Microbatch(Batch):
-    """A batch that was told its targets: they cannot be looked up among fake tensors."""
-
-    targets: Tensor
-    """(num_supervised_tokens,) int64."""
-
-    @property
-    def supervised_index(self) -> Tensor:
-        """The positions that count."""
-        return self.targets
-
-
 def _microbatch(config: Config, load: Workload) -> Batch:
     """A batch of the expected size: segments of equal length, images of equal size, text targets.
 
@@ -163,18 +151,22 @@ def _microbatch(config: Config, load: Workload) -> Batch:
     segment = load.token_pairs // num_tokens
     image = max(merge**2, load.patch_pairs // max(1, num_patches) // merge**2 * merge**2)
     images = [min(image, num_patches - start) for start in range(0, num_patches, image)]
-    return _Microbatch(
+    grid_thw = torch.tensor([[1, merge, patches // merge] for patches in images]).view(-1, 3)
+    bounds = [*range(0, num_tokens, segment), num_tokens]
+    return Batch(
         input_ids=torch.zeros(num_tokens, dtype=torch.int64),
         labels=torch.zeros(num_tokens, dtype=torch.int64),
         loss_mask=torch.arange(num_tokens) >= num_vision,
+        supervised_index=torch.arange(num_vision, num_tokens),
         position_ids=torch.zeros(3, num_tokens, dtype=torch.int64),
-        segments=[*range(0, num_tokens, segment), num_tokens],
-        grid_thw=torch.tensor([[1, merge, patches // merge] for patches in images]).view(-1, 3),
+        segments=bounds,
+        cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
+        grid_thw=grid_thw,
+        patches=PatchLayout.of(grid_thw, vision),
         vision_index=torch.arange(num_vision),
         pixel_values=torch.zeros(num_patches, patch_dim, dtype=torch.uint8),
         patch_dim=patch_dim,
         sample_ids=(),
         num_tokens=num_tokens,
         num_patches=num_patches,
-        targets=torch.arange(num_vision, num_tokens),
     )

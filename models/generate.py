@@ -13,7 +13,6 @@ from torch import nn
 
 from triptych.configs.model_schema import ModelConfig
 from triptych.data.loading.collate import Segment, collate
-from triptych.data.types import Batch
 
 
 def greedy(
@@ -57,7 +56,8 @@ def _next_ids(model: nn.Module, segments: Sequence[Segment], config: ModelConfig
     device = next(model.parameters()).device
     batch = collate(segments, config, pad_to=1, with_pixels=True)
     last_S = torch.tensor(batch.segments[1:], device=device) - 1
-    logits_TV = model(_on(batch, device), with_loss=False).squeeze(0)
+    batch = batch.each(lambda tensor: tensor.to(device))
+    logits_TV = model(batch, with_loss=False).squeeze(0)
     next_ids: list[int] = logits_TV[last_S].argmax(dim=-1).tolist()
     return next_ids
 
@@ -66,15 +66,3 @@ def _extended(prompt: Segment, answer: Sequence[int]) -> Segment:
     """The prompt and what was answered so far; nothing is a target."""
     input_ids = np.append(prompt.input_ids, np.array(answer, dtype=prompt.input_ids.dtype))
     return replace(prompt, input_ids=input_ids, targets=np.zeros(len(input_ids), dtype=np.uint8))
-
-
-def _on(batch: Batch, device: torch.device) -> Batch:
-    """The batch with all that a forward pass takes on the model's device."""
-    assert batch.pixel_values is not None
-    return replace(
-        batch,
-        input_ids=batch.input_ids.to(device),
-        position_ids=batch.position_ids.to(device),
-        vision_index=batch.vision_index.to(device),
-        pixel_values=batch.pixel_values.to(device),
-    )

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from functools import cache
 
 import torch
 
@@ -21,14 +22,45 @@ def local_device(local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """On the device, as kernels launched from now on see it.
+class Upload:
+    """Tensors on their way to a device, on a stream of their own, beside the kernels of others.
 
-    From pinned memory: from pageable memory the host would wait for all that was launched before.
+    Called with each tensor; ``wait`` before the first kernel that uses one. On a CPU both do
+    nothing.
     """
-    if device.type == "cpu" or tensor.device == device:
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._begun: list[torch.Tensor] = []
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor on the device, its values to come.
+
+        From pinned memory: from pageable memory the host would wait for all that was launched
+        before.
+        """
+        if self._device.type == "cpu":
+            return tensor
+        stream = _upload_stream(self._device)
+        with torch.cuda.stream(stream):
+            moved = tensor.pin_memory().to(self._device, non_blocking=True)
+        self._arrived = stream.record_event()
+        self._begun.append(moved)
+        return moved
+
+    def wait(self) -> None:
+        """Let kernels launched from now on see the tensors; the host does not wait."""
+        if not self._begun:
+            return
+        stream = torch.cuda.current_stream(self._device)
+        stream.wait_event(self._arrived)
+        for tensor in self._begun:  # else their memory, once freed, is filled while still in use
+            tensor.record_stream(stream)
+
+
+@cache
+def _upload_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def let_peers_work() -> None:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from triptych.parallel.mesh import ChunkPlace, Mesh
+from triptych.parallel.mesh import Mesh
 from triptych.parallel.p2p import PlannedP2P
 
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -23,9 +23,9 @@ LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, Result]]
 
 def run_microbatches(
     chunks: Sequence[nn.Module],
-    microbatches: Sequence[Microbatch],
+    feeds: Sequence[Iterator[Microbatch]],
     lengths: Sequence[int],
-    forward: Callable[[nn.Module, Microbatch, ChunkPlace], tuple[Tensor, LossFunction[Result]]],
+    forward: Callable[[nn.Module, Microbatch], tuple[Tensor, LossFunction[Result]]],
     mesh: Mesh,
     *,
     forward_only: bool,
@@ -38,11 +38,11 @@ def run_microbatches(
     Args:
         chunks: of the model on this stage, wrapped for data parallelism, or bare for
             ``forward_only``.
-        microbatches: this data-parallel rank's.
+        feeds: of each chunk, this data-parallel rank's microbatches.
         lengths: tokens of each, padding included; the same on all stages.
-        forward: runs a chunk, given its place, and returns its output and, used of the whole
-            model's last only, what turns the output into (summed loss, number of tokens that count
-            as a 0-d int tensor, result to keep).
+        forward: runs a chunk and returns its output and, used of the whole model's last only, what
+            turns the output into (summed loss, number of tokens that count as a 0-d int tensor,
+            result to keep).
         mesh: this rank's place.
         forward_only: no backward pass and no gradient reduction.
 
@@ -52,17 +52,16 @@ def run_microbatches(
     config: Any = get_model_config(chunks[0])
     shard = mesh.dims.tp if config.sequence_parallel else 1
     shapes = [[length // shard, 1, config.hidden_size] for length in lengths]
-    places = dict(zip(chunks, mesh.places(len(chunks)), strict=True))
 
     def forward_step(data: Iterator[Microbatch], chunk: nn.Module) -> tuple[Tensor, Any]:
-        return forward(chunk, next(data), places[chunk])
+        return forward(chunk, next(data))
 
     with _nothing_left_open(config, forward_only):
         results: list[Result] = get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=[iter(microbatches) for _ in chunks],
+            data_iterator=list(feeds),
             model=list(chunks),
-            num_microbatches=len(microbatches),
+            num_microbatches=len(lengths),
             seq_length=1,  # not used: every microbatch has its own length
             micro_batch_size=1,
             forward_only=forward_only,

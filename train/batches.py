@@ -3,14 +3,14 @@
 Who reads pixels tells the others, nobody decodes twice.
 """
 
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 
 from triptych.data.types import Batch, Step, UnreadableSample
-from triptych.parallel.device import upload
+from triptych.parallel.device import Upload
 from triptych.parallel.mesh import ChunkPlace, Mesh, broadcast_from_source
 
 
@@ -18,27 +18,33 @@ def drop_unreadable(step: Step, unreadable: Iterable[UnreadableSample]) -> None:
     """Take samples whose media could not be read out of the loss of this rank."""
     for sample in unreadable:
         batch = step.microbatches[sample.microbatch]
-        start, end = batch.segments[sample.segment : sample.segment + 2]
-        batch.loss_mask[start:end] = False
+        batch.leave_out(*batch.segments[sample.segment : sample.segment + 2])
 
 
-def to_device(batch: Batch, mesh: Mesh, place: ChunkPlace) -> Batch:
-    """What a chunk of this rank needs of a batch, on its device.
+def on_device(batches: Iterable[Batch], mesh: Mesh, place: ChunkPlace) -> Iterator[Batch]:
+    """The batches as a chunk of this rank takes them, each uploaded while the one before computes.
 
-    Tokens and pixels, read here or received, go to the model's first chunk, labels to its last,
-    positions to all.
-    Every rank of ``tp_group`` must call this, in the same order of microbatches.
+    Pixels, read here or received, go to the model's first chunk; all else, which is small, to all.
+    Every rank of ``tp_group`` must take every batch, in the same order.
     """
-    pixels = None
-    if place.is_first and batch.num_patches:
-        pixels = batch.pixel_values
-        if pixels is None:
-            pixels = torch.empty(
-                batch.num_patches, batch.patch_dim, dtype=torch.uint8, device=mesh.device
-            )
-        pixels = broadcast_from_source(upload(pixels, mesh.device), mesh.tp_group)
-    fields = ["position_ids"]
-    fields += ["input_ids", "vision_index"] if place.is_first else []
-    fields += ["labels"] if place.is_last else []
-    moved: dict[str, Any] = {name: upload(getattr(batch, name), mesh.device) for name in fields}
-    return replace(batch, pixel_values=pixels, **moved)
+    begun: deque[tuple[Batch, Upload]] = deque()
+    for batch in batches:
+        upload = Upload(mesh.device)
+        taken = batch if place.is_first else replace(batch, pixel_values=None)
+        begun.append((taken.each(upload), upload))
+        if len(begun) > 1:
+            yield _arrived(*begun.popleft(), mesh, place)
+    for last in begun:
+        yield _arrived(*last, mesh, place)
+
+
+def _arrived(batch: Batch, upload: Upload, mesh: Mesh, place: ChunkPlace) -> Batch:
+    """The batch for kernels launched from now on, with pixels where they are needed."""
+    upload.wait()
+    if not (place.is_first and batch.num_patches):
+        return replace(batch, pixel_values=None)
+    pixels = batch.pixel_values
+    if pixels is None:
+        shape = (batch.num_patches, batch.patch_dim)
+        pixels = torch.empty(shape, dtype=torch.uint8, device=mesh.device)
+    return replace(batch, pixel_values=broadcast_from_source(pixels, mesh.tp_group))

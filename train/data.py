@@ -128,4 +128,5 @@ def _form(config: Config, mesh: Mesh) -> BatchFormat:
         limits=_limits(config),
         pad_to=config.parallel.tp,
         read_pixels=mesh.reads_media,
+        pin_memory=mesh.device.type == "cuda",
     )

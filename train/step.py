@@ -15,9 +15,9 @@ from triptych.costs.flops import NO_WORK, Workload
 from triptych.data.types import Batch, Step
 from triptych.errors import TrainingError
 from triptych.parallel.agree import ranks_where
-from triptych.parallel.mesh import ChunkPlace, Mesh
+from triptych.parallel.mesh import Mesh
 from triptych.parallel.schedule import LossFunction, run_microbatches
-from triptych.train.batches import drop_unreadable, to_device
+from triptych.train.batches import drop_unreadable, on_device
 from triptych.train.engine import Engine
 
 
@@ -103,14 +103,12 @@ def sum_losses(
     0 but on the last stage. Every rank must call this.
     """
 
-    def forward(
-        chunk: nn.Module, batch: Batch, place: ChunkPlace
-    ) -> tuple[Tensor, LossFunction[Tensor]]:
-        batch = to_device(batch, mesh, place)
+    def forward(chunk: nn.Module, batch: Batch) -> tuple[Tensor, LossFunction[Tensor]]:
         return chunk(batch), lambda loss_sum: counted(loss_sum, batch.num_supervised_tokens)
 
     lengths = [len(batch.input_ids) for batch in batches]
-    sums = run_microbatches(chunks, batches, lengths, forward, mesh, forward_only=forward_only)
+    feeds = [on_device(batches, mesh, place) for place in mesh.places(len(chunks))]
+    sums = run_microbatches(chunks, feeds, lengths, forward, mesh, forward_only=forward_only)
     zero = torch.zeros((), dtype=torch.float64, device=mesh.device)
     return torch.stack(sums).sum() if sums else zero
 

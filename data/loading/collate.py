@@ -17,8 +17,9 @@ from torch import Tensor
 
 from triptych.configs.model_schema import ModelConfig
 from triptych.data.loading.mrope import build_position_ids
+from triptych.data.patch_layout import PatchLayout
 from triptych.data.tokens import placeholders
-from triptych.data.types import Batch, SampleId
+from triptych.data.types import Batch, SampleId, index_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +60,18 @@ def collate(
     lengths = [len(segment.input_ids) for segment in segments] + [num_padding] * (num_padding > 0)
     positions = [_position_ids(segment, model) for segment in segments]
     positions.append(torch.arange(num_padding).expand(3, num_padding))
+    segment_bounds = list(accumulate(lengths, initial=0))
+    loss_mask = torch.from_numpy(_loss_mask(segments, len(input_ids)))
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         labels=torch.from_numpy(np.append(input_ids[1:], np.int64(tokens.endoftext))),
-        loss_mask=torch.from_numpy(_loss_mask(segments, len(input_ids))),
+        loss_mask=loss_mask,
+        supervised_index=index_of(loss_mask),
         position_ids=torch.cat(positions, dim=1),
-        segments=list(accumulate(lengths, initial=0)),
+        segments=segment_bounds,
+        cu_seqlens=torch.tensor(segment_bounds, dtype=torch.int32),
         grid_thw=torch.from_numpy(grid_thw),
+        patches=PatchLayout.of(torch.from_numpy(grid_thw), model.vision),
         vision_index=torch.from_numpy(np.flatnonzero(placeholders(input_ids, tokens))),
         pixel_values=_pixel_values(segments, patch_dim) if with_pixels else None,
         patch_dim=patch_dim,

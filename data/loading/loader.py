@@ -145,5 +145,5 @@ def validation_step(
     for start, batch in zip(starts, step.microbatches, strict=True):
         real = share[start : min(start + micro_batch_size, num_real)]
         num_segments = sum(len(pack.samples) for pack in real)
-        batch.loss_mask[batch.segments[num_segments] :] = False
+        batch.leave_out(batch.segments[num_segments], batch.segments[-1])
     return step

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from triptych.configs.model_schema import ModelConfig
 from triptych.data.loading.collate import Segment, collate
@@ -27,6 +28,8 @@ class BatchFormat:
     """Tokens in a batch are a multiple of this: tp."""
     read_pixels: bool
     """Whether this rank reads media; the others only need to know their sizes."""
+    pin_memory: bool
+    """Whether batches lie in memory that a device copies from while the host goes on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +70,7 @@ class Reader:
             segments = [sample.segment for sample in samples]
             batch = collate(segments, form.model, pad_to=form.pad_to, with_pixels=form.read_pixels)
             assert batch.num_tokens == sum(pack.num_tokens for pack in packs)
-            batches.append(batch)
+            batches.append(batch.each(Tensor.pin_memory) if form.pin_memory else batch)
             unreadable += [
                 UnreadableSample(number, position, "; ".join(sample.problems))
                 for position, sample in enumerate(samples)

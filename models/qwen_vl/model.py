@@ -8,12 +8,15 @@ T tokens of the pack, H width of the language model.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from triptych.configs.model_schema import ModelConfig
 from triptych.configs.schema import ParallelConfig, Precision
+from triptych.data.partition import Partition
+from triptych.data.patch_layout import PatchLayout
 from triptych.data.types import Batch
 from triptych.models.attention import Segments
 from triptych.models.kernels import KernelTable
@@ -24,7 +27,6 @@ from triptych.models.qwen_vl.merger import Merger
 from triptych.models.qwen_vl.sharding_table import sharding_table
 from triptych.models.qwen_vl.transformer_configs import language_transformer
 from triptych.models.qwen_vl.vision import VisionTower
-from triptych.parallel.device import upload
 from triptych.parallel.mesh import ChunkPlace
 
 from megatron.core.enums import ModelType
@@ -102,20 +104,18 @@ class Qwen2VL(MegatronModule):
             (1, T, vocab / tp) logits.
             Other chunks: (T, 1, H) hidden states (T / tp with sequence parallelism).
         """
-        device = batch.position_ids.device
         hidden_T1H: Tensor = self.language(
             input_ids=None,
             position_ids=batch.position_ids.unsqueeze(1),
             attention_mask=None,
             decoder_input=self._embed(batch) if self.pre_process else None,
-            packed_seq_params=Segments(device, batch.segments),
+            packed_seq_params=Segments(Partition(batch.segments, batch.cu_seqlens)),
         )
         if not self.post_process:
             return hidden_T1H
         if not with_loss:
             return self.language.logits(hidden_T1H)
-        supervised_index = upload(batch.supervised_index, device)
-        loss: Tensor = self.language.loss(hidden_T1H, batch.labels, supervised_index)
+        loss: Tensor = self.language.loss(hidden_T1H, batch.labels, batch.supervised_index)
         return loss
 
     def _embed(self, batch: Batch) -> Tensor:
@@ -125,31 +125,34 @@ class Qwen2VL(MegatronModule):
         """
         h_T1H = self.language.embedding(input_ids=batch.input_ids.unsqueeze(0), position_ids=None)
         if batch.pixel_values is not None and batch.num_patches:
-            vision_VH = self._encode_vision(batch.pixel_values, batch.grid_thw)
+            vision_VH = self._encode_vision(batch.pixel_values, batch.patches)
             h_T1H = h_T1H.index_copy(0, batch.vision_index, vision_VH.unsqueeze(1))
         elif self.runs_dummy_image and (_trains(self.vision) or _trains(self.merger)):
-            h_T1H = h_T1H + 0.0 * self._encode_dummy(h_T1H.device)
+            h_T1H = h_T1H + 0.0 * self._encode_vision(*self._dummy_image)
         if self.config.sequence_parallel:
             # a copy of the shard: it comes as a view, which would keep the whole
             h_T1H = scatter_to_sequence_parallel_region(h_T1H).clone()
         embedded: Tensor = h_T1H
         return embedded
 
-    def _encode_dummy(self, device: torch.device) -> Tensor:
-        """(1, H) of a black image of one token, for a pack without media.
+    @cached_property
+    def _dummy_image(self) -> tuple[Tensor, PatchLayout]:
+        """A black image of one token, for a pack without media; on the device.
 
         Where gradients or weights travel during the computation, every rank must run every layer
         and have a gradient of every weight, be it 0: megatron-core counts them, and waits for the
         other ranks in the order in which layers run.
         """
         merge, patch_dim = self.vision_config.spatial_merge_size, self.vision_config.patch_dim
+        device = self.vision.patch_embed.weight.device
         blank = torch.zeros(merge**2, patch_dim, dtype=torch.uint8, device=device)
-        return self._encode_vision(blank, torch.tensor([[1, merge, merge]]))
+        layout = PatchLayout.of(torch.tensor([[1, merge, merge]]), self.vision_config)
+        return blank, layout.each(lambda tensor: tensor.to(device))
 
-    def _encode_vision(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
+    def _encode_vision(self, pixel_values: Tensor, patches: PatchLayout) -> Tensor:
         """ViT and merger. A frozen ViT runs without a graph: it keeps no activations."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and _trains(self.vision)):
-            h_PE = self.vision(pixel_values, grid_thw)
+            h_PE = self.vision(pixel_values, patches)
         merged: Tensor = self.merger(h_PE)
         return merged
 

@@ -1,12 +1,15 @@
 """A batch, worked out by hand, and its invariants over random segments."""
 
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from triptych.configs.model_schema import ModelConfig, TokensConfig
+from triptych.configs.model_schema import ModelConfig, TokensConfig, VisionConfig
 from triptych.costs.flops import Workload
 from triptych.data.loading.collate import Segment, collate
 from triptych.data.types import SampleId
@@ -47,7 +50,10 @@ def test_batch_by_hand():
     assert batch.input_ids.tolist() == [*image, *text, 9, 9, 9]
     assert batch.labels.tolist() == [*image[1:], *text, 9, 9, 9, 9]
     assert batch.loss_mask.nonzero().view(-1).tolist() == [7, 8, 10, 11]
-    assert batch.segments == [0, 10, 13, 16]
+    assert batch.supervised_index.tolist() == [7, 8, 10, 11]
+    assert batch.segments == batch.cu_seqlens.tolist() == [0, 10, 13, 16]
+    assert batch.patches.frames.bounds == batch.patches.frames.cu_seqlens.tolist() == [0, 24]
+    assert batch.patches.positions[:6].tolist() == [[0, 0], [0, 1], [1, 0], [1, 1], [0, 2], [0, 3]]
     assert batch.vision_index.tolist() == [1, 2, 3, 4, 5, 6]
     assert batch.grid_thw.tolist() == [[1, 4, 6]]
     assert batch.position_ids.tolist() == [
@@ -64,6 +70,8 @@ def test_batch_by_hand():
         "input_ids": torch.int64,
         "labels": torch.int64,
         "loss_mask": torch.bool,
+        "supervised_index": torch.int64,
+        "cu_seqlens": torch.int32,
         "position_ids": torch.int64,
         "grid_thw": torch.int64,
         "vision_index": torch.int64,
@@ -76,7 +84,48 @@ def test_text_only_batch_has_empty_vision():
     batch = collate([segment([60, 61], [1, 1])], MODEL, pad_to=1, with_pixels=True)
     assert batch.pixel_values.shape == (0, 1176)
     assert batch.grid_thw.shape == (0, 3)
+    assert batch.patches.positions.shape == (0, 2)
     assert batch.vision_index.numel() == batch.num_patches == 0
+
+
+def test_what_is_left_out_does_not_count():
+    batch = collate(
+        [segment([60, 61, 62], [1, 1, 1]), segment([63, 64], [1, 1])],
+        MODEL,
+        pad_to=1,
+        with_pixels=True,
+    )
+    assert batch.num_supervised_tokens == 3
+    batch.leave_out(0, 3)
+    assert batch.supervised_index.tolist() == batch.loss_mask.nonzero().view(-1).tolist() == [3]
+    assert batch.workload.num_supervised_tokens == 1
+
+
+@pytest.mark.parametrize("window_size", [0, 112])
+def test_only_what_the_host_reads_stays_on_the_host(window_size):
+    model = ModelConfig(tokens=TOKENS, vision=VisionConfig(window_size=window_size))
+    batch = collate(
+        [segment([1, PAD, PAD, 2], [0] * 4, [(1, 2, 4)], pixel=1)],
+        model,
+        pad_to=1,
+        with_pixels=True,
+    )
+    moved = batch.each(lambda tensor: tensor.to("meta"))
+    assert {name for name, tensor in tensors_in(moved) if not tensor.is_meta} == {
+        "loss_mask",
+        "grid_thw",
+    }
+    assert len(list(tensors_in(moved))) == (14 if window_size else 11)
+
+
+def tensors_in(found: object) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a dataclass and of the dataclasses in it."""
+    for field in fields(found):
+        value = getattr(found, field.name)
+        if isinstance(value, torch.Tensor):
+            yield field.name, value
+        elif is_dataclass(value):
+            yield from tensors_in(value)
 
 
 def test_where_no_pixels_are_read_all_else_is_the_same():

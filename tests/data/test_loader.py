@@ -112,6 +112,7 @@ def open_loader(mixed, text, tokenizer):
             vocab_size=None,
             pad_to=1,
             read_pixels=True,
+            pin_memory=False,
             **arguments,
         ):
             plan = make_plan(sources)
@@ -120,6 +121,7 @@ def open_loader(mixed, text, tokenizer):
                 limits=LIMITS,
                 pad_to=pad_to,
                 read_pixels=read_pixels,
+                pin_memory=pin_memory,
             )
             defaults = {
                 "dp_rank": 0,
@@ -258,6 +260,15 @@ def test_each_image_is_decoded_once_and_only_where_pixels_are_read(open_loader, 
             assert (batch.pixel_values is not None) == read_pixels
 
 
+def test_all_that_is_uploaded_is_pinned(open_loader, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor.to("meta"))
+    for batch in next(open_loader(pin_memory=True)).microbatches:
+        moved = []
+        batch.each(moved.append)
+        assert all(tensor.is_meta for tensor in moved)
+        assert not batch.loss_mask.is_meta
+
+
 def test_text_only_sources_need_no_pixels(open_loader, text):
     loader = open_loader(sources=(text,), pad_to=8)
     for batch in take(loader, 2)[1].microbatches:
@@ -359,6 +370,7 @@ def test_validation_supervises_the_same_tokens_in_every_layout(
         limits=LIMITS,
         pad_to=4,
         read_pixels=False,
+        pin_memory=False,
     )
     validate = partial(
         validation_step, sources=(mixed, text), form=form, num_packs=10, num_workers=2

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from triptych.configs.model_schema import ModelConfig
+from triptych.configs.model_schema import ModelConfig, VisionConfig
 from triptych.configs.schema import (
     Config,
     OptimizerConfig,
@@ -37,7 +37,7 @@ from triptych.models.qwen_vl.sharding_table import sharding_table
 from triptych.models.sharding import TensorSharding, full_shape, shard, unshard
 from triptych.parallel.mesh import Mesh, build_mesh
 from triptych.tests.helpers.limits import HANG_S
-from triptych.tests.helpers.reference import TOKENS, conversation, small_model
+from triptych.tests.helpers.reference import TOKENS, TOWERS, conversation, small_model
 from triptych.train.engine import Engine, build_engine
 from triptych.train.step import count, sum_losses, train_step
 
@@ -190,7 +190,7 @@ def measure(layout: Layout, cases: Sequence[LayoutCase], num_steps: int = 0) -> 
 def _measure(case: LayoutCase, mesh: Mesh, num_steps: int) -> RankOutcome:
     engine = build_engine(config_of(case), mesh)
     draw_weights(engine)
-    steps = {kind: make_step(kind, mesh, case.micro_batch_size) for kind in KINDS}
+    steps = {kind: make_step(kind, mesh, case.micro_batch_size, case.tower) for kind in KINDS}
     loss_sums, norms, grads = {}, {}, {}
     for kind, step in steps.items():
         engine.optimizer.zero_grad()
@@ -286,24 +286,23 @@ def _draw(name: str, shape: tuple[int, ...]) -> Tensor:
     return 0.2 * noise if name.endswith("bias") else 1.0 + 0.2 * noise
 
 
-def make_step(kind: str, mesh: Mesh, micro_batch_size: int) -> Step:
+def make_step(kind: str, mesh: Mesh, micro_batch_size: int, tower: str = "plain") -> Step:
     """This rank's share of the global batch."""
     share = NUM_PACKS // mesh.dims.dp
     packs = range(mesh.dp_rank * share, (mesh.dp_rank + 1) * share)
     microbatches = [
-        _batch(kind, packs[start : start + micro_batch_size], mesh)
+        _batch(kind, packs[start : start + micro_batch_size], mesh, tower)
         for start in range(0, share, micro_batch_size)
     ]
     return Step(microbatches=microbatches, packs=tuple(packs), unreadable=[])
 
 
-def _batch(kind: str, packs: Iterable[int], mesh: Mesh) -> Batch:
+def _batch(kind: str, packs: Iterable[int], mesh: Mesh, tower: str) -> Batch:
     segments = [segment for pack in packs for segment in _pack(kind, pack)]
     if not mesh.reads_media:
         segments = [Segment(s.sample_id, s.input_ids, s.targets, s.grid_thw, ()) for s in segments]
-    return collate(
-        segments, ModelConfig(tokens=TOKENS), pad_to=mesh.dims.tp, with_pixels=mesh.reads_media
-    )
+    model = ModelConfig(tokens=TOKENS, vision=VisionConfig(**TOWERS[tower]))
+    return collate(segments, model, pad_to=mesh.dims.tp, with_pixels=mesh.reads_media)
 
 
 def _pack(kind: str, number: int) -> list[Segment]:

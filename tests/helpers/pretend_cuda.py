@@ -241,6 +241,10 @@ def _device() -> PretendedCuda:
         return device.to_host(tensor).tolist()
 
     FakeTensor.tolist = to_list
+    # in every thread; a mode is of one
+    torch.Tensor.pin_memory = lambda tensor: (
+        tensor if _is_pinned(tensor) else _pinned(tensor.clone())
+    )
     return device
 
 

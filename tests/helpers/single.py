@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -97,8 +96,7 @@ def run_ours(piece: nn.Module, batch: Batch, model: ModelConfig) -> Outcome:
 def _beside(piece: nn.Module, batch: Batch) -> Batch:
     """The batch on the device of the model."""
     device = next(piece.parameters()).device
-    names = ("input_ids", "labels", "position_ids", "vision_index", "pixel_values")
-    return replace(batch, **{name: getattr(batch, name).to(device) for name in names})
+    return batch.each(lambda tensor: tensor.to(device))
 
 
 def gradients(piece: nn.Module, model: ModelConfig) -> dict[str, Tensor]:

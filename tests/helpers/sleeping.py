@@ -21,7 +21,7 @@ from triptych.configs.schema import Kernels, ParallelConfig, Precision
 from triptych.costs.pipeline_schedule import Event
 from triptych.models.kernels import Installed, choose
 from triptych.models.qwen_vl.transformer_configs import language_transformer
-from triptych.parallel.mesh import ChunkPlace, Mesh, build_mesh
+from triptych.parallel.mesh import Mesh, build_mesh
 from triptych.parallel.schedule import run_microbatches
 from triptych.tests.helpers.limits import HANG_S
 from triptych.tests.helpers.reference import small_model
@@ -176,10 +176,10 @@ def _step(chunks: Sequence[SleepingChunk], num_microbatches: int, mesh: Mesh, cl
     for chunk in chunks:
         chunk.clock = clock
 
-    def forward(chunk: SleepingChunk, microbatch: int, _place: ChunkPlace) -> tuple[Tensor, Any]:
+    def forward(chunk: SleepingChunk, microbatch: int) -> tuple[Tensor, Any]:
         one = torch.ones((), dtype=torch.int32)
         return chunk(microbatch), lambda output: (output.sum(), one, None)
 
     lengths = [NUM_TOKENS] * num_microbatches
-    batches = range(num_microbatches)
-    run_microbatches(chunks, batches, lengths, forward, mesh, forward_only=False)
+    feeds = [iter(range(num_microbatches)) for _ in chunks]
+    run_microbatches(chunks, feeds, lengths, forward, mesh, forward_only=False)

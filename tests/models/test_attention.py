@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from triptych.data.partition import Partition
 from triptych.models.attention import Segments, attention_per_segment
 
 
@@ -32,7 +33,7 @@ def test_equals_torch_segment_by_segment(
         return torch.cat(pieces)
 
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        segments = Segments(torch.device("cpu"), bounds)
+        segments = Segments(Partition.of(bounds))
         return attention_per_segment(q, k, v, segments, causal, 0.3)
 
     results = []

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from triptych.configs.model_schema import ModelConfig
+from triptych.data import patch_layout
 from triptych.data.loading import collate
 from triptych.data.types import Batch
 from triptych.models.attention import PackedCoreAttention
@@ -209,11 +210,11 @@ FAULTS: dict[str, Fault] = {
     "LLM: not causal": in_attention("language", causal=False),
     "LLM: QKV bias of one layer dropped": without(LLM_QKV_BIAS),
     "ViT: height and width swapped": in_function(
-        vision, "patch_positions", lambda right: lambda *x: right(*x).flip(-1)
+        patch_layout, "patch_positions", lambda right: lambda *x: right(*x).flip(-1)
     ),
     "ViT: causal": in_attention("vision", causal=True),
     "ViT: images see each other": in_function(
-        vision, "frame_bounds", lambda right: lambda grids: [0, right(grids)[-1]]
+        patch_layout, "frame_bounds", lambda right: lambda grids: [0, right(grids)[-1]]
     ),
     "ViT: QKV bias of one layer dropped": without(
         "vision.decoder.layers.0.self_attention.linear_qkv.bias"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from triptych.checkpoints.hf.name_table import name_table
 from triptych.configs.model_schema import ModelConfig
 from triptych.configs.schema import Kernels, ParallelConfig, Precision
+from triptych.data.patch_layout import PatchLayout
 from triptych.models.kernels import Installed, choose
 from triptych.models.parameters import global_parameters
 from triptych.models.qwen_vl.merger import Merger
@@ -96,7 +97,8 @@ def test_tokens_and_gradients_equal_transformers(tower: str, mesh: Mesh) -> None
     pixels = rng.integers(0, 256, (num_patches, model.vision.patch_dim), dtype=np.uint8)
 
     want = theirs(normalized(pixels).float(), grid_thw).pooler_output
-    got = ours["merger"](ours["vision"](torch.tensor(pixels), grid_thw))
+    patches = PatchLayout.of(grid_thw, model.vision)
+    got = ours["merger"](ours["vision"](torch.tensor(pixels), patches))
     upstream = torch.randn(want.shape, generator=torch.Generator().manual_seed(0))
     want.backward(upstream)
     got.backward(upstream)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from triptych.configs.model_schema import ModelConfig, VisionConfig
 from triptych.configs.schema import Kernels, ParallelConfig, Precision
+from triptych.data.patch_layout import PatchLayout
 from triptych.models.fake_rank import saved_storages
 from triptych.models.init import init_parameters
 from triptych.models.kernels import Installed, choose
@@ -44,7 +45,7 @@ def measure(tp: int, sharded: bool, grids: list[tuple[int, int, int]]) -> Measur
     )
     upstream = torch.randn(num_patches, VISION.hidden_size, generator=generator)
     with saved_storages(tower) as kept:
-        output = tower(pixels, torch.tensor(grids))
+        output = tower(pixels, PatchLayout.of(torch.tensor(grids), VISION))
     num_bytes = sum(storage.nbytes() for storage in kept)
     output.backward(upstream)
     grads = {name: p.grad for name, p in chunk.named_parameters()}

@@ -32,7 +32,7 @@ from triptych.tests.helpers.layouts import (
     measure,
     pairs,
 )
-from triptych.train.batches import to_device
+from triptych.train.batches import on_device
 
 pytestmark = pytest.mark.distributed
 
@@ -264,12 +264,13 @@ def loss_averaged_by_microbatch():
 
 
 def images_dropped_on_dp_rank_1():
-    def drop(batch, mesh, place):
+    def drop(batches, mesh, place):
         if mesh.dp_rank == 1:
-            batch = dataclasses.replace(batch, pixel_values=None, num_patches=0)
-        return to_device(batch, mesh, place)
+            without = {"pixel_values": None, "num_patches": 0}
+            batches = [dataclasses.replace(batch, **without) for batch in batches]
+        return on_device(batches, mesh, place)
 
-    return mock.patch("triptych.train.step.to_device", drop)
+    return mock.patch("triptych.train.step.on_device", drop)
 
 
 def pixels_kept_by_the_reading_rank():

@@ -319,7 +319,7 @@ def unsupervise(config: Config, step: int) -> None:
         calls["next"] += 1
         found = next_step(self)
         for batch in found.microbatches if calls["next"] == step else ():
-            batch.loss_mask[:] = False
+            batch.leave_out(0, len(batch.loss_mask))
         return found
 
     with mock.patch.object(Loader, "__next__", emptied):

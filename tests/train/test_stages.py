@@ -19,7 +19,7 @@ from triptych.tests.helpers.layouts import (
 )
 from triptych.tests.helpers.limits import HANG_S
 from triptych.tests.helpers.runs import COVERING, LAYOUTS, Runs, metrics
-from triptych.train.batches import to_device
+from triptych.train.batches import on_device
 from triptych.train.engine import build_engine
 from triptych.train.stages.parameter_counts import ParameterCounts, check_trained_parts
 from triptych.train.stages.stage import Stage, learning_rate
@@ -159,7 +159,6 @@ def graph_of(layout: Layout, stage: str) -> tuple[tuple[bool, bool] | None, set[
     [model] = engine.bare_chunks
     for module in (model.vision, model.merger):
         module.register_forward_hook(lambda module, inputs, output: outputs.append(output))
-    batch = to_device(make_step("some", mesh, 1).microbatches[0], mesh, mesh.places(1)[0])
-    model(batch)
+    model(next(on_device(make_step("some", mesh, 1).microbatches, mesh, mesh.places(1)[0])))
     vit, merged = outputs
     return (vit.requires_grad, merged.requires_grad), buffered

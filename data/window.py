@@ -8,6 +8,7 @@ not padded, and none reaches into another frame.
 P patches of a pack, merge**2 of them a token.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Self
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from triptych.configs.model_schema import VisionConfig
-from triptych.parallel.device import upload
+from triptych.data.partition import Partition
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +26,11 @@ class WindowOrder:
     """The order of a pack's tokens in which the windows follow each other."""
 
     tokens: Tensor
-    """(P / merge**2,) int64 on the CPU: the number, in merge order, of each token in this order."""
-    bounds: list[int]
-    """Boundaries of the windows, in patches. Starts at 0."""
+    """(P / merge**2,) int64: the number, in merge order, of each token in this order."""
+    places: Tensor
+    """(P / merge**2,) int64: the place in this order of each token in merge order."""
+    windows: Partition
+    """The windows, in patches."""
     patches_per_token: int
 
     @classmethod
@@ -41,7 +44,7 @@ class WindowOrder:
         Source: transformers vision_utils.py, get_vision_window_index, which pads and drops again.
         """
         merge, side = config.spatial_merge_size, config.window_size // config.resize_factor
-        orders, lengths, start = [], [], 0
+        orders, lengths, start = [np.empty(0, dtype=np.int64)], [], 0
         for t, h, w in grid_thw.tolist():
             rows, columns = np.arange(h // merge), np.arange(w // merge)
             windows_per_row = -(-len(columns) // side)
@@ -52,7 +55,17 @@ class WindowOrder:
                 lengths += (np.bincount(window) * merge**2).tolist()
                 start += len(window)
         tokens = torch.from_numpy(np.concatenate(orders))
-        return cls(tokens, list(accumulate(lengths, initial=0)), config.patches_per_token)
+        windows = Partition.of(list(accumulate(lengths, initial=0)))
+        return cls(tokens, tokens.argsort(), windows, config.patches_per_token)
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> "WindowOrder":
+        """The same, its tensors moved."""
+        return WindowOrder(
+            function(self.tokens),
+            function(self.places),
+            self.windows.each(function),
+            self.patches_per_token,
+        )
 
     def arrange(self, x_P: Tensor) -> Tensor:
         """(P, ...) in merge order -> the same in this order."""
@@ -60,8 +73,8 @@ class WindowOrder:
 
     def restore(self, x_P: Tensor) -> Tensor:
         """(P, ...) in this order -> the same in merge order."""
-        return self._permute(x_P, self.tokens.argsort())
+        return self._permute(x_P, self.places)
 
     def _permute(self, x_P: Tensor, tokens: Tensor) -> Tensor:
         by_token = x_P.view(-1, self.patches_per_token, *x_P.shape[1:])
-        return by_token.index_select(0, upload(tokens, x_P.device)).flatten(0, 1)
+        return by_token.index_select(0, tokens).flatten(0, 1)

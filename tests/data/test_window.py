@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from triptych.configs.model_schema import VisionConfig
-from triptych.models.qwen_vl.window import WindowOrder
+from triptych.data.window import WindowOrder
 
 WINDOWED = VisionConfig(window_size=112, full_attention_layers=[7, 15, 23, 31])
 PACKS = [
@@ -25,7 +25,7 @@ def test_orders_and_bounds_are_those_of_transformers() -> None:
         order, bounds = get_vision_window_index(grid_thw, 2, 112, 14)
         ours = WindowOrder.of(grid_thw, WINDOWED)
         assert torch.equal(ours.tokens, order), grids
-        assert ours.bounds == bounds.tolist(), grids
+        assert ours.windows.bounds == bounds.tolist(), grids
 
 
 def test_six_by_six_tokens_by_hand() -> None:
@@ -37,7 +37,7 @@ def test_six_by_six_tokens_by_hand() -> None:
         *(24, 25, 26, 27, 30, 31, 32, 33),
         *(28, 29, 34, 35),
     ]
-    assert order.bounds == [0, 64, 96, 128, 144]
+    assert order.windows.bounds == [0, 64, 96, 128, 144]
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_patches_come_back_and_no_window_leaves_its_frame(config, grids) -> None
     assert torch.equal(arranged, frame_of_P), "frames stay where they were"
     patches = torch.arange(sum(frames))
     assert torch.equal(order.restore(order.arrange(patches)), patches)
-    assert order.bounds[-1] == len(patches)
-    for start, end in zip(order.bounds, order.bounds[1:], strict=False):
+    assert order.windows.bounds[-1] == len(patches)
+    for start, end in zip(order.windows.bounds, order.windows.bounds[1:], strict=False):
         assert 0 < end - start <= config.patches_per_window
         assert len(arranged[start:end].unique()) == 1
