@@ -1,6 +1,6 @@
 """What torchrun shows last: the error of the rank that failed first.
 
-torchrun ends with a box about the ranks that failed. What a rank has left in the file that
+It ends with a box about the ranks that failed. What a rank has left in the file that
 TORCHELASTIC_ERROR_FILE names stands in it, and that of the cause stands last.
 """
 
