@@ -150,6 +150,7 @@ def _compose(overrides: Sequence[str], own_folders: Sequence[Path]) -> Config:
     try:
         with initialize_config_module("triptych.configs", version_base="1.3"):
             composed = compose("config", [*overrides, f"hydra.searchpath=[{','.join(paths)}]"])
+        _derive_head_dim(composed.model.language)
         missing = sorted(OmegaConf.missing_keys(composed))
         if missing:
             raise refusal([Problem(f"{key} is missing", f"{key}=VALUE") for key in missing])
@@ -159,6 +160,13 @@ def _compose(overrides: Sequence[str], own_folders: Sequence[Path]) -> Config:
         raise refusal([problem]) from error
     except (HydraException, OmegaConfBaseException, AttributeError, YAMLError) as error:
         raise ConfigError(_plain(error)) from error
+
+
+def _derive_head_dim(language: Any) -> None:
+    """As hidden_size / num_heads, where it is not given; rules say what must divide."""
+    given = {key for key in language if not OmegaConf.is_missing(language, key)}
+    if "head_dim" not in given and {"hidden_size", "num_heads"} <= given:
+        language.head_dim = language.hidden_size // max(1, language.num_heads)
 
 
 def _typed(composed: Any) -> Config:

@@ -109,7 +109,8 @@ class LanguageConfig:
     num_layers: int = MISSING
     num_heads: int = MISSING
     num_kv_heads: int = MISSING
-    head_dim: int = 128
+    head_dim: int = MISSING
+    """``compose.py`` sees to it: hidden_size / num_heads, where no file and no word gives it."""
     intermediate_size: int = MISSING
     vocab_size: int = MISSING
     tie_word_embeddings: bool = False

@@ -61,6 +61,15 @@ PARTS = tuple(part.value for part in Part)
 """Their names: the keys of ``StageConfig``, of learning rates and of counts."""
 
 
+class Horizon(Enum):
+    """What a learning rate has reached its end by."""
+
+    budget = "budget"
+    """The token budget, whether or not the run is capped."""
+    run = "run"
+    """The budget or ``train.num_steps``, whichever comes first."""
+
+
 class Decay(Enum):
     """How a learning rate falls after its warm-up."""
 
@@ -77,10 +86,10 @@ class PartConfig:
     lr: float = 0.0
     """Peak learning rate."""
     min_lr: float = 0.0
-    """Learning rate at the end of the token budget."""
+    """Learning rate at the end of the horizon."""
     warmup: float = 0.01
-    """Share of the token budget over which the rate rises linearly, by a step's share in each; the
-    first step has one already, not 0."""
+    """Share of the horizon over which the rate rises linearly, by a step's share in each; the first
+    step has one already, not 0."""
     decay: Decay = Decay.cosine
 
 
@@ -92,6 +101,9 @@ class StageConfig:
     """Names the mixture in ``data.mixtures`` and the run folder."""
     token_budget: int = MISSING
     """LLM tokens, text and vision, padding not counted, after which the stage is finished."""
+    horizon: Horizon = Horizon.budget
+    """What warm-up and decay are shares of: budget, so that a capped run is the beginning of the
+    whole one; or run, which shrinks the schedule to ``train.num_steps``."""
     vit: PartConfig = field(default_factory=PartConfig)
     adapter: PartConfig = field(default_factory=PartConfig)
     llm: PartConfig = field(default_factory=PartConfig)

@@ -24,6 +24,7 @@ OVERRIDES = {
     "optimizer.zero": "who shards the optimizer state over data-parallel ranks",
     "train.precision": "fp32 or bf16",
     "train.num_steps": "caps the stage, which otherwise ends at its token budget",
+    "stage.horizon": "what learning rates follow: budget, or run, which ends with train.num_steps",
     "train.global_batch_size": "packs per step",
     "train.micro_batch_size": "packs that go through the model together",
     "train.seq_len": "tokens per pack",

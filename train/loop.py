@@ -27,7 +27,7 @@ def train(
         start = time.perf_counter()
         step = next(loader)
         has_data = time.perf_counter()
-        lr = engine.stage.learning_rates(state.consumed_tokens)
+        lr = engine.stage.learning_rates(state.consumed_tokens, state.step)
         number = state.step + 1
         result = train_step(engine, step, lr, number=number, asks_to_stop=asked is not None)
         totals, stops = result.totals, result.totals.num_asking_to_stop > 0

@@ -133,7 +133,9 @@ def test_every_parameter_of_ours_and_theirs_is_in_the_table():
     }
     for name, (language, num_parameters) in sizes.items():
         keys = "hidden_size num_layers num_heads num_kv_heads intermediate_size vocab_size"
-        language_config = LanguageConfig(**dict(zip(keys.split(), language, strict=False)))
+        language_config = LanguageConfig(
+            **dict(zip(keys.split(), language, strict=False)), head_dim=128
+        )
         language_config.tie_word_embeddings = language[-1]
         entries = name_table(ModelConfig(name=name, language=language_config)).values()
         exported = [entry for entry in entries if entry.exported]
@@ -420,6 +422,7 @@ def test_a_hub_config_of_transformers_4_which_leaves_out_defaults(tmp_path):
         num_layers=80,
         num_heads=64,
         num_kv_heads=8,
+        head_dim=128,
         intermediate_size=29568,
         vocab_size=152064,
     )

@@ -107,6 +107,23 @@ def test_sizes_of_the_released_models(model: str, sizes: tuple[int, ...]) -> Non
     assert (config.tokens.endoftext, config.tokens.image_pad) == (151643, 151655)
 
 
+@pytest.mark.parametrize(
+    ("words", "head_dim"),
+    [
+        ([], 48),
+        (["model.language.hidden_size=96"], 24),
+        (["model.language.num_heads=6"], 32),
+        (["model.language.head_dim=64"], 64),
+        (["model=qwen2_vl_2b", "model.language.num_heads=24"], 64),
+        (["model.language.num_heads=0"], 192),  # which the rules refuse
+    ],
+)
+def test_head_dim_follows_from_the_sizes_unless_it_is_given(
+    words: list[str], head_dim: int
+) -> None:
+    assert load_config(words).model.language.head_dim == head_dim
+
+
 def test_the_papers_token_budgets() -> None:
     budgets = [load_config([f"stage={n}", "model=qwen2_vl_7b"]).stage.token_budget for n in (1, 2)]
     assert budgets == [600 * 10**9, 800 * 10**9]

@@ -104,7 +104,7 @@ CHANGES_THE_EXPORT = {
     "model.tokens.image_pad": "150999",
     "model.tokens.video_pad": "150999",
 }
-CHANGES_THE_SCHEDULE = {
+CHANGES_THE_SCHEDULE = {"stage.horizon": "run"} | {
     f"stage.{part}.{key}": value
     for part in ("vit", "adapter", "llm")
     for key, value in {"lr": "1e-4", "min_lr": "1e-6", "warmup": "0.5", "decay": "linear"}.items()
@@ -198,7 +198,7 @@ def exported(config: Config) -> dict[str, Any]:
 
 def scheduled(config: Config) -> list[dict[str, float]]:
     stage = Stage(config)
-    return [stage.learning_rates(stage.token_budget * i // 10) for i in range(11)]
+    return [stage.learning_rates(stage.token_budget * i // 10, 0) for i in range(11)]
 
 
 @pytest.mark.parametrize(

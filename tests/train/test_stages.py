@@ -1,6 +1,7 @@
 """Stages: what trains, how fast, for how long; what is frozen costs nothing."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ TRAINS = {
 def test_a_stage_trains_its_parts(choice):
     stage = Stage(load_config(f"stage={choice}".split()))
     assert stage.trained_parts == TRAINS[choice]
-    rates = stage.learning_rates(stage.token_budget // 2)
+    rates = stage.learning_rates(stage.token_budget // 2, 0)
     assert {part for part in Part if rates[part.value] > 0} == TRAINS[choice]
 
 
@@ -87,9 +88,33 @@ def test_past_its_budget_a_stage_keeps_the_last_rate_and_is_finished():
     off = PartConfig(train=False)
     parts = StageConfig(name="x", token_budget=100, vit=part, adapter=off, llm=part)
     stage = Stage(Config(stage=parts))
-    assert stage.learning_rates(130) == stage.learning_rates(100)
-    assert stage.learning_rates(100)["vit"] == pytest.approx(1e-4)
+    assert stage.learning_rates(130, 9) == stage.learning_rates(100, 9)
+    assert stage.learning_rates(100, 1)["vit"] == pytest.approx(1e-4)
     assert [stage.is_finished(tokens) for tokens in (0, 99, 100, 130)] == [False, False, True, True]
+
+
+def test_a_horizon_of_the_run_ends_with_the_budget_or_the_cap_whichever_comes_first():
+    small = ["stage=3", "model=qwen2_vl_7b", "stage.token_budget=1000000"]
+    words = [*small, "train.global_batch_size=1", "train.seq_len=1", "stage.horizon=run"]
+    free, capped = Stage(load_config(words)), Stage(load_config([*words, "train.num_steps=10"]))
+    assert capped.learning_rates(500_000, 2) == free.learning_rates(500_000, 2)  # budget ahead
+    assert capped.learning_rates(200_000, 5) == free.learning_rates(500_000, 5)  # cap ahead
+    assert capped.learning_rates(0, 0)["llm"] == 1e-5  # a step is more than the warm-up
+    assert capped.learning_rates(0, 10)["llm"] == pytest.approx(1e-6)
+    assert capped.cut_short() == free.cut_short() == ""
+
+
+def test_a_schedule_that_a_cap_cuts_short_is_told_of():
+    """Twelve steps of stage 3, which is in warm-up for the first 39."""
+    words = ["stage=3", "model=qwen2_vl_7b", "train.num_steps=12"]
+    told = Stage(load_config(words)).cut_short()
+    assert "train.num_steps=12 ends them at 0.0031 of the budget" in told
+    assert "adapter at 3.1e-06 in warm-up, llm at 3.1e-06 in warm-up  -> stage.horizon=run" in told
+    fitted = re.search(r"stage.token_budget=\d+", told)[0]
+    assert Stage(load_config([*words, fitted])).cut_short() == ""
+    debug = Stage(load_config([])).cut_short()
+    assert "at 0.1 of the budget that they follow: vit at 9.8e-04 of 1.0e-03, adapter" in debug
+    assert Stage(load_config(["train.num_steps=null"])).cut_short() == ""
 
 
 @distributed
@@ -101,7 +126,7 @@ def test_rates_follow_consumed_tokens(pool, digits, tmp_path):
     stage = Stage(load_config(runs.words("run", "single")))
     consumed = 0
     for line in metrics(runs.dir("run")):
-        assert line["lr"] == stage.learning_rates(consumed)
+        assert line["lr"] == stage.learning_rates(consumed, line["step"] - 1)
         consumed = line["consumed_tokens"]
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from triptych.configs.schema import Config, Decay, Part, PartConfig
+from triptych.configs.schema import Config, Decay, Horizon, Part, PartConfig
 from triptych.models.parameters import part_of
 
 
@@ -18,6 +18,7 @@ class Stage:
         self.token_budget = stage.token_budget
         self.tokens_per_step = train.global_batch_size * train.seq_len
         """At most: where every pack is full."""
+        self._num_steps, self._horizon = train.num_steps, stage.horizon
         self.parts: dict[Part, PartConfig] = {
             Part.VIT: stage.vit,
             Part.ADAPTER: stage.adapter,
@@ -41,17 +42,40 @@ class Stage:
         """Whether the token budget is used up."""
         return consumed_tokens >= self.token_budget
 
-    def learning_rates(self, consumed_tokens: int) -> dict[str, float]:
-        """Learning rate of each part ("vit", "adapter", "llm") at this place in the budget.
+    def learning_rates(self, consumed_tokens: int, step: int) -> dict[str, float]:
+        """Learning rate of each part ("vit", "adapter", "llm") after so many tokens and steps.
 
         0 for what is frozen.
         """
-        progress = min(1.0, consumed_tokens / self.token_budget)
-        step = self.tokens_per_step / self.token_budget
+        progress = consumed_tokens / self.token_budget
+        share = self.tokens_per_step / self.token_budget
+        if self._horizon is Horizon.run and self._num_steps is not None:
+            progress = max(progress, step / self._num_steps)
+            share = max(share, 1 / self._num_steps)
+        progress = min(1.0, progress)
         return {
-            part.value: learning_rate(config, progress, step) if config.train else 0.0
+            part.value: learning_rate(config, progress, share) if config.train else 0.0
             for part, config in self.parts.items()
         }
+
+    def cut_short(self) -> str:
+        """What a cap makes of a schedule that follows the budget; empty where it is gone through."""
+        most = (self._num_steps or 0) * self.tokens_per_step
+        if self._num_steps is None or self._horizon is Horizon.run or most >= self.token_budget:
+            return ""
+        share, last = most / self.token_budget, self._num_steps - 1
+        rates = self.learning_rates(last * self.tokens_per_step, last)
+        ends = [
+            f"{part.value} at {rates[part.value]:.1e}"
+            + (" in warm-up" if share <= config.warmup else f" of {config.lr:.1e}")
+            for part, config in self.parts.items()
+            if config.train
+        ]
+        return (
+            f"learning rates: train.num_steps={self._num_steps} ends them at {share:.2g} of the "
+            f"budget that they follow: {', '.join(ends)}"
+            f"  -> stage.horizon=run or stage.token_budget={most} goes through all of them"
+        )
 
 
 def learning_rate(config: PartConfig, progress: float, step: float) -> float:
@@ -59,7 +83,7 @@ def learning_rate(config: PartConfig, progress: float, step: float) -> float:
 
     Args:
         config: of the part.
-        progress: share of the token budget that is used up before this step.
+        progress: share of the horizon that is used up before this step.
         step: share that a step uses up; the first step warms up by as much.
     """
     if progress < config.warmup:
