@@ -37,7 +37,7 @@ from triptych.train.hooks.weights import WEIGHTS, WeightsOnly
 from triptych.train.json_lines import keep_until
 from triptych.train.lock import lock_run_dir
 from triptych.train.loop import is_finished, train
-from triptych.train.start import start
+from triptych.train.start import find_start, load_start
 from triptych.train.state import TrainState
 from triptych.train.stop import StopReason, gather_reasons
 
@@ -64,18 +64,23 @@ def _run_stage(config: Config, mesh: Mesh) -> TrainState:
     generate_samples(config, mesh)
     data = Mixture.open(config, config.data.mixtures[config.stage.name])
     _refuse_different_plans(data.plan, mesh)
+    held_out = None
+    if config.train.validate_every:
+        held_out = Mixture.open(config, config.data.validation, once=True)
     engine = build_engine(config, mesh)
     take_over_libraries()
-    _introduce(config, engine, data)
     store = CheckpointStore(Path(config.run.dir) / CHECKPOINTS, mesh.world)
-    state = start(config, engine, data.plan, store)
+    start = find_start(config, engine, data.plan, store)
+    _introduce(config, engine, data)  # whoever reads it knows that nothing was refused
+    load_start(start, config, engine)
+    state = start.state
     if is_finished(config, engine, state):
         say(_finished(config, state))
         return state
     _open_run_folder(config, mesh, state)
     loader = data.loader(config, mesh, state.cursor)
     with contextlib.closing(loader), contextlib.ExitStack() as stack:
-        hooks = _hooks(config, engine, store)
+        hooks = _hooks(config, engine, store, held_out)
         stack.enter_context(hooks.running(state))
         gc.collect()
         gc.freeze()  # what is there stays: no rank shall keep the others waiting to look it through
@@ -131,18 +136,20 @@ def _refuse_different_plans(plan: Plan, mesh: Mesh) -> None:
 def _introduce(config: Config, engine: Engine, data: Mixture) -> None:
     mesh, dims, layers = engine.mesh, engine.mesh.dims, layers_per_chunk(config)
     packs, seq_len = config.train.global_batch_size, config.train.seq_len
-    say(
-        f"{config.stage.name} of {config.model.name} -> {config.run.dir}\n"
+    paragraphs = [
+        f"{config.stage.name} of {config.model.name} -> {config.run.dir}",
         f"ranks: {dims.world_size} = tp {dims.tp} x pp {dims.pp} x dp {dims.dp}; "
         f"decoder layers by {'stage' if config.parallel.vpp == 1 else 'chunk'}: "
         f"{', '.join(map(str, layers))} (ViT on the first)"
-        f"{_bubble(config, mesh)}\n"
+        f"{_bubble(config, mesh)}",
         f"step: {packs} packs x {seq_len} tokens = {packs * seq_len:,} at most, "
-        f"of a budget of {config.stage.token_budget:,}\n"
+        f"of a budget of {config.stage.token_budget:,}",
+        engine.stage.cut_short(packs * seq_len),
         f"{config.train.precision.name}; threads per rank: {torch.get_num_threads()}; kernels:\n"
-        f"{_kernels(config, engine)}\n"
+        f"{_kernels(config, engine)}",
         f"data: {data}\n{engine.parameter_counts}",
-    )
+    ]
+    say("\n".join(filter(None, paragraphs)))
 
 
 def _bubble(config: Config, mesh: Mesh) -> str:
@@ -162,12 +169,13 @@ def _kernels(config: Config, engine: Engine) -> str:
     )
 
 
-def _hooks(config: Config, engine: Engine, store: CheckpointStore) -> HookChain:
+def _hooks(
+    config: Config, engine: Engine, store: CheckpointStore, held_out: Mixture | None
+) -> HookChain:
     """Everything optional. Saving comes last: a checkpoint's steps have been written down then."""
     mesh, run_dir = engine.mesh, Path(config.run.dir)
     hooks: list[Hook] = [StopRequest(run_dir, mesh)]
-    if config.train.validate_every:
-        held_out = Mixture.open(config, config.data.validation, once=True)
+    if held_out is not None:
         hooks.append(Validation(config, engine, held_out.validation_step(config, mesh)))
     if mesh.is_main:
         hooks.append(MetricsFile(run_dir))

@@ -1,11 +1,12 @@
-"""Where a run starts.
+"""Where a run starts: decided, and refused, before anything is loaded or told.
 
 From its own newest checkpoint, from another one's weights, or from random ones.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
-from triptych.checkpoints.layout import step_folders
+from triptych.checkpoints.layout import CheckpointFolder, step_folders
 from triptych.checkpoints.locate import locate
 from triptych.checkpoints.run_state import (
     load_numbers,
@@ -15,6 +16,7 @@ from triptych.checkpoints.run_state import (
     refuse_other_model,
 )
 from triptych.checkpoints.store import CheckpointStore
+from triptych.configs.changes import Change, changes, table
 from triptych.configs.schema import Config
 from triptych.data.plan.order import Plan
 from triptych.errors import CheckpointError, ConfigError
@@ -24,26 +26,75 @@ from triptych.train.console import say
 from triptych.train.engine import Engine
 from triptych.train.state import PlanSpan, TrainState
 
+PLANNED_BY = (
+    "seed",
+    "train.seq_len",
+    "data.max_patches",
+    "data.min_pixels",
+    "data.max_pixels",
+    "data.window",
+)
+"""Beside sources and the stage's mixture, all that the hash of a plan follows from."""
 
-def start(config: Config, engine: Engine, plan: Plan, store: CheckpointStore) -> TrainState:
-    """Set weights and optimizer state, and say where training stands. Every rank must call this.
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What a run goes on from."""
+
+    state: TrainState
+    checkpoint: Path | None
+    """None where weights are random."""
+    resumes: bool
+    """All is taken from the checkpoint, not the weights alone."""
+    told: str = ""
+    """What is another than in the checkpoint that it resumes."""
+
+
+def find_start(config: Config, engine: Engine, plan: Plan, store: CheckpointStore) -> Start:
+    """Decide where training begins; loads nothing. Every rank must call this.
 
     Raises:
         ConfigError: ``resume=never`` and the run has checkpoints, or another plan of the data than
             the checkpoint's.
         CheckpointError: nothing good to start from, or of another model or stage.
     """
-    folder = _own_checkpoint(config, store, engine.mesh.world)
-    if folder is not None:
-        return _resume(folder, config, engine, plan)
-    _init_weights(config, engine)
-    return TrainState(
+    own = _own_checkpoint(config, store, engine.mesh.world)
+    if own is not None:
+        return _resumed(own, config, engine, plan)
+    folder = None
+    if config.init.checkpoint is not None:
+        folder = locate(Path(config.init.checkpoint), engine.mesh.world)
+        refuse_other_model(folder, config.model, engine.tensors)
+    state = TrainState(
         step=0,
         consumed_tokens=0,
         consumed_samples=0,
         cursor=plan.start,
         segments=(PlanSpan(step=0, plan=plan.hash),),
     )
+    return Start(state, folder, resumes=False)
+
+
+def load_start(start: Start, config: Config, engine: Engine) -> None:
+    """Set weights, optimizer and random state. Every rank must call this."""
+    folder, mesh = start.checkpoint, engine.mesh
+    if folder is None:
+        init_parameters(engine.bare_chunks, engine.sharding, mesh, config.seed)
+        engine.optimizer.refresh_master_weights()
+        say(f"weights: random, drawn from seed={config.seed} (init.allow_random=true)")
+        return
+    load_weights(folder, engine.tensors)
+    if start.resumes:
+        load_optimizer(folder, engine.tensors, partly=False)
+        same_ranks = load_random_state(folder, mesh)
+        note = "" if same_ranks else " (another number of ranks: random states start afresh)"
+        say(f"resumed from {folder}, step {start.state.step}{note}{start.told}")
+        return
+    carried = "fresh"
+    if config.init.optimizer_state:
+        load_optimizer(folder, engine.tensors, partly=True)
+        carried = "carried over for what goes on training"
+    say(f"weights: {folder}; optimizer state {carried}; schedule and data from the start")
 
 
 def _own_checkpoint(config: Config, store: CheckpointStore, ranks: Ranks) -> Path | None:
@@ -58,7 +109,7 @@ def _own_checkpoint(config: Config, store: CheckpointStore, ranks: Ranks) -> Pat
     return None
 
 
-def _resume(folder: Path, config: Config, engine: Engine, plan: Plan) -> TrainState:
+def _resumed(folder: Path, config: Config, engine: Engine, plan: Plan) -> Start:
     numbers = load_numbers(folder)
     if numbers["stage"] != config.stage.name:
         raise CheckpointError(
@@ -67,40 +118,45 @@ def _resume(folder: Path, config: Config, engine: Engine, plan: Plan) -> TrainSt
         )
     refuse_other_model(folder, config.model, engine.tensors)
     state = TrainState.from_json(numbers["train"])
-    planned_by = state.segments[-1].plan
-    if planned_by != plan.hash:
-        state = _on_new_plan(folder, state, config, plan)
-    load_weights(folder, engine.tensors)
-    load_optimizer(folder, engine.tensors, partly=False)
-    same_ranks = load_random_state(folder, engine.mesh)
-    note = "" if same_ranks else " (another number of ranks: random states start afresh)"
-    say(f"resumed from {folder}, step {state.step}{note}")
-    return state
-
-
-def _on_new_plan(folder: Path, state: TrainState, config: Config, plan: Plan) -> TrainState:
-    if not config.data.accept_new_plan:
-        raise ConfigError(
-            f"{folder} was trained on the data plan {state.segments[-1].plan}, this configuration "
-            f"plans {plan.hash}: sources, mixture, seed, train.seq_len, data.max_patches, pixel "
-            "limits or data.window differ  -> restore them, or data.accept_new_plan=true to start "
-            "the data anew from here"
+    changed = changes(CheckpointFolder(folder).config, config)
+    told = f"; other than in its configuration:\n{table(changed)}" if changed else ""
+    if state.segments[-1].plan != plan.hash:
+        if not config.data.accept_new_plan:
+            raise ConfigError(_other_plan(folder, state, config, plan, changed))
+        state = state.on_new_plan(plan.hash, plan.start)
+        told += (
+            f"\ndata.accept_new_plan=true: the data start anew, by plan {plan.hash}; what was seen "
+            f"until here, {state.consumed_samples:,} samples of {state.consumed_tokens:,} tokens, "
+            "is not left out: it comes again"
         )
-    return state.on_new_plan(plan.hash, plan.start)
+    return Start(state, folder, resumes=True, told=told)
 
 
-def _init_weights(config: Config, engine: Engine) -> None:
-    mesh = engine.mesh
-    if config.init.checkpoint is None:
-        init_parameters(engine.bare_chunks, engine.sharding, mesh, config.seed)
-        engine.optimizer.refresh_master_weights()
-        say(f"weights: random, drawn from seed={config.seed} (init.allow_random=true)")
-        return
-    folder = locate(Path(config.init.checkpoint), mesh.world)
-    refuse_other_model(folder, config.model, engine.tensors)
-    load_weights(folder, engine.tensors)
-    carried = "fresh"
-    if config.init.optimizer_state:
-        load_optimizer(folder, engine.tensors, partly=True)
-        carried = "carried over for what goes on training"
-    say(f"weights: {folder}; optimizer state {carried}; schedule and data from the start")
+def _other_plan(
+    folder: Path, state: TrainState, config: Config, plan: Plan, changed: list[Change]
+) -> str:
+    causes = causes_of_another_plan(changed, config)
+    if causes:
+        restored = " ".join(f"{change.key}={change.before}" for change in causes)
+        why = f"because of\n{table(causes)}\n  -> {restored}"
+    else:
+        why = (
+            "though its keys are the same: a dataset of the mixture has other samples than it had"
+            "  -> restore its folder"
+        )
+    return (
+        f"{folder} was trained on the data plan {state.segments[-1].plan}, this configuration "
+        f"plans {plan.hash}, {why}, or data.accept_new_plan=true to start the data anew from here: "
+        f"the {state.consumed_samples:,} samples seen so far come again"
+    )
+
+
+def causes_of_another_plan(changed: list[Change], config: Config) -> list[Change]:
+    """Those of the changes that a plan follows from."""
+    mixture = f"data.mixtures.{config.stage.name}"
+    paths = [f"data.sources.{name}.path" for name in config.data.mixtures[config.stage.name]]
+    return [
+        change
+        for change in changed
+        if change.key in (*PLANNED_BY, *paths) or change.key.startswith(f"{mixture}.")
+    ]

@@ -1,5 +1,6 @@
 """A run that is killed goes on as if nothing had happened; in any layout, on the same data."""
 
+import io
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import psutil
 import pytest
@@ -23,6 +25,7 @@ from triptych.tests.helpers.runs import (
     losses,
     metrics,
     packs,
+    refusal,
     train,
     without_times,
 )
@@ -207,11 +210,18 @@ def test_a_damaged_checkpoint_is_passed_over_on_all_ranks(runs):
 
 def test_another_plan_is_refused_unless_accepted(runs):
     runs.train("run", "dp2", "train.num_steps=2")
+    seen = metrics(runs.dir("run"))[-1]["consumed_samples"]
     other = ("train.num_steps=4", "data.mixtures.stage2.strings=0.9")
-    message = runs.refusal("run", "dp2", *other)
-    assert "was trained on the data plan" in message
-    assert "data.accept_new_plan=true" in message
-    runs.train("run", "dp2", *other, "data.accept_new_plan=true")
+    messages, told = zip(*runs.call(refusal_and_told, "run", "dp2", *other), strict=True)
+    assert len(set(messages)) == 1
+    assert "was trained on the data plan" in messages[0]
+    causes = "  data.mixtures.stage2.strings  0.5 -> 0.9\n  -> data.mixtures.stage2.strings=0.5, or"
+    assert f", because of\n{causes} data.accept_new_plan=true" in messages[0]
+    assert messages[0].endswith(f"the {seen} samples seen so far come again")
+    assert set(told) == {""}  # refused before the run introduces itself
+    accepted = runs.train("run", "dp2", *other, "data.accept_new_plan=true")
+    assert "the data start anew, by plan" in accepted
+    assert f"what was seen until here, {seen} samples of" in accepted
     newest = runs.dir("run") / "checkpoints" / "step_000000004.1" / "data.json"
     segments = json.loads(newest.read_text())["train"]["segments"]
     assert [segment["step"] for segment in segments] == [0, 2]
@@ -219,6 +229,24 @@ def test_another_plan_is_refused_unless_accepted(runs):
     starts = [numbers[0] for numbers in packs(runs.dir("run")).values()]
     assert starts == [0, 4, 0, 4]
     assert len(losses(runs.dir("run"))) == 4
+
+
+def refusal_and_told(config: Config) -> tuple[str, str]:
+    """The error of a run that is refused, and what this rank had told until then."""
+    with mock.patch("triptych.tests.helpers.runs.io.StringIO", return_value=io.StringIO()) as made:
+        message = refusal(config)
+    return message, made.return_value.getvalue()
+
+
+def test_what_differs_from_the_checkpoint_is_told(runs):
+    runs.train("run", "single", "train.num_steps=1")
+    assert "other than" not in runs.train("run", "single", "train.num_steps=1")
+    told = runs.train("run", "single", "train.num_steps=2", "stage.llm.lr=3e-4")
+    assert "step 1; other than in its configuration:\n" in told
+    lines = [" ".join(line.split()[2:]) for line in told.splitlines()]  # after the time
+    start = next(i for i, line in enumerate(lines) if "other than in its" in line) + 1
+    expected = ["stage.llm.lr 0.001 -> 0.0003", "train.num_steps 1 -> 2"]
+    assert lines[start : start + 2] == expected
 
 
 def test_another_stage_is_refused(runs):
