@@ -99,6 +99,8 @@ def load_start(start: Start, config: Config, engine: Engine) -> None:
 
 def _own_checkpoint(config: Config, store: CheckpointStore, ranks: Ranks) -> Path | None:
     if config.resume == "auto":
+        if step_folders(store.root):
+            say(f"reading the newest checkpoint in {store.root}, to see that it is good")
         return store.newest()
     if config.resume != "never":
         return locate(Path(config.resume), ranks)
