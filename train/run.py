@@ -144,7 +144,7 @@ def _introduce(config: Config, engine: Engine, data: Mixture) -> None:
         f"{_bubble(config, mesh)}",
         f"step: {packs} packs x {seq_len} tokens = {packs * seq_len:,} at most, "
         f"of a budget of {config.stage.token_budget:,}",
-        engine.stage.cut_short(packs * seq_len),
+        engine.stage.cut_short(),
         f"{config.train.precision.name}; threads per rank: {torch.get_num_threads()}; kernels:\n"
         f"{_kernels(config, engine)}",
         f"data: {data}\n{engine.parameter_counts}",

@@ -197,8 +197,9 @@ def exported(config: Config) -> dict[str, Any]:
 
 
 def scheduled(config: Config) -> list[dict[str, float]]:
+    config.train.num_steps = 5
     stage = Stage(config)
-    return [stage.learning_rates(stage.token_budget * i // 10, 0) for i in range(11)]
+    return [stage.learning_rates(stage.token_budget * i // 10, i) for i in range(11)]
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ class Stage:
         }
 
     def cut_short(self) -> str:
-        """What a cap makes of a schedule that follows the budget; empty where it is gone through."""
+        """Where a cap ends a schedule that follows the budget; empty where it is gone through."""
         most = (self._num_steps or 0) * self.tokens_per_step
         if self._num_steps is None or self._horizon is Horizon.run or most >= self.token_budget:
             return ""
