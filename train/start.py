@@ -38,7 +38,7 @@ PLANNED_BY = (
 
 
 @dataclass(frozen=True, slots=True)
-class Start:
+class StartingPoint:
     """What a run goes on from."""
 
     state: TrainState
@@ -50,7 +50,7 @@ class Start:
     """What is another than in the checkpoint that it resumes."""
 
 
-def find_start(config: Config, engine: Engine, plan: Plan, store: CheckpointStore) -> Start:
+def find_start(config: Config, engine: Engine, plan: Plan, store: CheckpointStore) -> StartingPoint:
     """Decide where training begins; loads nothing. Every rank must call this.
 
     Raises:
@@ -72,10 +72,10 @@ def find_start(config: Config, engine: Engine, plan: Plan, store: CheckpointStor
         cursor=plan.start,
         segments=(PlanSpan(step=0, plan=plan.hash),),
     )
-    return Start(state, folder, resumes=False)
+    return StartingPoint(state, folder, resumes=False)
 
 
-def load_start(start: Start, config: Config, engine: Engine) -> None:
+def load_start(start: StartingPoint, config: Config, engine: Engine) -> None:
     """Set weights, optimizer and random state. Every rank must call this."""
     folder, mesh = start.checkpoint, engine.mesh
     if folder is None:
@@ -111,7 +111,7 @@ def _own_checkpoint(config: Config, store: CheckpointStore, ranks: Ranks) -> Pat
     return None
 
 
-def _resumed(folder: Path, config: Config, engine: Engine, plan: Plan) -> Start:
+def _resumed(folder: Path, config: Config, engine: Engine, plan: Plan) -> StartingPoint:
     numbers = load_numbers(folder)
     if numbers["stage"] != config.stage.name:
         raise CheckpointError(
@@ -131,7 +131,7 @@ def _resumed(folder: Path, config: Config, engine: Engine, plan: Plan) -> Start:
             f"until here, {state.consumed_samples:,} samples of {state.consumed_tokens:,} tokens, "
             "is not left out: it comes again"
         )
-    return Start(state, folder, resumes=True, told=told)
+    return StartingPoint(state, folder, resumes=True, told=told)
 
 
 def _other_plan(
