@@ -15,6 +15,7 @@ from torch import nn
 
 from triptych.checkpoints.environment import write_environment
 from triptych.checkpoints.layout import CheckpointFolder
+from triptych.checkpoints.metadata_pickle import refusing_code
 from triptych.checkpoints.model_file import differences
 from triptych.checkpoints.sharded import (
     Tensors,
@@ -174,7 +175,9 @@ def load_random_state(folder: Path, mesh: Mesh) -> bool:
         return False
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-    state = torch.load(checkpoint.random_state(mesh.rank), map_location="cpu", weights_only=True)
+    file = checkpoint.random_state(mesh.rank)
+    with refusing_code(file):
+        state = torch.load(file, map_location="cpu", weights_only=True)
     if HAS_CUDA != ("cuda" in state):
         return False
     set_random_states(state)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from triptych.checkpoints.metadata_pickle import refusing_code
 from triptych.errors import CheckpointError
 from triptych.models.init import EMBEDDING, HEAD
 from triptych.models.sharding import ShardingTable, TensorSharding, pattern_of
@@ -78,11 +79,15 @@ def load_tensors(
         kinds: kind -> global name -> this rank's piece, overwritten.
         mesh: this rank's place.
         table: how the model's parameters lie over the ranks.
+
+    Raises:
+        CheckpointError: a file names what could run code.
     """
     state = _sharded_state(kinds, mesh, table)
     strategy = get_default_load_sharded_strategy(str(folder))
     strategy = FullyParallelLoadStrategyWrapper(strategy, mesh.dp_group)
-    loaded: dict[str, Any] = dist_checkpointing.load(state, str(folder), strategy)
+    with refusing_code(folder):
+        loaded: dict[str, Any] = dist_checkpointing.load(state, str(folder), strategy)
     with torch.no_grad():
         for kind, tensors in kinds.items():
             for name, tensor in tensors.items():
@@ -92,15 +97,25 @@ def load_tensors(
 
 def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Full shape of every tensor in ``folder``, by key."""
-    metadata = dist_checkpointing.load_tensors_metadata(str(folder))
-    return {key: tuple(tensor.global_shape) for key, tensor in metadata.items()}
+    return {key: tuple(tensor.global_shape) for key, tensor in _stored(folder).items()}
 
 
 def weights_dtype(folder: Path) -> torch.dtype:
     """The dtype in which the model's weights are stored; it is one for all of them."""
-    metadata = dist_checkpointing.load_tensors_metadata(str(folder))
-    dtype: torch.dtype = next(t.dtype for key, t in metadata.items() if key.startswith("model."))
+    stored = _stored(folder)
+    dtype: torch.dtype = next(t.dtype for key, t in stored.items() if key.startswith("model."))
     return dtype
+
+
+def _stored(folder: Path) -> Mapping[str, ShardedTensor]:
+    """Descriptions of the tensors in ``folder``, by key.
+
+    Raises:
+        CheckpointError: its metadata name what could run code.
+    """
+    with refusing_code(folder):
+        stored: Mapping[str, ShardedTensor] = dist_checkpointing.load_tensors_metadata(str(folder))
+    return stored
 
 
 def check_tensors(
