@@ -29,9 +29,15 @@ from torch import Tensor, nn
 
 from triptych.configs.schema import PARTS, OptimizerConfig, Precision
 from triptych.parallel.data_parallel import DataParallelModel
-from triptych.parallel.device import BACKEND, HAS_CUDA
+from triptych.parallel.device import BACKEND, HAS_CUDA, to_host
 from triptych.parallel.mesh import Mesh
-from triptych.parallel.zero.protocol import FUSED, MOMENTS, ParamState, ShardedOptimizer
+from triptych.parallel.zero.protocol import (
+    FUSED,
+    MOMENTS,
+    STATE_KINDS,
+    ParamState,
+    ShardedOptimizer,
+)
 
 BUCKET_NUMEL = 50_000_000
 """Elements that are reduced, and gathered, in one message."""
@@ -92,12 +98,13 @@ class DeepSpeedZero(ShardedOptimizer):
         Every rank of ``dp_group`` must call this.
         """
         self._link_moments()
-        return {
-            name: {"master": safe_get_full_fp32_param(parameter).cpu()}
-            | {key: safe_get_full_optimizer_state(parameter, key).cpu() for key in MOMENTS}
-            for name, parameter in self._trained.items()
-            if names is None or name in names
-        }
+        found = {}
+        for name, parameter in self._trained.items():
+            if names is None or name in names:
+                moments = [safe_get_full_optimizer_state(parameter, key) for key in MOMENTS]
+                copies = to_host([safe_get_full_fp32_param(parameter), *moments])
+                found[name] = dict(zip(STATE_KINDS, copies, strict=True))
+        return found
 
     def load_state_by_param(
         self, state: Mapping[str, ParamState], num_updates: Mapping[str, int]

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from triptych.parallel.mesh import build_mesh
 from triptych.parallel.zero import gather
 from triptych.tests.helpers.limits import HANG_S
+from triptych.tests.helpers.pretend_cuda import pretended_cuda
 
 SHAPES = ((3, 4), (1,), (5,), (40,), (2, 2, 2))
 
@@ -40,3 +41,21 @@ def gather_on_this_rank(bucket_numel: int) -> tuple[int, int]:
 @pytest.mark.parametrize(("bucket_numel", "num_sums"), [(1, 5), (18, 3), (57, 2), (58, 2), (66, 1)])
 def test_whole_again_in_buckets_of_any_size(bucket_numel, num_sums, pool):
     assert pool(2).run(gather_on_this_rank, bucket_numel=bucket_numel) == [(5, num_sums)] * 2
+
+
+def waits_on_cuda(bucket_numel: int) -> list[str]:
+    with pretended_cuda() as device, mock.patch.object(gather, "BUCKET_NUMEL", bucket_numel):
+        mesh = build_mesh(1, 1, seed=0, timeout_s=HANG_S)
+        wanted = [value(index) for index in range(len(SHAPES))]
+        shards = [(each, each.pin_memory().to("cuda", non_blocking=True), 0) for each in wanted]
+        wholes = list(gather.gather_whole(iter(shards), mesh))
+        assert all(map(torch.equal, wholes, wanted))
+        assert not any(whole.is_pinned() for whole in wholes)
+        return [str(wait) for wait in device.waits]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("bucket_numel", "num_waits"), [(18, 3), (66, 1)])
+def test_a_device_is_waited_for_once_for_each_bucket(bucket_numel, num_waits, pretended_pool):
+    [waits] = pretended_pool(1).run(waits_on_cuda, bucket_numel=bucket_numel)
+    assert waits == ["synchronize in parallel/device.py to_host"] * num_waits
