@@ -125,6 +125,9 @@ class TrainConfig:
     kernels: Kernels = Kernels.auto
     """auto takes fused ones where they are installed; torch takes only torch's own, to rule the
     others out. Attention follows the same."""
+    deterministic: bool = False
+    """On CUDA, kernels that give the same bits each time, slower: only with them is a repeated or
+    a resumed run bit-equal. On a CPU it always is."""
     validate_every: int = 0
     """Steps between validation losses; 0 never validates."""
     validation_packs: int = 64

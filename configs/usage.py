@@ -20,6 +20,7 @@ OVERRIDES = {
     "parallel.overlap.p2p": "messages between stages travel during other passes; needs vpp > 1",
     "parallel.overlap.tp_comm": "tp ranks exchange activations during their matrix products",
     "train.kernels": "auto takes fused kernels where they are installed, torch never",
+    "train.deterministic": "the same bits each time on CUDA, by slower kernels",
     "cluster": "what the machines can do: for launch/plan.py, MFU, the split of layers",
     "optimizer.zero": "who shards the optimizer state over data-parallel ranks",
     "train.precision": "fp32 or bf16",

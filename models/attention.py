@@ -18,6 +18,7 @@ from torch import Tensor
 
 from triptych.data.partition import Partition
 from triptych.models.kernels import Kernel
+from triptych.parallel.device import is_deterministic
 
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
@@ -201,8 +202,29 @@ def _flash_attention(
 ) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 
+    return _by_flash(flash_attn_varlen_func, q_TND, k_TKD, v_TKD, segments, causal, scale)
+
+
+def _flash_attention_3(
+    q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, segments: Segments, causal: bool, scale: float
+) -> Tensor:
+    from flash_attn_interface import flash_attn_varlen_func
+
+    return _by_flash(flash_attn_varlen_func, q_TND, k_TKD, v_TKD, segments, causal, scale)
+
+
+def _by_flash(
+    function: Callable[..., Any],
+    q_TND: Tensor,
+    k_TKD: Tensor,
+    v_TKD: Tensor,
+    segments: Segments,
+    causal: bool,
+    scale: float,
+) -> Tensor:
+    """The function of either version; the first releases of 3 give logsumexp along."""
     cu_seqlens, longest = segments.cu_seqlens_q, segments.max_seqlen_q
-    out: Tensor = flash_attn_varlen_func(
+    out: Any = function(
         q_TND,
         k_TKD,
         v_TKD,
@@ -212,8 +234,10 @@ def _flash_attention(
         longest,
         softmax_scale=scale,
         causal=causal,
+        deterministic=is_deterministic(),
     )
-    return out
+    attended: Tensor = out[0] if isinstance(out, tuple) else out
+    return attended
 
 
 def _torch_varlen_attention(
@@ -239,6 +263,7 @@ def _torch_varlen_attention(
 
 
 VARLEN_ATTENTIONS: dict[Kernel, VarlenAttention] = {
+    Kernel.FLASH_ATTENTION_3: _flash_attention_3,
     Kernel.FLASH_ATTENTION: _flash_attention,
     Kernel.TORCH_VARLEN: _torch_varlen_attention,
     Kernel.PER_SEGMENT: attention_per_segment,

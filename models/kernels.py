@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 from triptych.configs.schema import Kernels, Precision, Zero
-from triptych.parallel.device import HAS_CUDA
+from triptych.parallel.device import HAS_CUDA, is_deterministic, is_hopper
 
 VARLEN = "torch.nn.attention.varlen"
 PACKAGES = {
+    "flash_attn_interface": "FlashAttention 3",
     "flash_attn": "flash-attn",
     "liger_kernel": "liger-kernel",
     "transformer_engine": "Transformer Engine",
@@ -39,6 +40,7 @@ NO_COMPILER = "Triton needs a C compiler and Python.h"
 class Kernel(Enum):
     """Who computes something."""
 
+    FLASH_ATTENTION_3 = "FlashAttention 3"
     FLASH_ATTENTION = "flash-attn"
     TORCH_VARLEN = "torch varlen_attn"
     PER_SEGMENT = "torch scaled_dot_product_attention, per segment"
@@ -65,11 +67,16 @@ class Installed:
     modules: frozenset[str]
     compiles: bool
     """Whether Triton's kernels can be built."""
+    hopper: bool = False
+    """Whether the device is what FlashAttention 3 is for."""
+    deterministic: bool = False
+    """Whether a run shall give the same bits each time."""
 
     @classmethod
     def here(cls) -> Self:
         """In this process; imports none of them."""
-        return cls(HAS_CUDA, frozenset(filter(_is_there, (*PACKAGES, VARLEN))), _can_compile())
+        modules = frozenset(filter(_is_there, (*PACKAGES, VARLEN)))
+        return cls(HAS_CUDA, modules, _can_compile(), is_hopper(), is_deterministic())
 
 
 def _is_there(module: str) -> bool:
@@ -141,8 +148,11 @@ def _attention(kernels: Kernels, precision: Precision, installed: Installed) -> 
         return Choice(Kernel.PER_SEGMENT, "no CUDA")
     if precision is Precision.fp32:
         return Choice(Kernel.PER_SEGMENT, "no kernel for packs takes fp32")
+    there = "installed; its deterministic backward" if installed.deterministic else "installed"
+    if kernels is Kernels.auto and "flash_attn_interface" in installed.modules and installed.hopper:
+        return Choice(Kernel.FLASH_ATTENTION_3, there)
     if kernels is Kernels.auto and "flash_attn" in installed.modules:
-        return Choice(Kernel.FLASH_ATTENTION, "installed")
+        return Choice(Kernel.FLASH_ATTENTION, there)
     why_not = _why_not("flash_attn", kernels, installed)
     if VARLEN in installed.modules:
         return Choice(Kernel.TORCH_VARLEN, why_not)
@@ -160,6 +170,8 @@ def _activation(kernels: Kernels, installed: Installed) -> Choice:
 
 
 def _rms_norm(kernels: Kernels, installed: Installed) -> Choice:
+    if installed.deterministic:
+        return Choice(Kernel.TORCH, "train.deterministic=true")
     choice = _optional("liger_kernel", Kernel.LIGER, kernels, installed)
     if choice.kernel is Kernel.LIGER and not installed.compiles:
         return Choice(Kernel.TORCH, NO_COMPILER)

@@ -6,8 +6,11 @@ from functools import cache
 
 import torch
 
+# Before CUDA is first asked for. Packs vary in length: memory that can grow serves them all, where
+# blocks of fixed sizes would not fit the next.
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its older name
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 # One hardware queue keeps kernels in the order of launch: overlapping tp communication asks for it.
-# Before CUDA is first asked for.
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 HAS_CUDA = torch.cuda.is_available()
 BACKEND = "nccl" if HAS_CUDA else "gloo"
@@ -80,6 +83,28 @@ def let_peers_work() -> None:
     """
     if not HAS_CUDA and hasattr(os, "SCHED_BATCH"):  # Linux
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
+
+def be_deterministic() -> None:
+    """From now on kernels and NCCL add up in one order each time. Before the first process group.
+
+    Nothing on a CPU, where one layout on as many threads gives the same bits anyway.
+    """
+    if HAS_CUDA:
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # torch has no types for it
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # one of two with which cuBLAS is
+        os.environ.setdefault("NCCL_ALGO", "^NVLS")  # sums within the switch have no fixed order
+
+
+def is_deterministic() -> bool:
+    """Whether ``be_deterministic`` has changed this process."""
+    return torch.are_deterministic_algorithms_enabled()
+
+
+def is_hopper() -> bool:
+    """Whether this is an H100 or a relative: FlashAttention 3 is for no other."""
+    return HAS_CUDA and torch.cuda.get_device_capability()[0] == 9
 
 
 def synchronize() -> None:

@@ -17,6 +17,7 @@ from triptych.data.plan.order import Plan
 from triptych.errors import ConfigError
 from triptych.models.kernels import Installed, choose_adam
 from triptych.parallel.agree import differing_ranks
+from triptych.parallel.device import be_deterministic
 from triptych.parallel.mesh import Mesh, build_mesh, init_distributed, shutdown
 from triptych.train.console import say, take_over_libraries
 from triptych.train.data import Mixture, generate_samples
@@ -48,6 +49,8 @@ def pretrain(config: Config) -> TrainState:
     Raises:
         TriptychError: configuration, data or checkpoints do not allow it; says what to do.
     """
+    if config.train.deterministic:
+        be_deterministic()
     init_distributed(config.cluster.timeout_s)
     mesh = build_mesh(
         config.parallel.tp,

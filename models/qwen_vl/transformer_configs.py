@@ -9,6 +9,7 @@ from triptych.configs.model_schema import LanguageConfig, VisionConfig, VisionNo
 from triptych.configs.schema import ParallelConfig, Precision, Recompute
 from triptych.models.activations import quick_gelu
 from triptych.models.kernels import Kernel, KernelTable
+from triptych.parallel.device import is_deterministic
 from triptych.parallel.dtypes import DTYPES
 
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -98,6 +99,7 @@ def _common(parallel: ParallelConfig, precision: Precision, table: KernelTable) 
         masked_softmax_fusion=False,
         apply_rope_fusion=table.rotary.kernel is Kernel.TRANSFORMER_ENGINE,
         gradient_accumulation_fusion=False,
+        deterministic_mode=is_deterministic(),
         cuda_graph_scope=[],  # its default warns
         use_cpu_initialization=True,
         perform_initialization=False,  # models/init.py draws weights, the same in every layout

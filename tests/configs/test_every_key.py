@@ -24,6 +24,7 @@ from triptych.launch.planner.report import report
 from triptych.models.kernels import Installed, choose
 from triptych.parallel.mesh import build_mesh
 from triptych.tests.helpers.runs import Runs, losses, metrics, train
+from triptych.train.run import pretrain
 from triptych.train.stages.stage import Stage
 
 ROOT = Path(__file__).parents[2]
@@ -166,6 +167,7 @@ CHANGES_A_RUN = {
 }
 SHOWN_ELSEWHERE = {
     "train.kernels": "test_kernels_are_chosen",
+    "train.deterministic": "test_a_deterministic_run_is_one_from_its_beginning",
     "cluster.timeout_s": "test_groups_have_the_timeout",
     "run.dir": "test_a_run_writes_where_it_is_told",
     "data.accept_new_plan": "tests/train/test_resume.py",
@@ -271,6 +273,22 @@ def test_kernels_are_chosen() -> None:
     precision = load_config(["train.precision=bf16"]).train.precision
     tables = [choose(kernels, precision, everything) for kernels in Kernels]
     assert tables[0] != tables[1]
+
+
+def test_a_deterministic_run_is_one_from_its_beginning(monkeypatch) -> None:
+    """NCCL and cuBLAS look once."""
+    told: list[str] = []
+
+    def begin(_: int) -> None:
+        told.append("process group")
+        raise InterruptedError
+
+    monkeypatch.setattr("triptych.train.run.be_deterministic", lambda: told.append("deterministic"))
+    monkeypatch.setattr("triptych.train.run.init_distributed", begin)
+    for words in ([], ["train.deterministic=true"]):
+        with pytest.raises(InterruptedError):
+            pretrain(load_config(words))
+    assert told == ["process group", "deterministic", "process group"]
 
 
 @pytest.mark.distributed

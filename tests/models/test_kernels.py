@@ -2,6 +2,8 @@
 
 import dataclasses
 import importlib
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +12,9 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from triptych.configs.schema import Kernels, Precision, Zero
+from triptych.data.partition import Partition
 from triptych.models.activations import SwiGLU, quick_gelu
-from triptych.models.attention import VARLEN_ATTENTIONS
+from triptych.models.attention import VARLEN_ATTENTIONS, Segments
 from triptych.models.kernels import (
     NO_COMPILER,
     PACKAGES,
@@ -98,6 +101,34 @@ def test_torch_serves_where_they_are_not(kernels, installed, attention, reason):
     compiles = installed.cuda and kernels is Kernels.auto
     assert table.activation.kernel is (Kernel.COMPILED if compiles else Kernel.TORCH)
     assert table.rms_norm.reason in (reason, "liger-kernel is not installed")
+
+
+def test_flash_attention_3_is_for_hopper():
+    on_hopper = dataclasses.replace(EVERYTHING, hopper=True)
+    assert chosen(Kernels.auto, on_hopper)["attention"] is Kernel.FLASH_ATTENTION_3
+    assert chosen(Kernels.torch, on_hopper)["attention"] is Kernel.TORCH_VARLEN
+
+
+def test_kernels_that_give_the_same_bits_each_time():
+    table = choose(
+        Kernels.auto, Precision.bf16, dataclasses.replace(EVERYTHING, deterministic=True)
+    )
+    assert table.attention == (Kernel.FLASH_ATTENTION, "installed; its deterministic backward")
+    assert table.rms_norm == (Kernel.TORCH, "train.deterministic=true")
+
+
+@pytest.mark.parametrize("result", [lambda q: q, lambda q: (q, None)], ids=["newer", "first"])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_flash_attention_3_is_asked_for_what_the_run_wants(result, deterministic, monkeypatch):
+    asked = {}
+    function = lambda q, *_, **options: asked.update(options) or result(q)  # noqa: E731
+    fake = SimpleNamespace(flash_attn_varlen_func=function)
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", fake)
+    monkeypatch.setattr("triptych.models.attention.is_deterministic", lambda: deterministic)
+    q_TND, segments = torch.zeros(4, 2, 8), Segments(Partition.of([0, 1, 4]))
+    attend = VARLEN_ATTENTIONS[Kernel.FLASH_ATTENTION_3]
+    assert attend(q_TND, q_TND, q_TND, segments, True, 0.5) is q_TND
+    assert asked == {"softmax_scale": 0.5, "causal": True, "deterministic": deterministic}
 
 
 def test_without_a_compiler_nothing_of_triton_is_chosen():

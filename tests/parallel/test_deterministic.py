@@ -1,0 +1,59 @@
+"""A deterministic run on pretended devices: what it asks of torch, cuBLAS and NCCL; its numbers."""
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+from triptych.models.kernels import Installed
+from triptych.parallel.device import HAS_CUDA, be_deterministic, is_deterministic
+from triptych.parallel.mesh import build_mesh
+from triptych.tests.helpers.layouts import (
+    Layout,
+    LayoutCase,
+    config_of,
+    draw_weights,
+    make_step,
+)
+from triptych.tests.helpers.limits import HANG_S
+from triptych.tests.helpers.pretend_cuda import pretended_cuda
+from triptych.train.engine import build_engine
+from triptych.train.step import train_step
+
+pytestmark = pytest.mark.distributed
+ASKED = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "^NVLS"}
+
+
+def loss_of_a_step() -> float:
+    mesh = build_mesh(1, 1, seed=0, timeout_s=HANG_S)
+    engine = build_engine(config_of(LayoutCase(Layout())), mesh)
+    draw_weights(engine)
+    step = make_step("some", mesh, 1)
+    step = replace(step, microbatches=step.microbatches[:1])
+    return train_step(engine, step, dict.fromkeys(("vit", "adapter", "llm"), 1e-3), number=1).loss
+
+
+def with_and_without() -> tuple[float, float, dict[str, str], bool]:
+    with pretended_cuda():
+        assert not is_deterministic()
+        plain = loss_of_a_step()
+        be_deterministic()
+        try:
+            asked = {name: os.environ.pop(name) for name in ASKED}
+            return plain, loss_of_a_step(), asked, Installed.here().deterministic
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+
+def test_a_deterministic_step_gives_the_same_loss(pretended_pool):
+    [(plain, deterministic, asked, chosen_by)] = pretended_pool(1).run(with_and_without)
+    assert deterministic == pytest.approx(plain, rel=1e-6)
+    assert asked == ASKED
+    assert chosen_by
+
+
+@pytest.mark.skipif(HAS_CUDA, reason="a GPU does")
+def test_a_cpu_needs_nothing():
+    be_deterministic()
+    assert not is_deterministic()
