@@ -2,7 +2,7 @@ r"""Train one stage.
 
     torchrun launch/pretrain.py stage=2      # one process, small model, sample data
     torchrun --nproc-per-node 8 launch/pretrain.py stage=1 model=qwen2_vl_7b parallel=tp2_pp2 \
-        data=example init.checkpoint=runs/imported
+        --config-dir mine data=my_mixture init.checkpoint=runs/imported
     python launch/pretrain.py --help         # groups, choices, overrides
 
 Typed again, it resumes where it stopped, or says that it is finished.

@@ -117,6 +117,29 @@ def test_a_command_can_be_typed(
             ARGPARSE[script](after)  # exits where it does not accept them
 
 
+def test_every_path_of_the_readmes_training_is_made_by_a_command_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each command leaves the folders it would leave; the runs then lack nothing."""
+    block = (ROOT / "README.md").read_text().partition("The real thing")[2].split("\n\n")[1]
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    num_runs = 0
+    for line in block.splitlines():
+        words = shlex.split(line, comments=True)
+        if words[0] == "mkdir":
+            subprocess.run(line, shell=True, check=True)
+        for made in ("--local-dir", "--output"):
+            if made in words:
+                Path(words[words.index(made) + 1]).mkdir(parents=True)
+        if "import" in words:
+            Path(words[words.index("import") + 2]).mkdir(parents=True)
+        if "stage=3" in words:
+            validate(load_config(words[words.index("stage=3") :]), world_size=8)
+            num_runs += 1
+    assert num_runs == 2
+
+
 def check_make_target(words: list[str]) -> None:
     if shutil.which("make") is None:
         pytest.skip("needs make")

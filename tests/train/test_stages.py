@@ -109,7 +109,9 @@ def test_a_schedule_that_a_cap_cuts_short_is_told_of():
     words = ["stage=3", "model=qwen2_vl_7b", "train.num_steps=12"]
     told = Stage(load_config(words)).cut_short()
     assert "train.num_steps=12 ends them at 0.0031 of the budget" in told
-    assert "adapter at 3.1e-06 in warm-up, llm at 3.1e-06 in warm-up  -> stage.horizon=run" in told
+    assert (
+        "adapter at 3.1e-06 in warm-up, llm at 3.1e-06 in warm-up\n  -> stage.horizon=run" in told
+    )
     fitted = re.search(r"stage.token_budget=\d+", told)[0]
     assert Stage(load_config([*words, fitted])).cut_short() == ""
     debug = Stage(load_config([])).cut_short()

@@ -73,7 +73,7 @@ class Stage:
         ]
         return (
             f"learning rates: train.num_steps={self._num_steps} ends them at {share:.2g} of the "
-            f"budget that they follow: {', '.join(ends)}"
+            f"budget that they follow: {', '.join(ends)}\n"
             f"  -> stage.horizon=run or stage.token_budget={most} goes through all of them"
         )
 
