@@ -29,6 +29,7 @@ from triptych.benchmarks.arms import (
     require_same_loss,
 )
 from triptych.benchmarks.calibrate import product
+from triptych.benchmarks.gpu_check import with_defaults
 from triptych.benchmarks.samples import Mix, draw_samples, num_tokens
 from triptych.benchmarks.table import Row, finish, spread
 from triptych.configs.compose import load_config
@@ -55,7 +56,6 @@ SAME_LOSS = 5e-3
 LEAST_RATIO, LEAST_OVER_PADDED, LEAST_SHARE, MEMORY_BAND = 1.0, 1.7, 0.5, 0.1
 GIB = 2**30
 COMMAND = "python benchmarks/gpu.py"
-DEFAULTS = ("model=qwen2_vl_2b", "stage=2", "train.precision=bf16", "train.seq_len=8192")
 
 
 def give_kernels(model: nn.Module) -> str:
@@ -180,10 +180,7 @@ def main(argv: Sequence[str] = ()) -> list[Row]:
     if not HAS_CUDA:
         print("nothing measured: there is no GPU here  -> python benchmarks/speed.py, on a CPU")
         return []
-    words = [word for word in argv if word != "--miniature"]
-    given = {word.split("=")[0] for word in words}
-    defaults = [word for word in DEFAULTS if word.split("=")[0] not in given]
-    config = load_config([*defaults, *words])
+    config = load_config(with_defaults([word for word in argv if word != "--miniature"]))
     mix, num_rounds = (MINIATURE, 1) if "--miniature" in argv else (MIX, NUM_ROUNDS)
     init_distributed(config.cluster.timeout_s)
     mesh = build_mesh(1, 1, seed=0, timeout_s=config.cluster.timeout_s)

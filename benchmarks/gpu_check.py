@@ -29,6 +29,8 @@ LIMIT_S = 600
 """A section that takes longer is stopped."""
 NUM_LOG_LINES = 15
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=gpu")
+DEFAULTS = ("model=qwen2_vl_2b", "stage=2", "train.precision=bf16", "train.seq_len=8192")
+"""Of what is measured on one GPU."""
 SMALL_MODEL = (
     "model=debug",
     "train.precision=bf16",
@@ -74,9 +76,15 @@ class Finding:
     text: str
 
 
+def with_defaults(words: Sequence[str]) -> list[str]:
+    """The defaults, but for those that ``words`` say otherwise, and ``words``."""
+    given = {word.partition("=")[0] for word in words}
+    return [*(d for d in DEFAULTS if d.partition("=")[0] not in given), *words]
+
+
 def sections(words: Sequence[str], *, miniature: bool) -> list[Section]:
     """All, in the order of the page."""
-    words = [*SMALL_MODEL, *words] if miniature else words
+    words = with_defaults([*SMALL_MODEL, *words] if miniature else words)
     options = ["--miniature"] if miniature else []
     return [
         Section("Machine", "machine"),

@@ -7,9 +7,11 @@ import importlib.metadata
 import os
 import platform
 import sys
+import time
 
 import torch
 
+from triptych.checkpoints.environment import ROOT, git_state
 from triptych.configs.schema import Kernels, Precision, Zero
 from triptych.models.kernels import Installed, choose, choose_adam
 from triptych.parallel.device import HAS_CUDA
@@ -35,7 +37,7 @@ def main() -> None:
             "  -> docs/install.md; python benchmarks/speed.py measures a CPU"
         )
     print("| | |\n|---|---|")
-    for name, value in {**hardware(), **versions()}.items():
+    for name, value in {**machine(), **versions()}.items():
         print(f"| {name} | {value} |")
     print("\n| kernel | bf16 | fp32 | why, in bf16 |\n|---|---|---|---|")
     installed = Installed.here()
@@ -48,12 +50,16 @@ def main() -> None:
     print(f"| adam | {adam.kernel.value} | {adam.kernel.value} | {adam.reason} |")
 
 
-def hardware() -> dict[str, str]:
-    """GPUs as the driver names them; the processor."""
+def machine() -> dict[str, str]:
+    """Day and commit; GPUs as the driver names them; the processor."""
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     named = [f"{gpu.name}, {gpu.total_memory / GIB:.1f} GiB" for gpu in gpus]
     counts = {name: named.count(name) for name in named}
+    state = git_state(ROOT) or {"commit": "none, no clone", "changed": []}
+    changed = f", {len(state['changed'])} files changed" if state["changed"] else ""
     return {
+        "day": time.strftime("%Y-%m-%d"),
+        "commit": state["commit"][:14] + changed,
         "GPUs": "; ".join(f"{count} x {name}" for name, count in counts.items()),
         "CPU": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
     }

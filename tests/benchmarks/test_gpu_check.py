@@ -9,6 +9,7 @@ import torch
 
 from triptych.benchmarks import gpu_check, gpu_kernels, gpu_layouts
 from triptych.benchmarks.gpu_check import Launchers, Section
+from triptych.configs.compose import load_config
 from triptych.models.kernels import Installed, Kernel
 from triptych.tests.helpers.layouts import grid
 from triptych.tests.helpers.limits import HANG_S
@@ -54,6 +55,15 @@ def test_a_section_that_fails_says_why_and_the_others_go_on(tmp_path, launchers,
     assert "### Second\n\nfails prints\n\n    rank 3 says why" in page
     assert "```yaml\nvalues prints\n```" in page
     assert "holds prints model=small" in capsys.readouterr().out
+
+
+def test_what_is_measured_is_said_once_and_may_be_another():
+    measured = gpu_check.sections(["train.seq_len=4096", "model=qwen2_vl_7b"], miniature=False)[3:]
+    assert [section.name for section in measured] == ["gpu", "calibrate"]
+    for section in measured:
+        config = load_config(section.words)
+        assert (config.model.name, config.train.seq_len) == ("qwen2_vl_7b", 4096)
+    assert load_config(gpu_check.with_defaults([])).model.name == "qwen2_vl_2b"
 
 
 def test_all_bars_met(tmp_path, launchers):
