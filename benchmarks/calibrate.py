@@ -134,8 +134,8 @@ def step(model: Qwen2VL, batch: Batch, mesh: Mesh) -> Callable[[], None]:
 
 
 def product(config: Config, mesh: Mesh) -> tuple[float, Callable[[], Tensor]]:
-    """FLOPs of a matrix product, on a GPU as large as a pack is long, and the product."""
-    size = min(8192, max(1024, config.train.seq_len)) if HAS_CUDA else 1024
+    """FLOPs of a matrix product, on a GPU twice as large as a pack is long, and the product."""
+    size = min(8192, max(1024, 2 * config.train.seq_len)) if HAS_CUDA else 1024
     left = torch.randn(size, size, device=mesh.device, dtype=DTYPES[config.train.precision])
     return 2.0 * size**3, lambda: left.mm(left)
 

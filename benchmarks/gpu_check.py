@@ -29,7 +29,7 @@ LIMIT_S = 600
 """A section that takes longer is stopped."""
 NUM_LOG_LINES = 15
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=gpu")
-DEFAULTS = ("model=qwen2_vl_2b", "stage=2", "train.precision=bf16", "train.seq_len=8192")
+DEFAULTS = ("model=qwen2_vl_2b", "stage=2", "train.precision=bf16", "train.seq_len=4096")
 """Of what is measured on one GPU."""
 SMALL_MODEL = (
     "model=debug",
