@@ -50,12 +50,17 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
             _leave(f"{message}{NO_ROOM[error.errno]}")
         if isinstance(error, TriptychError) or (isinstance(error, OSError) and error.filename):
             _leave(message)
-        _leave(message, before=traceback.format_exc())
+        _leave(message, before=traceback.format_exc(), is_cause=not _lost_a_peer(error))
 
 
-def _leave(message: str, *, before: str = "", status: int = 1) -> NoReturn:
+def _lost_a_peer(error: Exception) -> bool:
+    """Whether it is an error of gloo or NCCL, as all ranks get it when one has ended."""
+    return type(error).__name__.startswith("Dist") or "gloo" in str(error)
+
+
+def _leave(message: str, *, before: str = "", status: int = 1, is_cause: bool = True) -> NoReturn:
     """Exit. Of the ranks of a node, the first to come here is heard, the others wait for it."""
-    if speaks_first(message):
+    if speaks_first(message, is_cause=is_cause):
         print(f"{before}{message}", file=sys.stderr, flush=True)
     else:
         time.sleep(SPEAKER_FIRST_S)

@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
         )
     dtype = options.dtype and DTYPES[Precision[options.dtype]]
     folder = conversion.export_hf(options.source, options.output, options.tokenizer, dtype)
-    print(f"{folder} -> {options.output}")
+    print(f"{folder} -> {options.output}\nhow to open it in Python: docs/first_hour.md")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,6 +1,7 @@
 """What is last on the screen when a command fails, under real torchrun."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,15 +19,22 @@ def main(argv):
     if argv[0] == "interrupt":
         print("ready", flush=True)
         time.sleep(600)
-    if argv[0] == "data" and rank == 1:
-        raise DataError("cat.jpg is cut off  -> copy it again")
     if argv[0] == "bug":
         raise ValueError("of all ranks")
-    time.sleep(600)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        from triptych.parallel.mesh import init_distributed
+        init_distributed(600)
+        import torch.distributed as dist
+        dist.barrier()
+    if argv[0] == "killed" and rank == 1:
+        os.kill(os.getpid(), 9)
+    if rank == 1:
+        raise DataError("cat.jpg is cut off  -> copy it again")
+    dist.barrier()  # fails, for want of rank 1
 
 run(main)
 """
-NUM_RANKS = 3
+NUM_RANKS = 2
 
 
 def start(folder: Path, *words: str) -> subprocess.Popen[str]:
@@ -50,6 +58,7 @@ def start(folder: Path, *words: str) -> subprocess.Popen[str]:
     [
         ("data", "[rank 1] DataError: cat.jpg is cut off  -> copy it again", 0),
         ("bug", "ValueError: of all ranks", 1),
+        ("killed", "", 1),
     ],
 )
 def test_the_error_is_told_at_once_and_is_the_last_on_the_screen(
@@ -60,9 +69,13 @@ def test_the_error_is_told_at_once_and_is_the_last_on_the_screen(
     assert process.returncode == 1, shown
     *_, last, border = shown.rstrip().splitlines()
     assert set(border) == {"="}
-    assert last.endswith(message), shown
     told, _, by_torchrun = shown.rpartition("Traceback (most recent call last)")
-    assert message in told
+    if kind == "killed":
+        assert re.search(r"Signal 9 \(SIGKILL\) received by PID \d+$", last), shown
+        assert "[rank 0] RuntimeError" in told
+    else:
+        assert last.endswith(message), shown
+        assert message in told
     assert told.count("Traceback") == num_tracebacks
     assert 'fails.py", line' not in by_torchrun
 
