@@ -107,6 +107,11 @@ def is_hopper() -> bool:
     return HAS_CUDA and torch.cuda.get_device_capability()[0] == 9
 
 
+def reads_memory_of(device: torch.device, index: int) -> bool:
+    """Whether ``device`` reads the memory of this node's device ``index``, by NVLink or PCIe."""
+    return index == device.index or torch.cuda.can_device_access_peer(device, index)
+
+
 def synchronize() -> None:
     """Wait for the device, where there is something to wait for."""
     if HAS_CUDA:

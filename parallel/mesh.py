@@ -5,14 +5,15 @@ Who this rank is on each axis, and the collectives over an axis that training it
 
 import math
 import os
+import platform
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from triptych.parallel.agree import ProcessGroupRanks, Ranks
-from triptych.parallel.device import BACKEND, let_peers_work, local_device
+from triptych.parallel.agree import ProcessGroupRanks, Ranks, ranks_where
+from triptych.parallel.device import BACKEND, let_peers_work, local_device, reads_memory_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +182,21 @@ def _host_group(timeout_s: int) -> dist.ProcessGroup | None:
         return None
     group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
     return group
+
+
+def tp_ranks_read_each_other(mesh: Mesh) -> bool:
+    """Whether the devices of every tp group read each other's memory; always so on a CPU.
+
+    Every rank must call this.
+    """
+    node = platform.node()
+    places = mesh.world.all_gather((node, mesh.device.index))
+    first = mesh.rank - mesh.tp_rank
+    reads_all = mesh.device.type == "cpu" or all(
+        peer_node == node and reads_memory_of(mesh.device, index)
+        for peer_node, index in places[first : first + mesh.dims.tp]
+    )
+    return not ranks_where(mesh.world, not reads_all)
 
 
 def broadcast_from_source(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

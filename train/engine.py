@@ -1,12 +1,12 @@
 """Model and sharded optimizer of this rank, built from the configuration of a run."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from triptych.checkpoints.run_state import RunTensors
-from triptych.configs.schema import Config, Zero
+from triptych.configs.schema import Config, ParallelConfig, Zero
 from triptych.costs.layer_split import layers_per_chunk
 from triptych.models.build import build_model
 from triptych.models.kernels import KernelTable, choose_here
@@ -14,8 +14,9 @@ from triptych.models.parameters import global_parameters, part_of
 from triptych.models.qwen_vl.sharding_table import sharding_table
 from triptych.models.sharding import ShardingTable
 from triptych.parallel.data_parallel import DataParallelModel, wrap_chunks
-from triptych.parallel.mesh import Mesh
+from triptych.parallel.mesh import Mesh, tp_ranks_read_each_other
 from triptych.parallel.zero.protocol import ShardedOptimizer
+from triptych.train.console import say
 from triptych.train.stages.parameter_counts import (
     ParameterCounts,
     check_trained_parts,
@@ -57,7 +58,8 @@ def build_engine(config: Config, mesh: Mesh) -> Engine:
     precision, zero = config.train.precision, config.optimizer.zero
     kernels = choose_here(config.train.kernels, precision)
     layers = layers_per_chunk(config)
-    chunks = build_model(config.model, config.parallel, precision, layers, mesh, kernels)
+    parallel = _without_what_cannot_run(config.parallel, mesh)
+    chunks = build_model(config.model, parallel, precision, layers, mesh, kernels)
     parameters = dict(global_parameters(chunks))
     stage = Stage(config)
     stage.freeze(parameters)
@@ -78,6 +80,21 @@ def build_engine(config: Config, mesh: Mesh) -> Engine:
         parameter_counts=counts,
         sharding=sharding,
     )
+
+
+def _without_what_cannot_run(parallel: ParallelConfig, mesh: Mesh) -> ParallelConfig:
+    """Symmetric memory overlaps tp communication, and needs devices that read each other's memory.
+
+    Every rank must call this.
+    """
+    overlap = parallel.overlap
+    if not overlap.tp_comm or tp_ranks_read_each_other(mesh):
+        return parallel
+    say(
+        "parallel.overlap.tp_comm is left out: the devices of a tp group cannot read each other's "
+        "memory (no NVLink)  -> parallel.overlap.tp_comm=false says the same"
+    )
+    return replace(parallel, overlap=replace(overlap, tp_comm=False))
 
 
 def _zero_of(choice: Zero) -> type[ShardedOptimizer]:

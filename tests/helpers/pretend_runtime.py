@@ -127,6 +127,7 @@ def _runtime(current: CurrentDevice, on_wait: Callable[[str], None]) -> dict[str
         "get_device_properties": lambda *_: PROPERTIES,
         "get_device_capability": lambda *_: (PROPERTIES.major, PROPERTIES.minor),
         "get_device_name": lambda *_: PROPERTIES.name,
+        "can_device_access_peer": lambda *_: True,
         "is_bf16_supported": lambda *_, **__: True,
         "mem_get_info": lambda *_: (MEMORY_BYTES, MEMORY_BYTES),
     }

@@ -14,7 +14,9 @@ from torch import Tensor
 from triptych.models import linear
 from triptych.models.linear import OverlappedColumnParallelLinear, OverlappedRowParallelLinear
 from triptych.parallel.mesh import build_mesh
+from triptych.tests.helpers.layouts import Layout, LayoutCase, config_of
 from triptych.tests.helpers.limits import HANG_S
+from triptych.train.engine import build_engine
 
 pytestmark = pytest.mark.distributed
 
@@ -139,3 +141,27 @@ def saved_bytes(kind: str, *, trains: bool) -> list[int]:
 def test_they_keep_no_more_for_the_backward_pass(pool, kind, trains):
     for theirs, ours in pool(2).run(saved_bytes, kind=kind, trains=trains):
         assert ours == theirs
+
+
+def kinds_of_layers(are_linked: bool) -> tuple[set[str], list[str]]:
+    """Class names of the linear layers of a sequence-parallel engine, and what was said."""
+    case = LayoutCase(Layout(tp=2, sequence_parallel=True), zero="megatron+all")
+    mesh = build_mesh(2, 1, seed=0, timeout_s=HANG_S)
+    told: list[str] = []
+    with (
+        mock.patch("triptych.train.engine.tp_ranks_read_each_other", return_value=are_linked),
+        mock.patch("triptych.train.engine.say", told.append),
+    ):
+        [chunk] = build_engine(config_of(case), mesh).bare_chunks
+    names = {type(module).__name__ for module in chunk.modules()}
+    return {name for name in names if "ParallelLinear" in name}, told
+
+
+def test_without_links_the_layers_are_megatrons_and_that_is_said(pool):
+    pair = {"ColumnParallelLinear", "RowParallelLinear"}
+    for kinds, told in pool(2).run(kinds_of_layers, are_linked=False):
+        assert kinds == pair
+        assert "tp_comm is left out" in told[0]
+    for kinds, told in pool(2).run(kinds_of_layers, are_linked=True):
+        assert {f"Overlapped{name}" for name in pair} <= kinds
+        assert not told

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from triptych.parallel.agree import SingleProcess
-from triptych.parallel.mesh import Dims, Mesh
+from triptych.parallel.mesh import Dims, Mesh, tp_ranks_read_each_other
+from triptych.tests.helpers.thread_ranks import ThreadRanks, on_ranks
 
 
 def mesh_at(pp_rank: int, tp_rank: int, *, pp: int, tp: int) -> Mesh:
@@ -33,3 +34,28 @@ def test_chunks_go_round_the_stages(tp: int, pp: int, vpp: int) -> None:
         assert [place.is_last for place in in_order] == [False] * (pp * vpp - 1) + [True]
     expected = [None] if vpp == 1 else list(range(vpp))
     assert all([place.vpp_rank for place in places] == expected for places in held.values())
+
+
+@pytest.mark.parametrize(
+    ("linked", "kind", "agreed"),
+    [
+        ({(0, 1), (1, 0), (2, 3), (3, 2)}, "cuda", True),
+        ({(0, 1), (1, 0), (2, 3)}, "cuda", False),
+        ({(0, 2), (2, 0), (1, 3), (3, 1)}, "cuda", False),
+        (set(), "cpu", True),
+    ],
+)
+def test_ranks_agree_whether_tp_groups_are_linked(linked, kind, agreed, monkeypatch) -> None:
+    """Two tp groups of two; one device that cannot read its peer's memory is enough for all."""
+    monkeypatch.setattr(
+        "triptych.parallel.mesh.reads_memory_of",
+        lambda device, index: index == device.index or (device.index, index) in linked,
+    )
+
+    def ask(ranks: ThreadRanks) -> bool:
+        dims, rank = Dims(tp=2, pp=1, dp=2), ranks.rank
+        device = torch.device(kind, rank)
+        mesh = Mesh(dims, ranks, rank, rank % 2, 0, rank // 2, device, *[Mock()] * 4)
+        return tp_ranks_read_each_other(mesh)
+
+    assert on_ranks(4, ask) == [agreed] * 4
