@@ -34,20 +34,27 @@ dist.destroy_process_group()
 """
 
 
+# Not `sbatch --wait`, which looks every ten seconds.
+TO_ITS_END = """
+    sbatch --nodes=2 --time=30 --output="$0" "$@" >&2 || exit
+    while [ -n "$(squeue --noheader)" ]; do sleep 0.2; done
+    scontrol --oneliner show job
+"""
+
+
 def submit(
-    tmp_path: Path, project: Path, *arguments: str, file: Path = SBATCH_FILE, **env: str
+    tmp_path: Path,
+    project: Path,
+    *arguments: str,
+    file: Path = SBATCH_FILE,
+    script: str = TO_ITS_END,
+    **env: str,
 ) -> tuple[str, str]:
-    """Run the job on a cluster of two nodes, to its end. Returns the job's state and its log.
+    """Run the job on a cluster of two nodes, by default to its end. Returns its state and its log.
 
     Slurm ends a job that hangs after half an hour (``TIMEOUT``), so that its log is shown.
     """
     log = tmp_path / "job.log"
-    # Not `sbatch --wait`, which looks every ten seconds.
-    script = """
-        sbatch --nodes=2 --time=30 --output="$0" "$@" >&2 || exit
-        while [ -n "$(squeue --noheader)" ]; do sleep 0.2; done
-        scontrol --oneliner show job
-    """
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -104,6 +111,31 @@ def test_training_runs_on_two_nodes(tmp_path: Path):
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert len(metrics) == 3
     assert list((run / "checkpoints").glob("step_*/COMMIT")), log
+
+
+NOTICE = """
+    job=$(sbatch --parsable --nodes=2 --time=30 --output="$0" "$@") || exit
+    until [ -s "$RUN/metrics.jsonl" ] || [ -z "$(squeue --noheader)" ]; do sleep 0.2; done
+    scancel --signal=USR1 --batch "$job"
+    until scontrol --oneliner show job "$job" | grep -q "Restarts=1" ||
+      [ -z "$(squeue --noheader)" ]; do sleep 0.2; done
+    scontrol --oneliner show job "$job"
+    scancel "$job"
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.slurm
+def test_a_job_that_is_given_notice_saves_and_is_requeued(tmp_path: Path):
+    run = tmp_path / "run"
+    endless = ["train.num_steps=null", "stage.token_budget=1000000000"]
+    words = ["stage=2", *endless, f"run.dir={run}"]
+    state, log = submit(tmp_path, ROOT, *words, script=NOTICE, RUN=str(run))
+    assert state in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"), log
+    stopped = json.loads((run / "stopped.json").read_text())
+    assert stopped["requeue"], log
+    assert set(stopped["asked_by"].values()) == {"SIGUSR1"}
+    assert (run / "checkpoints" / f"step_{stopped['step']:09d}.0" / "COMMIT").exists(), log
 
 
 @pytest.mark.slurm
