@@ -9,7 +9,7 @@ from dataclasses import is_dataclass
 from difflib import get_close_matches
 from typing import Any, get_origin, get_type_hints
 
-from triptych.configs.habits import habit_problems
+from triptych.configs.habits import habit_problems, plain_name
 from triptych.configs.problems import Problem, either, refusal
 from triptych.configs.schema import Config
 
@@ -31,7 +31,7 @@ def checked_overrides(words: Sequence[str], choices: Choices) -> list[str]:
     Raises:
         ConfigError: some name no key, group or choice. Lists them all, with the nearest that exist.
     """
-    problems = [problem for word in words for problem in _problems(word, choices)]
+    problems = [problem for word in _joined(words) for problem in _problems(word, choices)]
     for group in choices:
         given = [word for word in words if word.startswith(f"{group}=")]
         if len(given) > 1:
@@ -54,7 +54,7 @@ def _problems(word: str, choices: Choices) -> Iterator[Problem]:
     """What is wrong with one word."""
     match = OVERRIDE.fullmatch(word)
     if word.startswith("-"):
-        yield next(_habit_of_option(word), Problem(f"{word} is no option", "--help"))
+        yield _problem_of_option(word)
     elif word.startswith("~"):
         yield Problem(f"{word}: no key can be removed", "KEY=null, where the key may be empty")
     elif match is None:
@@ -84,10 +84,23 @@ def _problems(word: str, choices: Choices) -> Iterator[Problem]:
         )
 
 
-def _habit_of_option(word: str) -> Iterator[Problem]:
-    """``--max_steps=10`` and ``--bf16``, as other tools take them."""
-    key, _, value = word.partition("=")
-    yield from habit_problems(word, key, value or "VALUE")
+def _joined(words: Sequence[str]) -> Iterator[str]:
+    """``--max_steps 10``, as other tools take it, in one word."""
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if re.fullmatch(r"--[\w.-]+", word) and rest and not re.match(r"[-~]|\+*[\w.]+=", rest[0]):
+            word = f"{word}={rest.pop(0)}"
+        yield word
+
+
+def _problem_of_option(word: str) -> Problem:
+    """With ``--max_steps=10`` or ``--bf16``, as other tools take them: the key that does it."""
+    key, _, given = word.partition("=")
+    value = given or "VALUE"
+    same = [f"{name}={value}" for name in schema_keys() if plain_name(name) == plain_name(key)]
+    remedy = either(same) if same else "--help"
+    return next(habit_problems(word, key, value), Problem(f"{word} is no option", remedy))
 
 
 def _choice_problems(word: str, match: re.Match[str], names: Sequence[str]) -> Iterator[Problem]:
