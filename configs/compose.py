@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from triptych.configs.former_keys import former_keys
 from triptych.configs.overrides import checked_overrides
 from triptych.configs.problems import Problem, either, refusal
 from triptych.configs.schema import Config
@@ -65,10 +66,18 @@ def read_config(path: Path) -> Config:
     """Read back what ``save_config`` wrote.
 
     Raises:
-        ConfigError: no such file, not YAML, or not the configuration of a run.
+        ConfigError: no such file, not YAML, not the configuration of a run, or one with keys that
+            have other names by now; names them.
     """
     try:
-        return _typed(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))
+        content: Any = OmegaConf.load(path)
+        if former := list(former_keys(content)):
+            raise ConfigError(
+                "\n  ".join([f"{path} was written by an earlier version; of its keys", *former])
+                + "\n  -> use the version that wrote it, or resume the run: its next checkpoint has"
+                " today's keys"
+            )
+        return _typed(OmegaConf.merge(OmegaConf.structured(Config), content))
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
     except (OmegaConfBaseException, ValueError, YAMLError) as error:

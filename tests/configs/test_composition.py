@@ -3,12 +3,15 @@
 import re
 import subprocess
 import sys
+from functools import reduce
 from pathlib import Path
 
 import pytest
+import yaml
 
 from triptych.configs import compose, usage
 from triptych.configs.compose import load_config, read_config, save_config
+from triptych.configs.former_keys import FORMER_KEYS
 from triptych.configs.habits import HABITS
 from triptych.configs.overrides import schema_keys
 from triptych.configs.schema import Config, Decay, Precision, Recompute
@@ -328,6 +331,26 @@ def test_a_file_that_is_no_configuration(text: str | None, message: str, tmp_pat
         path.write_text(text)
     with pytest.raises(ConfigError, match=message):
         read_config(path)
+
+
+def test_every_key_of_an_earlier_version_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    save_config(load_config([]), path)
+    content = yaml.safe_load(path.read_text())
+    for key in FORMER_KEYS:
+        group, _, name = key.rpartition(".")
+        reduce(dict.__getitem__, group.split("."), content)[name] = None
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(ConfigError) as refused:
+        read_config(path)
+    title, *lines = str(refused.value).splitlines()
+    assert title == f"{path} was written by an earlier version; of its keys"
+    assert lines[:-1] == [f"  {key} is {today}" for key, today in FORMER_KEYS.items()]
+    assert lines[-1].startswith("  -> use the version that wrote it, or resume the run")
+
+
+def test_no_former_key_hides_one_of_today() -> None:
+    assert not set(FORMER_KEYS) & set(schema_keys())
 
 
 def test_print_config_prints_what_would_run(
