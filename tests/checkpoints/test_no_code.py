@@ -22,6 +22,7 @@ from triptych.tests.helpers.pool import RankFailureError
 from triptych.tests.helpers.runs import Runs
 
 pytestmark = pytest.mark.distributed
+slow = pytest.mark.slow
 
 REFUSED = r"is refused: .*; nothing in it was run  -> it was not saved by this project"
 
@@ -72,7 +73,12 @@ def metadata_of(folder: CheckpointFolder) -> Metadata:
     return pickle.loads((folder.shards / ".metadata").read_bytes())
 
 
-ATTACKS = [evil_metadata, evil_in_metadata, evil_value, evil_common, evil_random_state]
+ATTACKS = [
+    evil_metadata,
+    evil_value,
+    evil_common,
+    *(pytest.param(change, marks=slow) for change in (evil_in_metadata, evil_random_state)),
+]
 
 
 @pytest.fixture
@@ -103,7 +109,7 @@ def test_a_run_does_not_resume_from_code(change, attacked):
     assert not trace.exists()
 
 
-@pytest.mark.parametrize("change", [evil_metadata, evil_common])
+@pytest.mark.parametrize("change", [evil_metadata, pytest.param(evil_common, marks=slow)])
 def test_nor_does_anything_else_that_loads_weights(change, attacked, pool):
     runs, trace = attacked(change)
     folder = runs.dir("run")

@@ -112,9 +112,9 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(layout, rank, runs):
     ("ask", "rank", "told", "requeue"),
     [
         ("USR1", 1, "rank 1: SIGUSR1", True),
-        ("TERM", 1, "rank 1: SIGTERM", False),
+        pytest.param("TERM", 1, "rank 1: SIGTERM", False, marks=slow),
         ("USR1 TERM TERM", 0, "rank 0: SIGTERM", False),
-        ("", 0, "rank 0: the file {file}", False),
+        pytest.param("", 0, "rank 0: the file {file}", False, marks=slow),
         ("requeue\n", 0, "rank 0: the file {file}", True),
     ],
 )
