@@ -25,6 +25,7 @@ PACKAGES = {
     "liger_kernel": "liger-kernel",
     "transformer_engine": "Transformer Engine",
     "apex": "NVIDIA's apex",
+    "fused_weight_gradient_mlp_cuda": "apex's fused_weight_gradient_mlp_cuda",
 }
 """Module -> what people call it."""
 USED_MODULES = {
@@ -47,6 +48,7 @@ class Kernel(Enum):
     LIGER = "Liger"
     TRANSFORMER_ENGINE = "Transformer Engine"
     APEX = "apex FusedAdam"
+    APEX_PRODUCT = "apex, within the matrix product"
     COMPILED = "torch.compile"
     CHUNKED = "ours, in chunks of supervised tokens"
     TORCH = "torch"
@@ -141,6 +143,11 @@ def choose_adam(zero: Zero, installed: Installed) -> Choice:
             return Choice(kernel, "megatron-core takes it where it is installed")
     fused = "fused; " if installed.cuda else ""
     return Choice(Kernel.TORCH, f"{fused}neither Transformer Engine nor NVIDIA's apex is installed")
+
+
+def choose_grad_sum(kernels: Kernels, installed: Installed) -> Choice:
+    """Who adds the weight gradients of linear layers to their fp32 buffers."""
+    return _optional("fused_weight_gradient_mlp_cuda", Kernel.APEX_PRODUCT, kernels, installed)
 
 
 def _attention(kernels: Kernels, precision: Precision, installed: Installed) -> Choice:

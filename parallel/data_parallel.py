@@ -44,7 +44,11 @@ class DataParallelModel:
 
 
 def wrap_chunks(
-    chunks: Sequence[nn.Module], zero: Zero, overlap: OverlapConfig
+    chunks: Sequence[nn.Module],
+    zero: Zero,
+    overlap: OverlapConfig,
+    *,
+    sums_in_product: bool = False,
 ) -> list[DistributedDataParallel]:
     """Wrap the chunks of this rank, and tell megatron-core's schedule when to reduce gradients.
 
@@ -54,6 +58,8 @@ def wrap_chunks(
         chunks: with ``requires_grad`` set.
         zero: who sums gradients over the data-parallel ranks.
         overlap: whether gradients and weights travel while something is computed.
+        sums_in_product: whether linear layers add their weight gradients to the buffers within the
+            matrix product, by apex's kernel.
     """
     if zero is Zero.deepspeed:
         assert not overlap.grad_reduce, "refused by configs.rules"
@@ -61,6 +67,10 @@ def wrap_chunks(
         wrapped = [_accumulating(chunk) for chunk in chunks]
     else:
         wrapped = [_reducing(chunk, overlap) for chunk in chunks]
+    module: Any
+    for module in (module for chunk in chunks for module in chunk.modules()):
+        if hasattr(module, "gradient_accumulation_fusion"):  # here: a bare model has no buffers
+            module.gradient_accumulation_fusion = sums_in_product
     transformer: Any = wrapped[0].config  # megatron-core's schedule asks the first chunk's
     transformer.finalize_model_grads_func = _finish_gradients
     if overlap.grad_reduce:

@@ -9,7 +9,7 @@ from triptych.checkpoints.run_state import RunTensors
 from triptych.configs.schema import Config, ParallelConfig, Zero
 from triptych.costs.layer_split import layers_per_chunk
 from triptych.models.build import build_model
-from triptych.models.kernels import KernelTable, choose_here
+from triptych.models.kernels import Installed, Kernel, KernelTable, choose_grad_sum, choose_here
 from triptych.models.parameters import global_parameters, part_of
 from triptych.models.qwen_vl.sharding_table import sharding_table
 from triptych.models.sharding import ShardingTable
@@ -67,7 +67,13 @@ def build_engine(config: Config, mesh: Mesh) -> Engine:
     counts = count_parameters(parameters, sharding, mesh)
     check_trained_parts(stage, counts)
     parts = {name: part_of(name).value for name in parameters}
-    wrapped = wrap_chunks(chunks, zero, config.parallel.overlap)
+    grad_sum = choose_grad_sum(config.train.kernels, Installed.here())
+    wrapped = wrap_chunks(
+        chunks,
+        zero,
+        config.parallel.overlap,
+        sums_in_product=grad_sum.kernel is Kernel.APEX_PRODUCT,
+    )
     model = DataParallelModel(wrapped, parameters, parts)
     return Engine(
         mesh=mesh,

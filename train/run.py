@@ -15,7 +15,7 @@ from triptych.configs.schema import Config
 from triptych.costs.layer_split import layers_per_chunk, planned_bubble
 from triptych.data.plan.order import Plan
 from triptych.errors import ConfigError
-from triptych.models.kernels import Installed, choose_adam
+from triptych.models.kernels import Installed, choose_adam, choose_grad_sum
 from triptych.parallel.agree import differing_ranks
 from triptych.parallel.device import be_deterministic
 from triptych.parallel.mesh import Mesh, build_mesh, init_distributed, shutdown
@@ -165,8 +165,10 @@ def _bubble(config: Config, mesh: Mesh) -> str:
 
 
 def _kernels(config: Config, engine: Engine) -> str:
-    adam = choose_adam(config.optimizer.zero, Installed.here())
-    rows = [*engine.kernels.rows(), ("adam", adam)]
+    installed = Installed.here()
+    grad_sum = choose_grad_sum(config.train.kernels, installed)
+    adam = choose_adam(config.optimizer.zero, installed)
+    rows = [*engine.kernels.rows(), ("grad_sum", grad_sum), ("adam", adam)]
     return "\n".join(
         f"  {name:<10} {choice.kernel.value} ({choice.reason})" for name, choice in rows
     )
