@@ -13,8 +13,8 @@ PICTURE = "loss_curve.png"
 """The file in ``run.dir``."""
 LEAST_STEPS = 10
 """Fewer make no curve; Matplotlib, which is slow to load, is not asked for them."""
-SMOOTHING = 0.9
-"""Share of the average so far in an exponential moving average."""
+SHARE = 50
+"""The smoothed curve averages so small a part of the steps."""
 
 
 class LossCurve(Hook):
@@ -39,8 +39,9 @@ def draw(run_dir: Path) -> None:
     axes = figure.add_subplot(xlabel="step", ylabel="loss per supervised token", yscale="log")
     steps, losses = _curve(lines, "loss")
     axes.plot(steps, losses, color="#9db7d5", linewidth=0.7)
-    smooth = accumulate(losses, lambda mean, loss: SMOOTHING * mean + (1 - SMOOTHING) * loss)
-    axes.plot(steps, list(smooth), color="#1f4e8c", linewidth=1.8, label="training, smoothed")
+    window = max(LEAST_STEPS, len(losses) // SHARE)
+    label = f"training, mean of {window} steps"
+    axes.plot(steps, _means(losses, window), color="#1f4e8c", linewidth=1.8, label=label)
     steps, losses = _curve(lines, "validation_loss")
     if steps:
         axes.plot(steps, losses, "o-", color="#b3261e", markersize=3, label="validation")
@@ -56,3 +57,10 @@ def _curve(lines: list[dict[str, float]], name: str) -> tuple[list[float], list[
     """Steps and values, of the lines that have one."""
     points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
     return [step for step, _ in points], [value for _, value in points]
+
+
+def _means(values: list[float], window: int) -> list[float]:
+    """Of each value and those before it, ``window`` at most."""
+    sums = [0.0, *accumulate(values)]
+    ends = range(1, len(sums))
+    return [(sums[end] - sums[max(0, end - window)]) / min(end, window) for end in ends]

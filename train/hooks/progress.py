@@ -71,7 +71,7 @@ class Progress(Hook):
             _memory(event),
             *self._rates(event),
             *self._mfu(),
-            f"lr {max(event.result.lr.values()):.1e}",
+            f"lr {max(event.result.lr.values()):.1e}".replace("e-0", "e-"),
             f"fill {event.metrics['fill']:.3f}",
         ]
         ends = accumulate(len(SEPARATOR) + len(part) for part in parts)
@@ -109,7 +109,7 @@ class Progress(Hook):
 def _memory(event: StepEvent) -> str:
     """Of the device, where it has its own."""
     device, host = event.metrics["device_memory_bytes"], event.metrics["host_memory_bytes"]
-    return f"{(host if device is None else device) / 2**30:.3g} GiB"
+    return f"{(host if device is None else device) / 2**30:.1f} GiB"
 
 
 def _compact(number: float) -> str:
