@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from triptych.benchmarks.table import Row, finish
+from triptych.data.partition import Partition
 from triptych.models.activations import SwiGLU, quick_gelu
 from triptych.models.attention import VARLEN_ATTENTIONS, Segments
 from triptych.models.kernels import VARLEN, Installed, Kernel
@@ -62,10 +63,14 @@ def comparisons(installed: Installed, device: torch.device) -> Iterator[KernelCo
 
 def attentions(installed: Installed, device: torch.device) -> Iterator[KernelComparison]:
     """A decoder's, grouped queries of 128 that look back; the ViT's, heads of 80, both ways."""
+    modules, half = installed.modules, (torch.bfloat16,)
     kernels = {
         Kernel.PER_SEGMENT: tuple(BARS),
-        Kernel.TORCH_VARLEN: (torch.bfloat16,) if VARLEN in installed.modules else (),
-        Kernel.FLASH_ATTENTION: (torch.bfloat16,) if "flash_attn" in installed.modules else (),
+        Kernel.TORCH_VARLEN: half if VARLEN in modules else (),
+        Kernel.FLASH_ATTENTION: half if "flash_attn" in modules else (),
+        Kernel.FLASH_ATTENTION_3: (
+            half if "flash_attn_interface" in modules and installed.hopper else ()
+        ),
     }
     for kernel, dtypes in kernels.items():
         for what, heads, kv_heads, head_dim, causal in (
@@ -80,7 +85,7 @@ def attentions(installed: Installed, device: torch.device) -> Iterator[KernelCom
 
 
 def attention(kernel: Kernel, device: torch.device, causal: bool, head_dim: int) -> Function:
-    segments = Segments(device, BOUNDS)
+    segments = Segments(Partition.of(BOUNDS).each(lambda cu_seqlens: cu_seqlens.to(device)))
     scale = 1 / math.sqrt(head_dim)
     return lambda q, k, v: VARLEN_ATTENTIONS[kernel](q, k, v, segments, causal, scale)
 

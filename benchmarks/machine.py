@@ -22,6 +22,7 @@ PACKAGES = (
     "transformers",
     "triton",
     "flash-attn",
+    "flash-attn-3",
     "liger-kernel",
     "transformer-engine",
     "apex",
