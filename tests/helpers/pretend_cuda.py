@@ -35,7 +35,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any
 
 import torch
@@ -230,6 +230,8 @@ def _device() -> PretendedCuda:
     """The one of this process."""
     assert "triptych.parallel.device" not in sys.modules, "pretended too late: see the docstring"
     os.environ["DS_ACCELERATOR"] = "cuda"  # DeepSpeed asks the driver itself
+    # flash-attn's own Python code runs where it is installed, compiled or not
+    sys.modules.setdefault("flash_attn_2_cuda", ModuleType("flash_attn_2_cuda"))
     device = PretendedCuda()
     register_devices(NUM_DEVICES, lambda: device.current.index)
     patch_torch(device.current, device.note_wait)

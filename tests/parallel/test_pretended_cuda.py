@@ -4,6 +4,7 @@ pytest -s tests/parallel/test_pretended_cuda.py  # prints distances, waits and C
 """
 
 import dataclasses
+import importlib.util
 import random
 import time
 from collections import Counter
@@ -39,6 +40,8 @@ NUM_MICROBATCHES = 2
 """Of all dp ranks together, or as many as the layout needs."""
 FP32_BAR = 1e-6
 """Of losses and norms, relative; measured: 4.0e-7 at most."""
+HAS_FLASH = importlib.util.find_spec("flash_attn") is not None
+ATTENTION_BF16 = Kernel.FLASH_ATTENTION if HAS_FLASH else Kernel.TORCH_VARLEN
 BF16_BAND = 3.0
 """Of the gradient's distance to fp32, over that of the same layout on a CPU in bf16."""
 
@@ -119,7 +122,7 @@ def check(case: LayoutCase, pool, pretended_pool) -> None:
         got, want = torch.tensor(cuda[0].numbers), torch.tensor(cpu[0].numbers)
         print(f"  losses and norms: {float(((got - want).abs() / want.clamp(1e-9)).max()):.1e}")
         assert cuda[0].numbers == pytest.approx(cpu[0].numbers, rel=FP32_BAR)
-    attention = Kernel.TORCH_VARLEN if is_bf16 else Kernel.PER_SEGMENT
+    attention = ATTENTION_BF16 if is_bf16 else Kernel.PER_SEGMENT
     for rank, numbers in enumerate(cuda):
         assert numbers.attention is attention
         for place, count in Counter(wait.place for wait in numbers.waits).items():
