@@ -18,9 +18,9 @@ pytestmark = pytest.mark.distributed
 BAR = 1e-6
 """Of losses, relative."""
 OPTIONS = (
-    "train.global_batch_size=4",
+    "train.global_batch_size=2",
     "train.validate_every=3",
-    "train.validation_packs=4",
+    "train.validation_packs=2",
     "run.checkpoint_every=2",
     "run.weights_every=2",
 )
@@ -109,5 +109,6 @@ def commands_on_cuda(**options: Path) -> str:
     ],
 )
 def test_runs_of_other_layouts_go_through_in_bf16(layout, options, on_cpu, on_cuda):
-    run = start_and_resume(on_cpu, on_cuda, layout, "train.precision=bf16", *options)
+    larger = ("train.global_batch_size=4", "train.validation_packs=4", "train.precision=bf16")
+    run = start_and_resume(on_cpu, on_cuda, layout, *larger, *options)
     assert losses(run) == pytest.approx(losses(on_cpu.dir("cpu")), rel=1e-2)
