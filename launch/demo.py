@@ -70,9 +70,14 @@ def _begin(folder: Path, sizes: DemoSizes, seed: int) -> None:
     _announce(f"data: {sizes.num_images} pictures of scanned digits, and what is said about them")
     from triptych.data.digits.make import make_digits  # late: --help does not pay for torch
 
-    counts = {"num_images": sizes.num_images, "num_samples": sizes.num_samples}
-    tell = Bar("pictures and samples").show
-    make_digits(folder / "data", **counts, seed=seed, num_processes=NUM_RANKS, tell=tell)
+    make_digits(
+        folder / "data",
+        num_images=sizes.num_images,
+        num_samples=sizes.num_samples,
+        seed=seed,
+        num_processes=NUM_RANKS,
+        tell=Bar("pictures and samples").show,
+    )
 
 
 def _train(folder: Path, runs: Sequence[Run], seed: int) -> None:

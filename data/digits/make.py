@@ -15,7 +15,7 @@ import os
 import random
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -63,7 +63,7 @@ def make_digits(
     root: Path,
     *,
     num_images: int = 400,
-    num_samples: int = 400,
+    num_samples: int | Mapping[str, int] = 400,
     seed: int = 1234,
     num_processes: int = 1,
     tell: Callable[[int, int], None] | None = None,
@@ -74,7 +74,7 @@ def make_digits(
         root: the folder; appears when it is complete.
         num_images: pictures for training, shared by the datasets, and as many close-ups; a tenth as
             many are held out.
-        num_samples: of each dataset; of ``heldout`` a tenth as many.
+        num_samples: of each dataset, and of ``heldout`` a tenth as many; or of each by its name.
         seed: decides pictures and texts.
         num_processes: that share the work; the bytes are the same.
         tell: is called from a thread, twice a second and at the end, with the number of pictures
@@ -82,7 +82,11 @@ def make_digits(
     Raises:
         DataError: the folder exists, but was made with other arguments or by something else.
     """
-    arguments = {"num_images": num_images, "num_samples": num_samples, "seed": seed}
+    arguments = {
+        "num_images": num_images,
+        "num_samples": num_samples if isinstance(num_samples, int) else dict(num_samples),
+        "seed": seed,
+    }
     if root.exists():
         _check_same(root, arguments)
         return
@@ -104,7 +108,7 @@ def make_digits(
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _check_same(root: Path, arguments: dict[str, int]) -> None:
+def _check_same(root: Path, arguments: Mapping[str, Any]) -> None:
     if not have_digits(root):
         raise DataError(
             f"{root} exists, but has no {_RECORD}  -> remove it, or choose another root"
@@ -116,11 +120,13 @@ def _check_same(root: Path, arguments: dict[str, int]) -> None:
         )
 
 
-def _sizes(num_images: int, num_samples: int) -> tuple[list[int], list[int]]:
+def _sizes(num_images: int, num_samples: int | Mapping[str, int]) -> tuple[list[int], list[int]]:
     """Pictures of each kind of ``_IMAGES``, and samples of each of ``SOURCES``."""
-    num_samples_of = dict.fromkeys(SOURCES, num_samples)
-    num_samples_of["heldout"] = max(8, num_samples // 10)
-    return [num_images, num_images, max(8, num_images // 10)], list(num_samples_of.values())
+    if isinstance(num_samples, int):
+        heldout = {"heldout": max(8, num_samples // 10)}
+        num_samples = dict.fromkeys(SOURCES, num_samples) | heldout
+    num_images_of = [num_images, num_images, max(8, num_images // 10)]
+    return num_images_of, [num_samples[name] for name in SOURCES]
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """What `make demo` trains, in which layouts, how long, and what it must reach."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,8 +24,9 @@ class DemoSizes:
     """The sizes of a demo."""
 
     num_images: int
-    num_samples: int
-    """Samples of each dataset."""
+    """Pictures for training, and as many close-ups."""
+    num_samples: int | Mapping[str, int]
+    """Samples of each dataset, or of each by its name."""
     budgets: tuple[int, int, int, int]
     """Tokens of the warm-up and of stages 1, 2 and 3."""
     num_read: int
@@ -45,9 +47,17 @@ class Run:
 
 
 FULL = DemoSizes(
-    num_images=30_000,
-    num_samples=30_000,
-    budgets=(400_000, 750_000, 1_000_000, 800_000),
+    num_images=45_000,
+    num_samples={
+        "text": 12_000,
+        "text_chat": 12_000,
+        "classification": 48_000,
+        "captions": 18_000,
+        "strings": 60_000,
+        "chat": 15_000,
+        "heldout": 2_000,
+    },
+    budgets=(350_000, 750_000, 1_250_000, 350_000),
     num_read=400,
     num_exported=50,
     bars=Bars(accuracy=0.85, each=0.75, controls=0.15),
