@@ -57,7 +57,7 @@ FULL = DemoSizes(
         "chat": 15_000,
         "heldout": 2_000,
     },
-    budgets=(350_000, 750_000, 1_250_000, 350_000),
+    budgets=(350_000, 750_000, 1_250_000, 300_000),
     num_read=400,
     num_exported=50,
     bars=Bars(accuracy=0.85, each=0.75, controls=0.15),
@@ -107,7 +107,7 @@ def runs_of(sizes: DemoSizes) -> list[Run]:
             stage="3",
             what="language model and adapter learn to answer; the ViT is frozen (PP=2)",
             token_budget=third,
-            overrides="parallel=pp2 parallel.layout=[1,2] stage.adapter.lr=5e-4 stage.llm.lr=5e-4",
+            overrides="parallel=pp2 parallel.layout=[1,2] stage.adapter.lr=2e-4 stage.llm.lr=2e-4",
         ),
     ]
 
