@@ -128,9 +128,10 @@ def test_transformers_loads_an_export_bit_for_bit(tied, hub, exported):
 
 
 @pytest.mark.torchrun
-def test_an_export_in_bf16_is_the_weights_rounded(exported, imported, tokenizer, tmp_path):
+@pytest.mark.distributed
+def test_an_export_in_bf16_is_the_weights_rounded(exported, imported, tokenizer, pool, tmp_path):
     words = ["export", str(imported[True]), str(tmp_path / "out"), "--tokenizer", str(tokenizer)]
-    convert.main([*words, "--dtype", "bf16"])
+    pool(1).run(convert.main, argv=[*words, "--dtype", "bf16"])
     want, got = (load_file(folder / SINGLE) for folder in (exported[True], tmp_path / "out"))
     assert want.keys() == got.keys()
     assert {tensor.dtype for tensor in want.values()} == {torch.float32}

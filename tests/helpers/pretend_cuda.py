@@ -113,7 +113,9 @@ class PretendedCuda(TorchDispatchMode):
         """One operation of torch's."""
         if func is torch.ops.prim.device.default:
             return args[0].fake_device
-        kwargs, name = kwargs or {}, func._schema.name
+        kwargs, name = dict(kwargs or {}), func._schema.name
+        if _is_cuda(kwargs.get("device")):  # by its index: torch caches what "cuda" has meant once
+            kwargs["device"] = self._indexed(kwargs["device"])
         tensors = _tensors_in((args, kwargs))
         fakes = [tensor for tensor in tensors if isinstance(tensor, FakeTensor)]
         if not fakes and not _is_cuda(kwargs.get("device")):
@@ -206,12 +208,14 @@ class PretendedCuda(TorchDispatchMode):
 
     def _on_device(self, values: Tensor, device: Any) -> Tensor:
         """A CUDA tensor with these values."""
-        device = torch.device(device)
-        if device.index is None:
-            device = torch.device("cuda", self.current.index)
-        fake = self._fake(values, device)
+        fake = self._fake(values, self._indexed(device))
         _give_values(fake, values)
         return fake
+
+    def _indexed(self, device: Any) -> torch.device:
+        """The CUDA device; the current one where no index is given."""
+        device = torch.device(device)
+        return torch.device("cuda", self.current.index if device.index is None else device.index)
 
     def _fake(self, tensor: Tensor, device: torch.device | None = None) -> Tensor:
         if isinstance(tensor, FakeTensor):

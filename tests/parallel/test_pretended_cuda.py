@@ -138,9 +138,17 @@ CASES = [
     LayoutCase(
         Layout(tp=2, sequence_parallel=True, layers=(2,)), zero="megatron+all", precision="bf16"
     ),
-    LayoutCase(Layout(pp=2, layers=(1, 2)), tied=True, zero="deepspeed", llm="full", vit="full"),
+    pytest.param(
+        LayoutCase(
+            Layout(pp=2, layers=(1, 2)), tied=True, zero="deepspeed", llm="full", vit="full"
+        ),
+        marks=pytest.mark.slow,
+    ),
     LayoutCase(Layout(pp=2, layers=(1, 1, 1, 1), vpp=2), zero="megatron+all"),
-    LayoutCase(Layout(dp=2, layers=(2,)), "stage1", zero="megatron+grads"),
+    pytest.param(
+        LayoutCase(Layout(dp=2, layers=(2,)), "stage1", zero="megatron+grads"),
+        marks=pytest.mark.slow,
+    ),
     LayoutCase(Layout(dp=2, layers=(2,)), "stage3", zero="deepspeed", precision="bf16"),
 ]
 """On two ranks: more of them cost more than they show. Other layouts are left to make test-full."""

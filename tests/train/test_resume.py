@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 
-from triptych.configs.schema import Config
+from triptych.configs.schema import PARTS, Config
 from triptych.tests.helpers.processes import wait_until_dead
 from triptych.tests.helpers.runs import (
     LAYOUTS,
@@ -264,9 +264,10 @@ def test_another_model_is_refused(runs):
 
 
 def test_a_stage_takes_over_the_weights_of_the_one_before(runs):
-    """All else starts afresh; at step 1 the rate is 0, so the first checkpoint has the weights."""
+    """All else starts afresh; its rates move no weight, so the first checkpoint has them."""
     hand_over(runs, "stage1", "single", "stage=1", steps=3)
-    fresh = hand_over(runs, "fresh", "single", "stage=2", "init.checkpoint={stage1}")
+    rates = [f"stage.{part}.{rate}=1e-60" for part in PARTS for rate in ("lr", "min_lr")]
+    fresh = hand_over(runs, "fresh", "single", "stage=2", "init.checkpoint={stage1}", *rates)
     before = tensors(runs, "stage1", "step_000000003.0")
     after = tensors(runs, "fresh", "step_000000001.0")
     for name in (name for name in before if name.startswith("model.")):

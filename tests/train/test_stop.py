@@ -85,7 +85,7 @@ def train_and_ask(config: Config, rank: int, step: int) -> str:
     [
         pytest.param("single", 0, marks=slow),
         ("dp2", 1),
-        ("tp2 pp2", 3),
+        pytest.param("tp2 pp2", 3, marks=slow),
         pytest.param("tp2", 1, marks=slow),
         pytest.param("pp2", 0, marks=slow),
         pytest.param("pp2", 1, marks=slow),
