@@ -29,8 +29,8 @@ from triptych.parallel.agree import Ranks, on_every_rank, on_rank_0
 class CheckpointWriter:
     """Describes and commits what the ranks write into ``folder``.
 
-    A file belongs to the rank in its name, ``__3_0.distcp`` or ``rank_3.pt``, which must have
-    written it; any other file belongs to rank 0. Every rank must call every method.
+    A file belongs to the rank in its name, ``rank_00003.bin``, which must have written it; any
+    other file belongs to rank 0. Every rank must call every method.
     """
 
     def __init__(self, folder: CheckpointFolder, ranks: Ranks) -> None:

@@ -2,8 +2,10 @@
 
     run/checkpoints/
       step_000012000.0/       step.attempt; the attempt counts the starts of the run
-        shards/               weights and optimizer state, written by all ranks
-        rng/rank_00003.pt     random states, one file of each rank
+        shards/               weights and optimizer state, two files of each rank
+          rank_00003.bin      its part, byte by byte
+          rank_00003.json     which elements of which tensors these are
+        rng/rank_00003.safetensors    random states, one file of each rank
         data.json             position in the data, and what else is a number
         config.yaml           configuration of the run; an imported checkpoint has none
         model.json            what model the weights are of
@@ -33,7 +35,7 @@ MANIFEST = "MANIFEST.json"
 COMMIT = "COMMIT"
 
 _STEP = re.compile(r"step_(\d+)\.(\d+)((?:\.tmp|\.damaged|\.deleted)(?:_\d+)?)?")
-_OWNER = re.compile(r"(?:__|rank_)(\d+)[_.]")  # megatron's __3_0.distcp, our rank_00003.pt
+_OWNER = re.compile(r"rank_(\d+)[_.]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +81,12 @@ class CheckpointFolder:
 
     def random_state(self, rank: int) -> Path:
         """The random states of one rank."""
-        return self._random_states / f"rank_{rank:05d}.pt"
+        return self._random_states / f"rank_{rank:05d}.safetensors"
 
     @property
     def num_random_states(self) -> int:
         """Ranks that left theirs."""
-        return len(list(self._random_states.glob("rank_*.pt")))
+        return len(list(self._random_states.glob("rank_*.safetensors")))
 
     @property
     def _random_states(self) -> Path:
@@ -94,6 +96,30 @@ class CheckpointFolder:
         """Make the folder, with those in it that all ranks write into."""
         for folder in (self.path, self.shards, self._random_states):
             folder.mkdir()
+
+
+@dataclass(frozen=True, slots=True)
+class ShardFiles:
+    """The two files of one rank in the folder of shards."""
+
+    folder: Path
+    rank: int
+
+    @property
+    def content(self) -> Path:
+        """Bytes."""
+        return self.folder / f"rank_{self.rank:05d}.bin"
+
+    @property
+    def index(self) -> Path:
+        """Which elements of which tensors they are."""
+        return self.folder / f"rank_{self.rank:05d}.json"
+
+    @classmethod
+    def all(cls, folder: Path) -> "list[ShardFiles]":
+        """Of every rank that left its own, in order."""
+        indices = sorted(folder.glob("rank_*.json"))
+        return [cls(folder, writer_of(path.name)) for path in indices]
 
 
 class StepName(NamedTuple):
@@ -153,6 +179,6 @@ def step_folders(root: Path) -> list[Path]:
 
 
 def writer_of(name: str) -> int:
-    """The rank that a file belongs to: named in ``__3_0.distcp`` and ``rank_3.pt``, else 0."""
+    """The rank that a file belongs to: named in ``rank_00003.bin``, else 0."""
     match = _OWNER.match(name.rsplit("/", 1)[-1])
     return int(match.group(1)) if match else 0

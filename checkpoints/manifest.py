@@ -25,7 +25,8 @@ from triptych.data.hashed_files import HashedFile, hash_file
 from triptych.errors import CheckpointError
 from triptych.parallel.agree import Ranks, on_every_rank, on_rank_0
 
-FORMAT = 1
+FORMAT = 2
+"""1 held megatron-core's torch_dist shards, and pickles."""
 UNREADABLE = "  -> nothing was changed; make the files readable and type the command again"
 
 
@@ -96,7 +97,8 @@ def read_manifest(folder: Path) -> CheckpointManifest:
     if (found := content.pop("format")) != FORMAT:
         raise CheckpointError(
             f"{folder} has format {found}, this version reads {FORMAT}"
-            "  -> use the version that wrote it; its environment.json names the commit"
+            "  -> use the version that wrote it, which its environment.json names; this one "
+            "imports what that exports (launch/convert.py)"
         )
     files = {name: SavedFile(**record) for name, record in content.pop("files").items()}
     return CheckpointManifest(files=files, **content)

@@ -3,38 +3,34 @@
 Weights, optimizer state, random states and a few numbers, saved and loaded together.
 """
 
-import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import nn
 
 from triptych.checkpoints.environment import write_environment
 from triptych.checkpoints.layout import CheckpointFolder
-from triptych.checkpoints.metadata_pickle import refusing_code
 from triptych.checkpoints.model_file import differences
-from triptych.checkpoints.sharded import (
-    Tensors,
-    check_tensors,
-    load_tensors,
-    save_tensors,
-    stored_keys,
-    stored_shapes,
-    tensor_problems,
-)
+from triptych.checkpoints.pieces import Piece, own_part, stored_keys
+from triptych.checkpoints.shard_file import Snapshot
+from triptych.checkpoints.stored_tensors import StoredTensors
+from triptych.checkpoints.tensor_problems import tensor_problems
 from triptych.configs.model_schema import ModelConfig
 from triptych.errors import CheckpointError
 from triptych.models.sharding import ShardingTable
 from triptych.parallel.agree import on_every_rank
 from triptych.parallel.device import HAS_CUDA, random_states, set_random_states
 from triptych.parallel.mesh import Mesh
-from triptych.parallel.zero.protocol import STATE_KINDS, ParamState, ShardedOptimizer
+from triptych.parallel.zero.protocol import STATE_KINDS, ShardedOptimizer, StateShard
 
 WEIGHTS = "model"
+TRACKER = "megatron."
+"""Before the names of megatron-core's own random states."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +44,21 @@ class RunTensors:
     mesh: Mesh
 
 
+def pieces_to_save(run: RunTensors) -> Iterator[Piece]:
+    """This rank's part of optimizer state and weights. Every rank must call this."""
+    if run.optimizer is not None:
+        run.optimizer.gather_weights()
+        yield from _state_pieces(run, run.optimizer.state_shards())
+    yield from own_part(WEIGHTS, run.parameters, run.mesh)
+
+
+def weights_to_save(run: RunTensors) -> Iterator[Piece]:
+    """This rank's part of the weights only. Every rank must call this."""
+    if run.optimizer is not None:
+        run.optimizer.gather_weights()
+    yield from own_part(WEIGHTS, run.parameters, run.mesh)
+
+
 def save_state(folder: CheckpointFolder, run: RunTensors, numbers: Mapping[str, Any]) -> None:
     """Write everything into a folder that the store has begun. Every rank must call this.
 
@@ -59,26 +70,20 @@ def save_state(folder: CheckpointFolder, run: RunTensors, numbers: Mapping[str, 
     Raises:
         CheckpointError: on every rank alike, where some could not write; names them.
     """
-    kinds: dict[str, Tensors] = {WEIGHTS: run.parameters}
-    num_updates: dict[str, int] = {}
-    if run.optimizer is not None:
-        run.optimizer.gather_weights()
-        state = run.optimizer.state_by_param()
-        num_updates = run.optimizer.num_updates
-        for kind in STATE_KINDS:
-            kinds[kind] = {name: tensors[kind] for name, tensors in state.items()}
-    save_tensors(folder.shards, kinds, run.mesh, run.sharding)
+    snapshot = Snapshot()
+    snapshot.take(pieces_to_save(run), run.mesh, run.sharding)
+    random_state = _random_state()
 
-    def write_the_rest() -> None:
-        random_state = io.BytesIO()  # written at once, a full disk is an OSError
-        torch.save(_random_state(), random_state)
-        folder.random_state(run.mesh.rank).write_bytes(random_state.getvalue())
+    def write() -> None:
+        snapshot.write(folder.shards, run.mesh.rank)
+        folder.random_state(run.mesh.rank).write_bytes(random_state)
         if run.mesh.is_main:
+            num_updates = {} if run.optimizer is None else run.optimizer.num_updates
             content = json.dumps({**numbers, "num_updates": num_updates}, indent=1)
             folder.numbers.write_text(content + "\n")
             write_environment(folder.environment, run.mesh)
 
-    on_every_rank(run.mesh.world, write_the_rest, os_error=CheckpointError)
+    on_every_rank(run.mesh.world, write, os_error=CheckpointError)
 
 
 def save_weights(folder: CheckpointFolder, run: RunTensors) -> None:
@@ -87,9 +92,13 @@ def save_weights(folder: CheckpointFolder, run: RunTensors) -> None:
     Raises:
         CheckpointError: on every rank alike, where some could not write; names them.
     """
-    if run.optimizer is not None:
-        run.optimizer.gather_weights()
-    save_tensors(folder.shards, {WEIGHTS: run.parameters}, run.mesh, run.sharding)
+    snapshot = Snapshot()
+    snapshot.take(weights_to_save(run), run.mesh, run.sharding)
+    on_every_rank(
+        run.mesh.world,
+        lambda: snapshot.write(folder.shards, run.mesh.rank),
+        os_error=CheckpointError,
+    )
 
 
 def load_numbers(folder: Path) -> dict[str, Any]:
@@ -116,8 +125,8 @@ def refuse_other_model(folder: Path, model: ModelConfig, run: RunTensors) -> Non
     """
     kinds = {WEIGHTS: run.parameters}
     problems = differences(folder, model)
-    shards = CheckpointFolder(folder).shards
-    problems += tensor_problems(shards, kinds, run.mesh, run.sharding, strict=WEIGHTS)
+    stored = _stored(folder, run)
+    problems += tensor_problems(stored, kinds, run.mesh, run.sharding, strict=WEIGHTS)
     if problems:
         raise CheckpointError(
             f"{folder} is of another model:\n  "
@@ -132,7 +141,7 @@ def load_weights(folder: Path, run: RunTensors) -> None:
     The model is that of the checkpoint: ``refuse_other_model`` comes before, or it was built by the
     checkpoint's ``model.json``.
     """
-    load_tensors(CheckpointFolder(folder).shards, {WEIGHTS: run.parameters}, run.mesh, run.sharding)
+    _stored(folder, run).read_whole(WEIGHTS, run.parameters, run.mesh, run.sharding)
     if run.optimizer is not None:
         run.optimizer.refresh_master_weights()
 
@@ -149,20 +158,21 @@ def load_optimizer(folder: Path, run: RunTensors, *, partly: bool) -> None:
         CheckpointError: state of a parameter that trains is missing, and not ``partly``.
     """
     assert run.optimizer is not None
-    shards = CheckpointFolder(folder).shards
-    state = {name: _empty_state(p) for name, p in run.parameters.items() if p.requires_grad}
+    stored = _stored(folder, run)
+    trained = {name: p for name, p in run.parameters.items() if p.requires_grad}
     if partly:
-        stored = stored_shapes(shards)
-        state = {
-            name: tensors
-            for name, tensors in state.items()
-            if stored_keys(STATE_KINDS[0], name, run.sharding)[0] in stored
+        trained = {
+            name: parameter
+            for name, parameter in trained.items()
+            if stored_keys(STATE_KINDS[0], name, run.sharding)[0] in stored.shapes
         }
-    kinds = {kind: {name: t[kind] for name, t in state.items()} for kind in STATE_KINDS}
+    kinds = dict.fromkeys(STATE_KINDS, trained)
     strict = None if partly else STATE_KINDS[0]
-    check_tensors(shards, kinds, run.mesh, run.sharding, strict=strict)
-    load_tensors(shards, kinds, run.mesh, run.sharding)
-    run.optimizer.load_state_by_param(state, load_numbers(folder)["num_updates"])
+    if problems := tensor_problems(stored, kinds, run.mesh, run.sharding, strict=strict):
+        raise CheckpointError(f"{folder} is of another model:\n  " + "\n  ".join(problems))
+    shards = {n: shard for n, shard in run.optimizer.state_shards().items() if n in trained}
+    stored.read(_state_pieces(run, shards), run.mesh, run.sharding)
+    run.optimizer.take_over_updates(trained, load_numbers(folder)["num_updates"])
 
 
 def load_random_state(folder: Path, mesh: Mesh) -> bool:
@@ -176,22 +186,35 @@ def load_random_state(folder: Path, mesh: Mesh) -> bool:
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
     file = checkpoint.random_state(mesh.rank)
-    with refusing_code(file):
-        state = torch.load(file, map_location="cpu", weights_only=True)
+    try:
+        state = load_file(file)
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{file} holds no random states: {error}  -> it was not saved by this project"
+        ) from error
+    trackers = {key: state.pop(key) for key in list(state) if key.startswith(TRACKER)}
     if HAS_CUDA != ("cuda" in state):
         return False
     set_random_states(state)
-    get_cuda_rng_tracker().set_states(state["megatron"])
+    states = {key.removeprefix(TRACKER): value for key, value in trackers.items()}
+    get_cuda_rng_tracker().set_states(states)
     return True
 
 
-def _random_state() -> dict[str, Any]:
+def _random_state() -> bytes:
+    """As safetensors."""
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-    own, megatron = random_states(), get_cuda_rng_tracker().get_states()
-    return {"cpu": own.pop("cpu"), "megatron": megatron, **own}
+    trackers = get_cuda_rng_tracker().get_states().items()
+    content: bytes = save(random_states() | {f"{TRACKER}{name}": s for name, s in trackers})
+    return content
 
 
-def _empty_state(parameter: nn.Parameter) -> ParamState:
-    """In host memory: 12 bytes per element are more than a device has room for."""
-    return {kind: torch.empty(parameter.shape) for kind in STATE_KINDS}
+def _stored(folder: Path, run: RunTensors) -> StoredTensors:
+    return StoredTensors.open(CheckpointFolder(folder).shards, run.mesh.world)
+
+
+def _state_pieces(run: RunTensors, shards: Mapping[str, StateShard]) -> Iterator[Piece]:
+    for name, (start, tensors) in shards.items():
+        for kind, values in tensors.items():
+            yield Piece(kind, name, run.parameters[name], start, values)

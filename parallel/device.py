@@ -74,6 +74,35 @@ def to_host(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [copy.clone() for copy in pinned]  # what is kept must not stay pinned
 
 
+class HostBuffer:
+    """Host memory that tensors are copied to, again and again; pinned where there is a device."""
+
+    def __init__(self) -> None:
+        self.content = torch.empty(0, dtype=torch.uint8)
+        """What ``fill`` copied, byte by byte."""
+        self._memory = self.content
+
+    def fill(self, copies: Sequence[tuple[torch.Tensor, int]], num_bytes: int) -> None:
+        """Copy each tensor to its offset in bytes; the host waits for the device once for all.
+
+        Args:
+            copies: tensors, and where each begins: at a multiple of its elements' size.
+            num_bytes: of the whole content; what no tensor covers stays as it is.
+        """
+        if len(self._memory) < num_bytes:
+            self._memory = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=HAS_CUDA)
+        self.content = self._memory[:num_bytes]
+        for tensor, offset in copies:
+            place = self.view(offset, tensor.numel(), tensor.dtype)
+            place.view(tensor.shape).copy_(tensor, non_blocking=True)
+        if HAS_CUDA:
+            torch.cuda.current_stream().synchronize()
+
+    def view(self, offset: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        """(numel,) of ``dtype``, from ``offset`` bytes on."""
+        return self.content[offset : offset + numel * dtype.itemsize].view(dtype)
+
+
 def let_peers_work() -> None:
     """This thread, and those it starts from now on, take turns instead of interrupting each other.
 

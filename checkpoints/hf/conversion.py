@@ -15,9 +15,11 @@ from triptych.checkpoints.hf.name_table import name_table
 from triptych.checkpoints.layout import CHECKPOINTS, CheckpointFolder, step_folders
 from triptych.checkpoints.locate import locate
 from triptych.checkpoints.model_file import read_model
+from triptych.checkpoints.pieces import own_part
 from triptych.checkpoints.run_state import WEIGHTS
-from triptych.checkpoints.sharded import load_tensors, save_tensors, weights_dtype
+from triptych.checkpoints.shard_file import Snapshot
 from triptych.checkpoints.store import CheckpointStore
+from triptych.checkpoints.stored_tensors import StoredTensors
 from triptych.configs.compose import read_config
 from triptych.configs.model_schema import ModelConfig
 from triptych.configs.problems import refusal
@@ -27,7 +29,7 @@ from triptych.data.tokenizer import load_tokenizer
 from triptych.data.types import PixelLimits
 from triptych.errors import CheckpointError, ConfigError
 from triptych.models.qwen_vl.sharding_table import sharding_table
-from triptych.parallel.agree import SingleProcess
+from triptych.parallel.agree import SingleProcess, on_every_rank
 from triptych.parallel.mesh import build_mesh, init_distributed
 
 TIMEOUT_S = 600
@@ -36,7 +38,7 @@ TIMEOUT_S = 600
 def import_hf(source: Path, output: Path) -> Path:
     """Write the weights of a Hugging Face folder as a checkpoint for ``init.checkpoint=``.
 
-    Every rank must call this. Together they hold the whole model in memory, in its dtype.
+    Every rank must call this. Together they hold the whole model twice, in its dtype.
 
     Args:
         source: a folder with config.json and safetensors; config.json decides the sizes.
@@ -66,7 +68,13 @@ def import_hf(source: Path, output: Path) -> Path:
         if entry.exported
     }
     writer = CheckpointStore(root, mesh.world).begin(0)
-    save_tensors(writer.folder.shards, {WEIGHTS: weights}, mesh, sharding_table(model))
+    snapshot = Snapshot()
+    snapshot.take(own_part(WEIGHTS, weights, mesh), mesh, sharding_table(model))
+    on_every_rank(
+        mesh.world,
+        lambda: snapshot.write(writer.folder.shards, mesh.rank),
+        os_error=CheckpointError,
+    )
     writer.describe(model)
     return writer.commit({"stage": "imported", "from": source.name})
 
@@ -96,14 +104,14 @@ def export_hf(
     writer = HFWriter(output, model)
     init_distributed(TIMEOUT_S)
     mesh = build_mesh(1, 1, seed=0, timeout_s=TIMEOUT_S)
-    shards = CheckpointFolder(folder).shards
-    sharding, stored = sharding_table(model), weights_dtype(shards)
+    sharding = sharding_table(model)
+    stored = StoredTensors.open(CheckpointFolder(folder).shards, mesh.world)
     for name, entry in name_table(model).items():
         if not entry.exported:
             continue
-        weight = torch.empty(entry.shape, dtype=stored)
-        load_tensors(shards, {WEIGHTS: {name: weight}}, mesh, sharding)
-        writer.add(name, weight.to(dtype or stored))
+        weight = torch.empty(entry.shape, dtype=stored.weights_dtype)
+        stored.read_whole(WEIGHTS, {name: weight}, mesh, sharding)
+        writer.add(name, weight.to(dtype or stored.weights_dtype))
     writer.finish(tokenizer, _limits_of(folder))
     return folder
 

@@ -7,7 +7,7 @@ where a rank holds nothing of one, a single zero stands in.
 """
 
 import logging
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,26 +17,20 @@ import torch.distributed as dist
 from deepspeed.runtime.utils import is_model_parallel_parameter
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import logger as deepspeed_logger
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_grad,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-)
+from deepspeed.utils import safe_get_full_grad
 from deepspeed.utils.timer import NoopTimer
 from torch import Tensor, nn
 
 from triptych.configs.schema import PARTS, OptimizerConfig, Precision
 from triptych.parallel.data_parallel import DataParallelModel
-from triptych.parallel.device import BACKEND, HAS_CUDA, to_host
+from triptych.parallel.device import BACKEND, HAS_CUDA
 from triptych.parallel.mesh import Mesh
 from triptych.parallel.zero.protocol import (
     FUSED,
     MOMENTS,
     STATE_KINDS,
-    ParamState,
     ShardedOptimizer,
+    StateShard,
 )
 
 BUCKET_NUMEL = 50_000_000
@@ -92,35 +86,28 @@ class DeepSpeedZero(ShardedOptimizer):
         """Reduced gradients by name, whole over dp. Every rank of ``dp_group`` must call this."""
         return {name: safe_get_full_grad(p).float() for name, p in self._trained.items()}
 
-    def state_by_param(self, names: Container[str] | None = None) -> dict[str, ParamState]:
-        """Master weights and moments by name, whole over dp.
-
-        Every rank of ``dp_group`` must call this.
-        """
+    def state_shards(self) -> dict[str, StateShard]:
+        """What this rank owns of the state, by name; moments are zeros before the first update."""
         self._link_moments()
-        found = {}
+        shards = {}
+        parameter: Any
         for name, parameter in self._trained.items():
-            if names is None or name in names:
-                moments = [safe_get_full_optimizer_state(parameter, key) for key in MOMENTS]
-                copies = to_host([safe_get_full_fp32_param(parameter), *moments])
-                found[name] = dict(zip(STATE_KINDS, copies, strict=True))
-        return found
+            mapping = parameter._hp_mapping  # DeepSpeed's; None where this rank owns nothing of it
+            if mapping is not None:
+                moments = (mapping.get_hp_fragment(key).detach() for key in MOMENTS)
+                tensors = (mapping.get_hp_fragment().detach(), *moments)
+                start = mapping.lp_fragment_address.start
+                shards[name] = StateShard(start, dict(zip(STATE_KINDS, tensors, strict=True)))
+        return shards
 
-    def load_state_by_param(
-        self, state: Mapping[str, ParamState], num_updates: Mapping[str, int]
-    ) -> None:
-        """Take over the state of the named parameters; that of the others stays."""
+    def take_over_updates(self, names: Iterable[str], num_updates: Mapping[str, int]) -> None:
+        """Go on counting where whoever had the state of ``names`` stood; for their parts only."""
         self._link_moments()
-        self._take_over_updates(state, num_updates)
+        self._updates_of(names, num_updates)
         adam = self._zero.optimizer
         for group in adam.param_groups:
             for shard in group["params"]:
                 adam.state[shard]["step"] = self._adam_step(group, shard)
-        for name, tensors in state.items():
-            parameter = self._trained[name]
-            safe_set_full_fp32_param(parameter, tensors["master"])
-            for key in MOMENTS:
-                safe_set_full_optimizer_state(parameter, tensors[key], key)
 
     def gather_weights(self) -> None:
         """Nothing to wait for: weights are gathered within ``step``."""

@@ -17,9 +17,10 @@ BUCKET_NUMEL = 2**24
 def gather_whole(shards: Iterable[Shard], mesh: Mesh) -> Iterator[Tensor]:
     """Whole fp32 tensors in host memory, each of the shape of its parameter.
 
-    Sums in which each element is not zero on one rank only, of many small tensors at once. The
-    device has room for ``BUCKET_NUMEL`` elements or for one tensor, not for all. The host waits for
-    the device once for each bucket.
+    Sums in which each element is not zero on one rank only, of many small tensors at once; of their
+    bits, as a sum of numbers would lose the sign of a zero. The device has room for
+    ``BUCKET_NUMEL`` elements or for one tensor, not for all. The host waits for the device once
+    for each bucket.
 
     Args:
         shards: of the same parameters in the same order on every rank of ``dp_group``, which all
@@ -34,7 +35,7 @@ def gather_whole(shards: Iterable[Shard], mesh: Mesh) -> Iterator[Tensor]:
             if shard is not None:
                 whole[start : start + shard.numel()] = shard.detach().flatten()
         if mesh.dims.dp > 1:
-            dist.all_reduce(flat, group=mesh.dp_group)
+            dist.all_reduce(flat.view(torch.int32), group=mesh.dp_group)
         shapes = [parameter.shape for parameter, _, _ in bucket]
         yield from to_host(list(map(torch.Tensor.view, wholes, shapes)))
 

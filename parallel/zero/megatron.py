@@ -3,7 +3,7 @@
 Reduce-scatter of gradients, all-gather of parameters.
 """
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ from triptych.parallel.zero.protocol import (
     FUSED,
     MOMENTS,
     STATE_KINDS,
-    ParamState,
     ShardedOptimizer,
+    StateShard,
 )
 
 from megatron.core.optimizer import (
@@ -96,35 +96,29 @@ class MegatronZero(ShardedOptimizer):
         whole = gather_whole(pieces, self._mesh)
         return {name: next(whole) for name, *_ in shards}
 
-    def state_by_param(self, names: Container[str] | None = None) -> dict[str, ParamState]:
-        """Master weights and Adam's moments by name, whole over dp.
-
-        Every rank of ``dp_group`` must call this.
-        """
-        wanted = [shard for shard in self._shards() if names is None or shard[0] in names]
-        pieces = (
-            (parameter, piece, start)
-            for _, parameter, start, _, inner in wanted
-            for piece in _state_of(inner)
-        )
-        whole = gather_whole(pieces, self._mesh)
-        return {name: {kind: next(whole) for kind in STATE_KINDS} for name, *_ in wanted}
-
-    def load_state_by_param(
-        self, state: Mapping[str, ParamState], num_updates: Mapping[str, int]
-    ) -> None:
-        """Take over the state of the named parameters; that of the others stays."""
-        self._take_over_updates(state, num_updates)
-        for name, _, start, end, inner in self._shards():
-            if inner is None or name not in state:
+    def state_shards(self) -> dict[str, StateShard]:
+        """What this rank owns of the state, by name; moments are zeros before the first update."""
+        shards = {}
+        for name, _, start, _, inner in self._shards():
+            if inner is None:
                 continue
             adam, main = inner
-            shard = {key: value.flatten()[start:end] for key, value in state[name].items()}
-            main.data.copy_(shard["master"])
-            adam.state[main] = {key: shard[key].to(main).clone() for key in MOMENTS}
-            if isinstance(adam, torch.optim.AdamW):
-                step = float(self.num_updates[self._model.parts[name]])
-                adam.state[main]["step"] = torch.tensor(step, device=main.device)
+            if not adam.state[main]:
+                adam.state[main] = {key: torch.zeros_like(main) for key in MOMENTS}
+                if isinstance(adam, torch.optim.AdamW):
+                    adam.state[main]["step"] = self._adam_step(name, main)
+            moments = (adam.state[main][key] for key in MOMENTS)
+            shards[name] = StateShard(
+                start, dict(zip(STATE_KINDS, (main.detach(), *moments), strict=True))
+            )
+        return shards
+
+    def take_over_updates(self, names: Iterable[str], num_updates: Mapping[str, int]) -> None:
+        """Go on counting where whoever had the state of ``names`` stood; for their parts only."""
+        self._updates_of(names, num_updates)
+        for name, *_, inner in self._shards():
+            if inner is not None and "step" in inner[0].state[inner[1]]:
+                inner[0].state[inner[1]]["step"] = self._adam_step(name, inner[1])
         for optimizer in self._optimizers:
             _set_fused_steps(optimizer.optimizer, self.num_updates)
 
@@ -140,6 +134,10 @@ class MegatronZero(ShardedOptimizer):
     def refresh_master_weights(self) -> None:
         """Copy the model's weights to the master weights."""
         self._chain.reload_model_params()
+
+    def _adam_step(self, name: str, main: Tensor) -> Tensor:
+        """Where torch's fused AdamW wants it: beside the weights."""
+        return torch.tensor(float(self.num_updates[self._model.parts[name]]), device=main.device)
 
     def _shards(
         self,
@@ -158,14 +156,6 @@ class MegatronZero(ShardedOptimizer):
         for name, parameter in self._trained.items():
             start, end, inner = owned.get(id(parameter), (0, 0, None))
             yield name, parameter, start, end, inner
-
-
-def _state_of(inner: tuple[torch.optim.Optimizer, Tensor] | None) -> list[Tensor | None]:
-    """This rank's pieces, in the order of ``STATE_KINDS``; None stands for zeros or for nothing."""
-    if inner is None:
-        return [None for _ in STATE_KINDS]
-    adam, main = inner
-    return [main.data, *(adam.state[main].get(key) for key in MOMENTS)]
 
 
 def _param_groups(model: DataParallelModel, weight_decay: float) -> dict[ParamKey, dict[str, Any]]:

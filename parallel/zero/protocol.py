@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Container, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from triptych.parallel.data_parallel import DataParallelModel
 from triptych.parallel.device import HAS_CUDA
 from triptych.parallel.dtypes import DTYPES
 from triptych.parallel.mesh import Mesh
+from triptych.parallel.zero.gather import gather_whole
 
 FUSED = HAS_CUDA
 """Whether torch's AdamW, where it is the one, updates all weights in one kernel."""
@@ -23,6 +25,15 @@ STATE_KINDS = ("master", *MOMENTS)
 ParamState = dict[str, Tensor]
 """By kind: fp32 in host memory, each of the shape of this rank's parameter. 12 bytes per element,
 which a device has no room for."""
+
+
+class StateShard(NamedTuple):
+    """The range of a parameter whose optimizer state this dp rank owns."""
+
+    start: int
+    """In the flat parameter."""
+    tensors: ParamState
+    """By kind: (end - start,) fp32, where the optimizer has it. Whoever writes to it changes it."""
 
 
 class ShardedOptimizer(ABC):
@@ -71,20 +82,40 @@ class ShardedOptimizer(ABC):
         """Reduced gradients by name. A collective of ``dp_group``."""
 
     @abstractmethod
-    def state_by_param(self, names: Container[str] | None = None) -> dict[str, ParamState]:
-        """Optimizer state by name, for what trains, or for ``names`` only.
-
-        A collective of ``dp_group``.
-        """
+    def state_shards(self) -> dict[str, StateShard]:
+        """What this rank owns of the state, by name; moments are zeros before the first update."""
 
     @abstractmethod
+    def take_over_updates(self, names: Iterable[str], num_updates: Mapping[str, int]) -> None:
+        """Go on counting where whoever had the state of ``names`` stood; for their parts only."""
+
+    def state_by_param(self, names: Container[str] | None = None) -> dict[str, ParamState]:
+        """Optimizer state by name, whole over dp, for what trains, or for ``names`` only.
+
+        Every rank of ``dp_group`` must call this.
+        """
+        shards = self.state_shards()
+        wanted = {n: p for n, p in self._trained.items() if names is None or n in names}
+        whole = gather_whole(
+            (
+                (parameter, shards[name].tensors[kind], shards[name].start)
+                if name in shards
+                else (parameter, None, 0)
+                for name, parameter in wanted.items()
+                for kind in STATE_KINDS
+            ),
+            self._mesh,
+        )
+        return {name: {kind: next(whole) for kind in STATE_KINDS} for name in wanted}
+
     def load_state_by_param(
         self, state: Mapping[str, ParamState], num_updates: Mapping[str, int]
     ) -> None:
-        """Take over the state of the named parameters; that of the others stays.
-
-        ``num_updates`` is taken over for the parts that they belong to.
-        """
+        """Take over the whole state of the named parameters; that of the others stays."""
+        self.take_over_updates(state, num_updates)
+        for name, (start, shard) in self.state_shards().items():
+            for kind, values in shard.items() if name in state else ():
+                values.copy_(state[name][kind].flatten()[start : start + len(values)])
 
     @abstractmethod
     def gather_weights(self) -> None:
@@ -108,11 +139,11 @@ class ShardedOptimizer(ABC):
         dist.all_reduce(squared)
         return squared.double()
 
+    def _updates_of(self, names: Iterable[str], num_updates: Mapping[str, int]) -> None:
+        """Set ``num_updates`` for the parts that ``names`` belong to."""
+        parts = {self._model.parts[name] for name in names}
+        self.num_updates |= {part: num_updates[part] for part in parts}
+
     def _count_update(self) -> None:
         """One update was made, of all parts."""
         self.num_updates = {part: count + 1 for part, count in self.num_updates.items()}
-
-    def _take_over_updates(self, names: Iterable[str], num_updates: Mapping[str, int]) -> None:
-        """Go on counting where whoever had the state of ``names`` stood."""
-        parts = {self._model.parts[name] for name in names}
-        self.num_updates |= {part: num_updates[part] for part in parts}

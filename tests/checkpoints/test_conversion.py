@@ -26,7 +26,7 @@ from triptych.checkpoints.hf.model_config import hf_config
 from triptych.checkpoints.hf.name_table import name_table
 from triptych.checkpoints.model_file import read_model
 from triptych.checkpoints.run_state import WEIGHTS
-from triptych.checkpoints.sharded import load_tensors
+from triptych.checkpoints.stored_tensors import StoredTensors
 from triptych.configs.compose import load_config
 from triptych.configs.validate import validate
 from triptych.data.prepare.build_dataset import build_dataset
@@ -165,7 +165,8 @@ def weights_of(run: Path) -> dict[str, Tensor]:
         if entry.exported
     }
     mesh = build_mesh(1, 1, seed=0, timeout_s=HANG_S)
-    load_tensors(folder / "shards", {WEIGHTS: weights}, mesh, sharding_table(model))
+    stored = StoredTensors.open(folder / "shards", mesh.world)
+    stored.read_whole(WEIGHTS, weights, mesh, sharding_table(model))
     return weights
 
 

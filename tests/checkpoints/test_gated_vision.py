@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from triptych.checkpoints.pieces import own_part
 from triptych.checkpoints.run_state import WEIGHTS
-from triptych.checkpoints.sharded import load_tensors, save_tensors
+from triptych.checkpoints.shard_file import Snapshot
+from triptych.checkpoints.stored_tensors import StoredTensors
 from triptych.configs.schema import Kernels, ParallelConfig, Precision
 from triptych.models.build import build_model
 from triptych.models.init import init_parameters
@@ -43,14 +45,16 @@ def drawn(mesh: Mesh) -> dict[str, Tensor]:
 
 def save(folder: Path, table: ShardingTable) -> None:
     mesh = build_mesh(2, 1, seed=0, timeout_s=60)
-    save_tensors(folder, {WEIGHTS: drawn(mesh)}, mesh, table)
+    snapshot = Snapshot()
+    snapshot.take(own_part(WEIGHTS, drawn(mesh), mesh), mesh, table)
+    snapshot.write(folder, mesh.rank)
 
 
 def names_that_differ(folder: Path, table: ShardingTable) -> set[str]:
     mesh = build_mesh(1, 1, seed=0, timeout_s=60)
     want = drawn(mesh)
     got = {name: torch.full_like(weight, torch.nan) for name, weight in want.items()}
-    load_tensors(folder, {WEIGHTS: got}, mesh, table)
+    StoredTensors.open(folder, mesh.world).read_whole(WEIGHTS, got, mesh, table)
     return {name for name in want if not torch.equal(got[name], want[name])}
 
 

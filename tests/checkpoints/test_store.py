@@ -32,7 +32,7 @@ def save(store: CheckpointStore, step: int, rank: int = 0) -> Path:
     """What the ranks of a run do: begin, write, commit. The content says the step."""
     writer = store.begin(step)
     folder = writer.folder
-    (folder.shards / f"__{rank}_0.distcp").write_bytes(bytes([step % 256, rank]) * 500)
+    (folder.shards / f"rank_{rank}.bin").write_bytes(bytes([step % 256, rank]) * 500)
     folder.random_state(rank).write_bytes(b"r" * 10)
     if rank == 0:
         (folder.shards / ".metadata").write_bytes(b"m" * 40)
@@ -65,9 +65,9 @@ def test_committed_folder_has_the_documented_layout(tmp_path):
     assert (manifest.step, manifest.attempt, manifest.info) == (12_000, 0, INFO)
     assert {name: record.size for name, record in manifest.files.items()} == {
         "data.json": 15,
-        "rng/rank_00000.pt": 10,
+        "rng/rank_00000.safetensors": 10,
         "shards/.metadata": 40,
-        "shards/__0_0.distcp": 1000,
+        "shards/rank_0.bin": 1000,
     }
     assert (tmp_path / "latest").read_text() == "step_000012000.0\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_000012000.0"]
@@ -77,8 +77,8 @@ def test_committed_folder_has_the_documented_layout(tmp_path):
 @pytest.mark.parametrize(
     ("name", "rank"),
     [
-        ("shards/__3_0.distcp", 3),
-        ("rng/rank_00012.pt", 12),
+        ("shards/rank_3.bin", 3),
+        ("rng/rank_00012.safetensors", 12),
         ("shards/.metadata", 0),
         ("a/b_7.json", 0),
     ],
@@ -150,14 +150,17 @@ def test_retention_counts_no_abandoned_branch_as_newest(tmp_path):
 
 DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "flipped bit": (
-        lambda f: flip_bit(f / "shards/__0_0.distcp"),
-        r"shards/__0_0.distcp has xxh3-128",
+        lambda f: flip_bit(f / "shards/rank_0.bin"),
+        r"shards/rank_0.bin has xxh3-128",
     ),
     "truncated": (
-        lambda f: os.truncate(f / "shards/__0_0.distcp", 999),
+        lambda f: os.truncate(f / "shards/rank_0.bin", 999),
         "has 999 bytes, .* says 1000",
     ),
-    "emptied": (lambda f: os.truncate(f / "rng/rank_00000.pt", 0), "rng/rank_00000.pt has 0 bytes"),
+    "emptied": (
+        lambda f: os.truncate(f / "rng/rank_00000.safetensors", 0),
+        "rng/rank_00000.safetensors has 0 bytes",
+    ),
     "missing": (lambda f: (f / "data.json").unlink(), "data.json is missing"),
     "no COMMIT": (lambda f: (f / COMMIT).unlink(), "COMMIT is missing"),
     "empty COMMIT": (lambda f: os.truncate(f / COMMIT, 0), "COMMIT says ''"),
@@ -219,7 +222,7 @@ def failing(monkeypatch):
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
-@pytest.mark.parametrize("end", ["shards/__0_0.distcp", MANIFEST, COMMIT])
+@pytest.mark.parametrize("end", ["shards/rank_0.bin", MANIFEST, COMMIT])
 def test_what_cannot_be_read_is_not_damaged(tmp_path, failing, end, number):
     """Every checkpoint used to be renamed, and the run to say that it has none."""
     folders = run_with(1, 2, root=tmp_path)
@@ -237,7 +240,7 @@ def test_what_cannot_be_read_is_not_damaged(tmp_path, failing, end, number):
 
 def test_all_ranks_hear_of_a_file_that_one_cannot_read(tmp_path, failing):
     run_with(1, 2, root=tmp_path)
-    failing["__0_0.distcp"] = errno.EIO
+    failing["rank_0.bin"] = errno.EIO
     errors = on_ranks(3, lambda ranks: CheckpointStore(tmp_path, ranks).newest())
     assert len({str(error) for error in errors}) == 1
     assert re.search(r"rank \d: .*Input/output error", str(errors[0]))
@@ -258,11 +261,11 @@ def test_a_half_written_folder_that_cannot_be_read_is_not_removed(tmp_path, fail
 
 def test_another_format_is_refused_by_name(tmp_path):
     folder = CheckpointFolder(run_with(1, 2, root=tmp_path)[-1])
-    text = folder.manifest.read_text().replace('"format": 1', '"format": 7').encode()
+    text = folder.manifest.read_text().replace('"format": 2', '"format": 7').encode()
     folder.manifest.write_bytes(text)
     folder.commit.write_text(xxhash.xxh3_128_hexdigest(text))
     for find in (newest, lambda root: locate(root, SingleProcess())):
-        with pytest.raises(CheckpointError, match="has format 7, this version reads 1  -> use the"):
+        with pytest.raises(CheckpointError, match="has format 7, this version reads 2  -> use the"):
             find(tmp_path)
     assert len(step_folders(tmp_path)) == 2
 
@@ -422,7 +425,7 @@ def test_dying_anywhere_in_a_save_costs_at_most_that_save(tmp_path, killer):
 def test_dying_anywhere_in_the_recovery_is_recovered_from(tmp_path, killer):
     def scenario(root: Path) -> None:
         store = CheckpointStore(root, SingleProcess())
-        (store.begin(300).folder.shards / "__0_0.distcp").write_bytes(b"half")
+        (store.begin(300).folder.shards / "rank_0.bin").write_bytes(b"half")
         flip_bit(root / "step_000000200.0" / "data.json")
         newest(root)
         save(CheckpointStore(root, SingleProcess()), 300)
@@ -444,7 +447,7 @@ while True:
     step += 1
     writer = store.begin(step)
     for part in range(3):
-        (writer.folder.shards / f"__0_{part}.distcp").write_bytes(bytes([step % 256]) * 300_000)
+        (writer.folder.shards / f"rank_0_{part}.bin").write_bytes(bytes([step % 256]) * 300_000)
     writer.commit({"step": step})
     store.retain(2)
     print(step, flush=True)
@@ -466,7 +469,7 @@ def test_sigkill_leaves_the_last_announced_checkpoint(tmp_path):
         assert found is not None
         step = read_manifest(found).info["step"]
         assert step >= int(announced[-1] if announced else 1)
-        assert (found / "shards" / "__0_2.distcp").read_bytes() == bytes([step % 256]) * 300_000
+        assert (found / "shards" / "rank_0_2.bin").read_bytes() == bytes([step % 256]) * 300_000
 
 
 # --- several ranks
@@ -490,7 +493,7 @@ def test_ranks_write_and_find_the_same_checkpoint(tmp_path, world_size):
     assert writers == {name: writer_of(name) for name in writers}
     assert set(writers.values()) == set(range(world_size))
 
-    flip_bit(tmp_path / "step_000000003.0" / "shards" / f"__{world_size - 1}_0.distcp")
+    flip_bit(tmp_path / "step_000000003.0" / "shards" / f"rank_{world_size - 1}.bin")
     resumed = on_ranks(
         3, lambda ranks: CheckpointStore(tmp_path, ranks).newest()
     )  # under another world size
@@ -505,7 +508,7 @@ def test_a_rank_that_cannot_read_its_file_back_fails_the_commit_on_all(tmp_path)
         save(store, 1, ranks.rank)
         writer = store.begin(2)
         if ranks.rank == 1:
-            file = writer.folder.shards / "__1_0.distcp"
+            file = writer.folder.shards / "rank_1.bin"
             file.symlink_to("/proc/self/mem")  # reading gives EIO
         writer.commit(INFO)
 
@@ -550,10 +553,10 @@ ranks = ProcessGroupRanks()
 store = CheckpointStore(folder / "checkpoints", ranks)
 for step in (1, 2):
     writer = store.begin(step)
-    (writer.folder.shards / f"__{rank}_0.distcp").write_bytes(bytes([step, rank]) * 1000)
+    (writer.folder.shards / f"rank_{rank}.bin").write_bytes(bytes([step, rank]) * 1000)
     saved = writer.commit({})
 if rank == 0:
-    os.truncate(saved / "shards" / "__1_0.distcp", 7)
+    os.truncate(saved / "shards" / "rank_1.bin", 7)
 dist.barrier()
 print(CheckpointStore(folder / "checkpoints", ranks).newest().name)
 dist.destroy_process_group()
@@ -574,4 +577,4 @@ def test_gloo_processes_fall_back_together(tmp_path):
     ]
     outputs = [process.communicate() for process in ranks]
     assert [out for out, _ in outputs] == ["step_000000001.0\n"] * 2, outputs
-    assert "__1_0.distcp has 7 bytes" in outputs[0][1]
+    assert "rank_1.bin has 7 bytes" in outputs[0][1]

@@ -11,10 +11,8 @@ from triptych.parallel.megatron_finder import prepare_megatron
 
 MODULES = (
     "torch._dynamo",
-    "torch.distributed.checkpoint",
     "deepspeed.runtime.zero.muon.original_muon",  # else with the first optimizer, for a second
     "hydra._internal.core_plugins",
-    "megatron.core.dist_checkpointing.strategies.torch",
     "megatron.core.distributed",
     "megatron.core.models.gpt",
     "megatron.core.optimizer",

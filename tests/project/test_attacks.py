@@ -255,18 +255,14 @@ def test_a_run_of_which_all_checkpoints_are_damaged_is_no_start(tmp_path):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("target", "error"),
-    [
-        ("megatron.core.dist_checkpointing.strategies.filesystem_async._write_item", "Worker"),
-        ("pathlib.Path.write_bytes", "No space left on device"),
-    ],
+    "target", ["triptych.checkpoints.shard_file.write_block", "pathlib.Path.write_bytes"]
 )
-def test_a_full_disk_on_one_rank_fails_the_save_on_all_and_loses_nothing(target, error, runs):
+def test_a_full_disk_on_one_rank_fails_the_save_on_all_and_loses_nothing(target, runs):
     runs.train("run", "dp2", "train.num_steps=2")
     messages = runs.call(refusal_on_full_disk, "run", "dp2", "train.num_steps=4", target=target)
     assert len(set(messages)) == 1, messages
     assert messages[0].startswith("CheckpointError: step 4 could not be saved in ")
-    assert f"rank 1: {error}" in messages[0] or f"rank 1: [Errno 28] {error}" in messages[0]
+    assert "rank 1: [Errno 28] No space left on device" in messages[0]
     assert "what was saved before is as it was" in messages[0]
     assert checkpoint_names(runs.dir("run")) == ["step_000000002.0", "step_000000004.1.tmp"]
     runs.train("run", "dp2", "train.num_steps=4")

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from triptych.configs.schema import PARTS, Config
+from triptych.tests.helpers.plain_shards import whole_tensors
 from triptych.tests.helpers.processes import wait_until_dead
 from triptych.tests.helpers.runs import (
     LAYOUTS,
@@ -197,7 +198,7 @@ def test_a_damaged_checkpoint_is_passed_over_on_all_ranks(runs):
     options = ("train.num_steps=6", "run.checkpoint_every=3")
     runs.train("run", "tp2", *options)
     whole = without_times(runs.dir("run"))
-    shard = next((runs.dir("run") / "checkpoints" / "step_000000006.0" / "shards").glob("*.distcp"))
+    shard = next((runs.dir("run") / "checkpoints" / "step_000000006.0" / "shards").glob("*.bin"))
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
@@ -313,13 +314,7 @@ def hand_over(runs: Runs, name: str, layout: str, *more: str, steps: int = 1) ->
 def tensors(runs: Runs, name: str, checkpoint: str) -> dict[str, torch.Tensor]:
     """Every stored tensor by key."""
     folder = runs.dir(name) / "checkpoints" / checkpoint / "shards"
-    return runs.call(load_plain, name, "single", folder=str(folder))[0]
-
-
-def load_plain(config: Config, folder: str) -> dict[str, torch.Tensor]:
-    from megatron.core import dist_checkpointing
-
-    return dist_checkpointing.load_plain_tensors(folder)
+    return whole_tensors(folder)
 
 
 def test_an_initial_checkpoint_is_not_needed_to_resume(runs):

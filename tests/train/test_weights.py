@@ -8,7 +8,7 @@ import torch
 from triptych.checkpoints.hf.name_table import name_table
 from triptych.checkpoints.model_file import read_model
 from triptych.checkpoints.run_state import WEIGHTS
-from triptych.checkpoints.sharded import load_tensors
+from triptych.checkpoints.stored_tensors import StoredTensors
 from triptych.models.qwen_vl.sharding_table import sharding_table
 from triptych.parallel.mesh import build_mesh
 from triptych.tests.helpers.limits import HANG_S
@@ -55,7 +55,8 @@ def equal_weights(one: Path, other: Path) -> bool:
             for name, entry in name_table(model).items()
             if entry.exported
         }
-        load_tensors(folder / "shards", {WEIGHTS: weights}, mesh, sharding_table(model))
+        stored = StoredTensors.open(folder / "shards", mesh.world)
+        stored.read_whole(WEIGHTS, weights, mesh, sharding_table(model))
         loaded.append(weights)
     return all(torch.equal(loaded[0][name], loaded[1][name]) for name in loaded[0])
 
