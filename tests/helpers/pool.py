@@ -175,7 +175,7 @@ class RankPool:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _start(self) -> None:
-        self._folder.mkdir(parents=True)
+        (self._folder / "rendezvous").mkdir(parents=True)
         context = multiprocessing.get_context("forkserver")
         loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
         environment = {

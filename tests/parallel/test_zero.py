@@ -69,7 +69,7 @@ def run_sharded(
     The second half of the steps is made by the second optimizer, which takes over from the first.
     """
     engine = engine_of(case, zeros[0])
-    steps = {kind: make_step(kind, engine.mesh, 1) for kind in KINDS}
+    steps = {kind: make_step(kind, engine.mesh, 2) for kind in KINDS}
     losses = []
     for number, kind in enumerate(kinds()):
         if number == STEPS // 2 and zeros[1] is not zeros[0]:
@@ -120,7 +120,7 @@ def run_plain(case: LayoutCase) -> tuple[list[float], dict[str, Tensor], int]:
     )
     losses, num_clipped = [], 0
     for kind in kinds():
-        step = make_step(kind, engine.mesh, 1)
+        step = make_step(kind, engine.mesh, 2)
         engine.optimizer.zero_grad()
         total = sum_losses(engine.chunks, step.microbatches, engine.mesh, forward_only=False)
         losses.append(float(total) / count(step, engine.mesh).num_supervised_tokens)
