@@ -1,7 +1,8 @@
 """What happens at the first import of ``megatron.core``.
 
-Its version is checked, its expected warnings are silenced, and where there is no CUDA its modules
-are given the loader of ``megatron_on_cpu``. This module itself imports neither torch nor
+Its version is checked, its expected warnings are silenced, trackers that it would import and we do
+not let it use are hidden from it, and where there is no CUDA its modules are given the loader of
+``megatron_on_cpu``. This module itself imports neither torch nor
 megatron-core: a tool that needs neither does not wait for them.
 """
 
@@ -17,6 +18,10 @@ from types import ModuleType
 from triptych.errors import ConfigError
 
 MEGATRON_VERSION = "0.16.1"
+IMPORT_TRACKERS = ("megatron.core.timers", "megatron.core.inference.contexts.dynamic_context")
+TRACKERS = ("wandb", "torch.utils.tensorboard")
+"""A fifth of what a process takes to its first step, in every rank, if these modules import them;
+they do without where these are not installed."""
 
 
 def prepare_megatron() -> None:
@@ -30,12 +35,12 @@ def prepare_megatron() -> None:
 
 
 class MegatronFinder(importlib.abc.MetaPathFinder):
-    """Finds ``megatron.core`` modules where they are; on a CPU, gives them the rewriting loader."""
+    """Finds ``megatron.core`` modules where they are, and gives them other loaders."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """Spec with ``CpuLoader`` for ``megatron.core.*``; None leaves the rest to Python.
+        """How to load ``megatron.core.*``; None leaves the rest to Python.
 
         Raises:
             ConfigError: another version of megatron-core is installed than the one this was tested
@@ -48,14 +53,38 @@ class MegatronFinder(importlib.abc.MetaPathFinder):
             _silence_expected_warnings()
         from triptych.parallel.device import HAS_CUDA  # late: imports torch
 
-        if HAS_CUDA:
-            return None
-        from triptych.parallel.megatron_on_cpu import CpuLoader
-
         spec = importlib.machinery.PathFinder.find_spec(fullname, path)
-        if spec is not None and isinstance(spec.loader, importlib.machinery.SourceFileLoader):
+        if spec is None or not isinstance(spec.loader, importlib.machinery.SourceFileLoader):
+            return spec
+        if not HAS_CUDA:
+            from triptych.parallel.megatron_on_cpu import CpuLoader
+
             spec.loader = CpuLoader(spec.loader.name, spec.loader.path)
+        if fullname in IMPORT_TRACKERS:
+            spec.loader = LoaderWithoutTrackers(spec.loader)
         return spec
+
+
+class LoaderWithoutTrackers(importlib.abc.Loader):
+    """Runs a module as if ``TRACKERS`` were not installed."""
+
+    def __init__(self, loader: importlib.abc.Loader) -> None:
+        """Load by ``loader``."""
+        self._loader = loader
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        """As the loader does."""
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """As the loader does; what it tries to import of ``TRACKERS`` raises ImportError."""
+        hidden = [name for name in TRACKERS if name not in sys.modules]
+        sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None: not to be found
+        try:
+            self._loader.exec_module(module)
+        finally:
+            for name in hidden:
+                del sys.modules[name]
 
 
 def _refuse_other_version() -> None:

@@ -1,12 +1,15 @@
 """The rewriting loader: what it makes of a source, and what it keeps of that."""
 
+import importlib.util
 import sys
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 import pytest
 
 from triptych.parallel import megatron_on_cpu
 from triptych.parallel.device import HAS_CUDA
+from triptych.parallel.megatron_finder import LoaderWithoutTrackers
 from triptych.parallel.megatron_on_cpu import CpuLoader
 
 pytestmark = pytest.mark.skipif(HAS_CUDA, reason="nothing is rewritten where there is CUDA")
@@ -73,3 +76,19 @@ def test_nothing_is_written_where_python_may_not(
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     assert "where" in load(module)
     assert not kept(module)
+
+
+def test_trackers_are_hidden_from_a_module_and_from_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    path = tmp_path / "timers.py"
+    path.write_text("try:\n    import wandb\nexcept ImportError:\n    wandb = None\n")
+    loader = LoaderWithoutTrackers(SourceFileLoader("timers", str(path)))
+    spec = importlib.util.spec_from_loader("timers", loader)
+    assert spec is not None
+    timers = importlib.util.module_from_spec(spec)
+    loader.exec_module(timers)
+    assert timers.wandb is None
+    assert "wandb" not in sys.modules
+    assert importlib.util.find_spec("wandb") is not None
