@@ -247,10 +247,16 @@ class InitConfig:
 
     checkpoint: str | None = None
     """Run folder, checkpoint folder or converted Hugging Face model."""
+    language: str | None = None
+    """Folder of a Qwen2 or Qwen2.5 text model, in place of ``checkpoint``."""
+    vision: str | None = None
+    """Folder of a CLIP ViT, as transformers or open_clip saves it, or of a Qwen2-VL or Qwen2.5-VL
+    model, whose ViT is taken; in place of ``checkpoint``."""
     optimizer_state: bool = False
     """Also carry over the optimizer state of what goes on training."""
     allow_random: bool = False
-    """Random weights are accepted where no checkpoint is given."""
+    """Random weights are accepted where no others are given. Without them, the merger still starts
+    from random ones beside ``language`` and ``vision``, as no folder has it."""
 
 
 @dataclass(kw_only=True, slots=True)

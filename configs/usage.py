@@ -32,6 +32,8 @@ OVERRIDES = {
     "train.validate_every": "steps between validation losses",
     "data.max_pixels": "larger images are reduced to this",
     "init.checkpoint": "the weights to start from: a run, a checkpoint or a converted model",
+    "init.language": "a Qwen2 or Qwen2.5 text model to start from, with init.vision",
+    "init.vision": "a CLIP ViT, or a Qwen2-VL or Qwen2.5-VL model for its ViT, to start from",
     "init.allow_random": "start from random weights on purpose",
     "run.dir": "where logs and checkpoints go",
     "run.checkpoint_every": "steps between checkpoints",

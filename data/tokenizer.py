@@ -97,11 +97,16 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
     backend = _load_backend(folder)
     names = [field.name for field in fields(TokensConfig)]
     vocab = backend.get_vocab(with_added_tokens=True)
-    missing = [f"<|{name}|>" for name in names if f"<|{name}|>" not in vocab]
+    missing = [
+        f"<|{name}|> ({getattr(TokensConfig(), name)})"
+        for name in names
+        if f"<|{name}|>" not in vocab
+    ]
     if missing:
         raise ConfigError(
-            f"the tokenizer in {folder} lacks {len(missing)} of the special tokens of Qwen2-VL: "
-            f"{' '.join(missing)}  -> add them, or take the tokenizer of a Qwen2-VL model"
+            f"the tokenizer in {folder} lacks {len(missing)} of the special tokens of Qwen2-VL (by "
+            f"their ids there): {', '.join(missing)}  -> add them, or take the tokenizer of a "
+            "Qwen2-VL or Qwen2.5 model; that of a Qwen2 text model has none for pictures"
         )
     ids = {name: vocab[f"<|{name}|>"] for name in names}
     backend.encode_special_tokens = True  # in text they are ordinary characters
@@ -113,6 +118,23 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
             "pass for an image or the end of a turn"
         )
     return Tokenizer(backend, TokensConfig(**ids))
+
+
+def foreign_ids(theirs: Path, ours: Path) -> list[str]:
+    """Tokens of one folder that another one lacks or gives other ids, in one line.
+
+    Raises:
+        ConfigError: one of them cannot be read.
+    """
+    known = _load_backend(ours).get_vocab(with_added_tokens=True)
+    vocab = _load_backend(theirs).get_vocab(with_added_tokens=True)
+    foreign = sorted((i, token) for token, i in vocab.items() if known.get(token) != i)
+    if not foreign:
+        return []
+    shown = ", ".join(
+        f"{token!r} is {i} there, {known.get(token)} here" for i, token in foreign[:3]
+    )
+    return [f"{len(foreign)} of its {len(vocab)} tokens are not those of {ours}: {shown}"]
 
 
 def _load_backend(folder: Path) -> tokenizers.Tokenizer:

@@ -4,7 +4,7 @@ Each parameter is drawn from its own generator, by its global name.
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,13 @@ EMBEDDING_STD = 0.02
 
 
 def init_parameters(
-    chunks: Iterable[nn.Module], table: ShardingTable, mesh: Mesh, seed: int
+    chunks: Iterable[nn.Module],
+    table: ShardingTable,
+    mesh: Mesh,
+    seed: int,
+    but: Container[str] = (),
 ) -> None:
-    """Draw every parameter of this rank.
+    """Draw the parameters of this rank.
 
     Matrices are normal with deviation 1 / sqrt(fan_in), norm weights are 1, biases 0.
     The same ``seed`` gives the same model in every layout. Makes the full tensor of one parameter
@@ -32,9 +36,12 @@ def init_parameters(
         table: how the model's parameters lie over the ranks.
         mesh: this rank's place.
         seed: decides every weight.
+        but: names of those that are left as they are.
     """
     with torch.no_grad():
         for name, parameter in global_parameters(chunks):
+            if name in but:
+                continue
             sharding = table[name]
             drawn_as = EMBEDDING if table.tied and name == HEAD else name
             full = _draw(drawn_as, full_shape(parameter, sharding, mesh.dims.tp), seed)

@@ -3,9 +3,11 @@
 From its own newest checkpoint, from another one's weights, or from random ones.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from triptych.checkpoints.hf.starting_points import StartingPart, open_parts, table_of_fates
 from triptych.checkpoints.layout import CheckpointFolder, step_folders
 from triptych.checkpoints.locate import locate
 from triptych.checkpoints.run_state import (
@@ -48,6 +50,8 @@ class StartingPoint:
     """All is taken from the checkpoint, not the weights alone."""
     told: str = ""
     """What is another than in the checkpoint that it resumes."""
+    parts: Sequence[StartingPart] = ()
+    """Published weights of the language model, the ViT or both."""
 
 
 def find_start(config: Config, engine: Engine, plan: Plan, store: CheckpointStore) -> StartingPoint:
@@ -61,7 +65,7 @@ def find_start(config: Config, engine: Engine, plan: Plan, store: CheckpointStor
     own = _own_checkpoint(config, store, engine.mesh.world)
     if own is not None:
         return _resumed(own, config, engine, plan)
-    folder = None
+    folder, parts = None, open_parts(config.init, config.model, Path(config.data.tokenizer))
     if config.init.checkpoint is not None:
         folder = locate(Path(config.init.checkpoint), engine.mesh.world)
         refuse_other_model(folder, config.model, engine.tensors)
@@ -72,16 +76,14 @@ def find_start(config: Config, engine: Engine, plan: Plan, store: CheckpointStor
         cursor=plan.start,
         segments=(PlanSpan(step=0, plan=plan.hash),),
     )
-    return StartingPoint(state, folder, resumes=False)
+    return StartingPoint(state, folder, resumes=False, parts=parts)
 
 
 def load_start(start: StartingPoint, config: Config, engine: Engine) -> None:
     """Set weights, optimizer and random state. Every rank must call this."""
     folder, mesh = start.checkpoint, engine.mesh
     if folder is None:
-        init_parameters(engine.bare_chunks, engine.sharding, mesh, config.seed)
-        engine.optimizer.refresh_master_weights()
-        say(f"weights: random, drawn from seed={config.seed} (init.allow_random=true)")
+        _start_afresh(start.parts, config, engine)
         return
     load_weights(folder, engine.tensors)
     if start.resumes:
@@ -95,6 +97,22 @@ def load_start(start: StartingPoint, config: Config, engine: Engine) -> None:
         load_optimizer(folder, engine.tensors, partly=True)
         carried = "carried over for what goes on training"
     say(f"weights: {folder}; optimizer state {carried}; schedule and data from the start")
+
+
+def _start_afresh(parts: Sequence[StartingPart], config: Config, engine: Engine) -> None:
+    """From published weights and, where there are none, from random ones."""
+    mesh = engine.mesh
+    filled = {name: part for part in parts for name in part.entries if name in engine.parameters}
+    whole = filled.keys() - {name for part in parts for name in part.drawn_in_part}
+    init_parameters(engine.bare_chunks, engine.sharding, mesh, config.seed, but=whole)
+    for name, part in filled.items():
+        part.fill(name, engine.parameters[name], mesh.tp_rank, mesh.dims.tp)
+    engine.optimizer.refresh_master_weights()
+    if not parts:
+        say(f"weights: random, drawn from seed={config.seed} (init.allow_random=true)")
+        return
+    names = {name for each in mesh.world.all_gather(list(engine.parameters)) for name in each}
+    say(f"weights, what is initialised from seed={config.seed}:\n{table_of_fates(parts, names)}")
 
 
 def _own_checkpoint(config: Config, store: CheckpointStore, ranks: Ranks) -> Path | None:

@@ -12,27 +12,27 @@ any order; after ``finish``, transformers loads the folder.
 """
 
 import json
-import re
 import shutil
-from collections import defaultdict
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from triptych.checkpoints.hf.model_config import generation_config, hf_config, preprocessor_config
 from triptych.checkpoints.hf.name_table import HF_EMBEDDING, HF_HEAD, hub_name, name_table
+from triptych.checkpoints.hf.tensor_files import (
+    INDEX,
+    SINGLE,
+    open_tensors,
+    read_piece,
+    tensor_differences,
+)
 from triptych.configs.model_schema import ModelConfig
 from triptych.data.types import PixelLimits
 from triptych.errors import CheckpointError
-from triptych.models.sharding import TensorSharding
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -46,7 +46,7 @@ TOKENIZER_FILES = (
 
 
 class HFReader:
-    """Reads pieces of a Hugging Face folder. The files stay memory-mapped while it lives.
+    """Reads pieces of a Hugging Face folder. Its files stay memory-mapped.
 
     Raises:
         CheckpointError: a file is missing or damaged, or the tensors are not those of ``model``;
@@ -55,13 +55,8 @@ class HFReader:
 
     def __init__(self, folder: Path, model: ModelConfig) -> None:
         self._table = name_table(model)
-        self._slices: dict[str, Any] = {}
-        for path in _weight_files(folder):
-            try:
-                file: Any = safe_open(path, framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{path} cannot be read: {error}") from error
-            self._slices |= {hub_name(name): file.get_slice(name) for name in file.keys()}
+        tensors = open_tensors(folder)
+        self._slices = {hub_name(name): tensor for name, tensor in tensors.items()}
         self._check(folder, model)
 
     def read(self, name: str, tp_rank: int = 0, tp: int = 1) -> Tensor:
@@ -74,8 +69,9 @@ class HFReader:
         """
         entry = self._table[name]
         blocks = entry.transform.blocks
-        sharding = entry.sharding if tp > 1 else TensorSharding.REPLICATED
-        parts = [_piece(self._slices[hf], sharding, blocks, tp_rank, tp) for hf in entry.theirs]
+        parts = [
+            read_piece(self._slices[hf], entry.sharding, blocks, tp_rank, tp) for hf in entry.theirs
+        ]
         return entry.transform.to_ours(parts)
 
     def _check(self, folder: Path, model: ModelConfig) -> None:
@@ -83,17 +79,7 @@ class HFReader:
         found = {name: tuple(part.get_shape()) for name, part in self._slices.items()}
         if model.language.tie_word_embeddings and self._head_is_embedding():
             del found[HF_HEAD]
-        shared = wanted.keys() & found.keys()
-        problems = [
-            *_grouped("missing", wanted.keys() - found.keys()),
-            *_grouped("unexpected", found.keys() - wanted.keys()),
-            *(
-                f"mis-shaped: {name} is {found[name]}, the model has {wanted[name]}"
-                for name in sorted(shared)
-                if wanted[name] != found[name]
-            ),
-        ]
-        if problems:
+        if problems := tensor_differences(wanted, found):
             raise CheckpointError(
                 f"{folder} does not hold the tensors of model {model.name}:\n  "
                 + "\n  ".join(problems)
@@ -165,7 +151,7 @@ class HFWriter:
             CheckpointError: a tensor was not added, or there is no tokenizer.
         """
         if missing := [name for name, entry in self._missing.items() if entry.exported]:
-            lines = "\n  ".join(_grouped("missing", missing))
+            lines = "\n  ".join(tensor_differences({name: () for name in missing}, {}))
             raise CheckpointError(f"cannot finish the export of {self._model.name}:\n  {lines}")
         if not (tokenizer / "tokenizer_config.json").exists():
             raise CheckpointError(f"{tokenizer} holds no tokenizer_config.json")
@@ -216,42 +202,3 @@ class HFWriter:
 
     def _write_json(self, name: str, content: dict[str, Any]) -> None:
         (self._work / name).write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder, single or sharded."""
-    if (folder / SINGLE).exists():
-        return [folder / SINGLE]
-    if not (folder / INDEX).exists():
-        found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-        raise CheckpointError(
-            f"{folder} holds neither {SINGLE} nor {INDEX}; "
-            f"found {', '.join(found[:8]) or 'nothing'}"
-        )
-    weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
-    return [folder / name for name in sorted(set(weight_map.values()))]
-
-
-def _piece(part: Any, sharding: TensorSharding, blocks: int, tp_rank: int, tp: int) -> Tensor:
-    """What a tp rank needs of one of their tensors, read from the file and nothing more."""
-    if sharding is TensorSharding.REPLICATED:
-        whole: Tensor = part[:]
-        return whole
-    size: int = part.get_shape()[1 if sharding is TensorSharding.COLUMNS else 0] // blocks
-    assert size % tp == 0, "parallel.tp is validated"
-    start, stop = tp_rank * size // tp, (tp_rank + 1) * size // tp
-    if sharding is TensorSharding.COLUMNS:
-        columns: Tensor = part[:, start:stop]
-        return columns
-    return torch.cat([part[i * size + start : i * size + stop] for i in range(blocks)])
-
-
-def _grouped(problem: str, names: Iterable[str]) -> list[str]:
-    """One line for each name, or for all layers that share one."""
-    groups = defaultdict(list)
-    for name in sorted(names):
-        groups[re.sub(r"\.\d+\.", ".*.", name)].append(name)
-    return [
-        f"{problem}: {group[0] if len(group) == 1 else f'{pattern} ({len(group)} of them)'}"
-        for pattern, group in groups.items()
-    ]

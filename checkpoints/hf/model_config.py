@@ -5,10 +5,10 @@ one that transformers 5 writes (``text_config`` with ``rope_parameters``). The f
 every version of transformers that knows Qwen2-VL loads it.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
+from triptych.checkpoints.hf.tensor_files import read_json
 from triptych.configs.model_schema import (
     COLOURS,
     LanguageConfig,
@@ -69,17 +69,12 @@ def model_config_from_hf(folder: Path) -> ModelConfig:
         ConfigError: the folder's tokenizer lacks special tokens of Qwen2-VL.
     """
     path = folder / "config.json"
-    try:
-        raw = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{folder} is no Hugging Face model: no config.json") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is no JSON: {error}") from error
+    raw = read_json(path)
     if raw.get("model_type") != "qwen2_vl":
         raise CheckpointError(f"{path}: model_type={raw.get('model_type')!r}, known is 'qwen2_vl'")
     text = _TEXT_DEFAULTS | (raw.get("text_config") or raw)
     vision = _VISION_DEFAULTS | raw.get("vision_config", {})
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    rope: Json = text.get("rope_parameters") or text.get("rope_scaling") or {}
     if problems := _unsupported(raw, text, vision, rope):
         lines = "\n  ".join(problems)
         raise CheckpointError(f"{path} asks for what Triptych does not have:\n  {lines}")

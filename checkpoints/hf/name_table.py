@@ -1,6 +1,6 @@
 """The name table of Qwen2-VL: each of our parameters, and what Hugging Face tensors make it up."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -46,13 +46,16 @@ def name_table(model: ModelConfig) -> dict[str, Entry]:
     With tied embeddings, ``language.output_layer.weight`` is there too: the last stage's copy under
     pipeline parallelism, read from the embedding and never exported.
     """
-    rows = [*_vision(model.vision), *_merger(model), *_language(model.language)]
-    tied = model.language.tie_word_embeddings
-    shape = (model.language.vocab_size, model.language.hidden_size)
-    rows.append((HEAD, {HF_EMBEDDING if tied else HF_HEAD: shape}, Same()))
+    return entries(
+        [*vision_rows(model.vision), *_merger(model), *language_rows(model.language)], model
+    )
+
+
+def entries(rows: Iterable[Row], model: ModelConfig) -> dict[str, Entry]:
+    """Rows of parameters of the model as entries, by our names."""
     sharding = sharding_table(model)
     return {
-        ours: _entry(theirs, how, sharding[ours], exported=not (tied and ours == HEAD))
+        ours: _entry(theirs, how, sharding[ours], exported=not (sharding.tied and ours == HEAD))
         for ours, theirs, how in rows
     }
 
@@ -71,7 +74,8 @@ def _entry(
     return Entry(theirs, how, tuple(how.to_ours(on_meta).shape), sharding, exported)
 
 
-def _vision(config: VisionConfig) -> Iterator[Row]:
+def vision_rows(config: VisionConfig) -> Iterator[Row]:
+    """Patch embedding and layers of the ViT, as Qwen2-VL and Qwen2.5-VL name them."""
     width = config.hidden_size
     kernel = (COLOURS, config.temporal_patch_size, config.patch_size, config.patch_size)
     qkv = VisionQKV(width // config.num_heads)
@@ -81,8 +85,8 @@ def _vision(config: VisionConfig) -> Iterator[Row]:
         ours, theirs = f"vision.decoder.layers.{i}", f"visual.blocks.{i}"
         attention, mlp = f"{ours}.self_attention", f"{ours}.mlp"
         yield from _norm(f"{ours}.input_layernorm", f"{theirs}.norm1", config)
-        yield from _affine(f"{attention}.linear_qkv", f"{theirs}.attn.qkv", (3 * width, width), qkv)
-        yield from _affine(f"{attention}.linear_proj", f"{theirs}.attn.proj", (width, width))
+        yield from affine(f"{attention}.linear_qkv", f"{theirs}.attn.qkv", (3 * width, width), qkv)
+        yield from affine(f"{attention}.linear_proj", f"{theirs}.attn.proj", (width, width))
         yield from _norm(f"{ours}.pre_mlp_layernorm", f"{theirs}.norm2", config)
         yield from _vision_mlp(mlp, f"{theirs}.mlp", config)
 
@@ -91,18 +95,18 @@ def _vision_mlp(ours: str, theirs: str, config: VisionConfig) -> Iterator[Row]:
     """Two linear layers with biases; of a gated MLP, the first one is two of theirs."""
     width, inner = config.hidden_size, config.intermediate_size
     if not config.is_gated:
-        yield from _affine(f"{ours}.linear_fc1", f"{theirs}.fc1", (inner, width))
-        yield from _affine(f"{ours}.linear_fc2", f"{theirs}.fc2", (width, inner))
+        yield from affine(f"{ours}.linear_fc1", f"{theirs}.fc1", (inner, width))
+        yield from affine(f"{ours}.linear_fc2", f"{theirs}.fc2", (width, inner))
         return
     for leaf, columns in (("weight", (width,)), ("bias", ())):
         gate_up = {f"{theirs}.{x}_proj.{leaf}": (inner, *columns) for x in ("gate", "up")}
         yield f"{ours}.linear_fc1.{leaf}", gate_up, GateUp()
-    yield from _affine(f"{ours}.linear_fc2", f"{theirs}.down_proj", (width, inner))
+    yield from affine(f"{ours}.linear_fc2", f"{theirs}.down_proj", (width, inner))
 
 
 def _norm(ours: str, theirs: str, config: VisionConfig) -> Iterator[Row]:
     """A norm of the ViT or the merger: an RMSNorm has no bias."""
-    weight, *bias = _affine(ours, theirs, (config.hidden_size,))
+    weight, *bias = affine(ours, theirs, (config.hidden_size,))
     yield weight
     if config.norm_has_bias:
         yield from bias
@@ -112,11 +116,12 @@ def _merger(model: ModelConfig) -> Iterator[Row]:
     width = model.vision.hidden_size
     merged = width * model.vision.spatial_merge_size**2
     yield from _norm("merger.norm", "visual.merger.ln_q", model.vision)
-    yield from _affine("merger.fc1", "visual.merger.mlp.0", (merged, merged))
-    yield from _affine("merger.fc2", "visual.merger.mlp.2", (model.language.hidden_size, merged))
+    yield from affine("merger.fc1", "visual.merger.mlp.0", (merged, merged))
+    yield from affine("merger.fc2", "visual.merger.mlp.2", (model.language.hidden_size, merged))
 
 
-def _language(config: LanguageConfig) -> Iterator[Row]:
+def language_rows(config: LanguageConfig) -> Iterator[Row]:
+    """The decoder with embedding and head, as Qwen2 and Qwen2-VL name them."""
     width, inner = config.hidden_size, config.intermediate_size
     q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     qkv = GroupedQKV(config.num_heads // config.num_kv_heads, config.head_dim)
@@ -139,9 +144,11 @@ def _language(config: LanguageConfig) -> Iterator[Row]:
         yield f"{ours}.input_layernorm.weight", {f"{before}.weight": (width,)}, Same()
         yield f"{ours}.pre_mlp_layernorm.weight", {f"{between}.weight": (width,)}, Same()
     yield "language.decoder.final_layernorm.weight", {"model.norm.weight": (width,)}, Same()
+    head = HF_EMBEDDING if config.tie_word_embeddings else HF_HEAD
+    yield HEAD, {head: (config.vocab_size, width)}, Same()
 
 
-def _affine(
+def affine(
     ours: str, theirs: str, shape: TensorShape, how: Transform | None = None
 ) -> Iterator[Row]:
     """Weight and bias of a linear layer or a LayerNorm."""

@@ -20,6 +20,10 @@ class Transform(Protocol):
     def blocks(self) -> int:
         """Stacked blocks along dim 0 of each of their tensors, each of which tp cuts by itself."""
 
+    @property
+    def told(self) -> str:
+        """What it does to their tensors, in a few words."""
+
     def to_ours(self, theirs: Sequence[Tensor]) -> Tensor:
         """Our tensor, or this tp rank's piece of it."""
 
@@ -32,6 +36,7 @@ class Same:
     """The same tensor under another name."""
 
     blocks: int = 1
+    told: str = "renamed"
 
     def to_ours(self, theirs: Sequence[Tensor]) -> Tensor:
         """Itself."""
@@ -49,6 +54,7 @@ class Flatten:
     kernel: tuple[int, ...]
     """(channels, frames, height, width)."""
     blocks: int = 1
+    told: str = "flattened"
 
     def to_ours(self, theirs: Sequence[Tensor]) -> Tensor:
         """(E, C, 2, 14, 14) -> (E, C * 2 * 14 * 14)."""
@@ -60,11 +66,34 @@ class Flatten:
 
 
 @dataclass(frozen=True, slots=True)
+class SpreadOverFrames:
+    """A patch embedding of pictures as one of several frames: an equal share of it for each.
+
+    A picture is that many identical frames, so what comes of it stays the same.
+    """
+
+    kernel: tuple[int, ...]
+    """(channels, frames, height, width)."""
+    blocks: int = 1
+    told: str = "an equal share for each frame"
+
+    def to_ours(self, theirs: Sequence[Tensor]) -> Tensor:
+        """(E, C, 14, 14) -> (E, C * frames * 14 * 14)."""
+        share = theirs[0].unsqueeze(2) / self.kernel[1]
+        return share.expand(-1, *self.kernel).flatten(1)
+
+    def to_theirs(self, ours: Tensor) -> tuple[Tensor, ...]:
+        """(E, C * frames * 14 * 14) -> (E, C, 14, 14): what a picture sees."""
+        return (ours.reshape(-1, *self.kernel).sum(2),)
+
+
+@dataclass(frozen=True, slots=True)
 class VisionQKV:
     """Rows [3, heads, head_dim] of theirs as [heads, 3, head_dim], each head's together."""
 
     head_dim: int
     blocks: int = 3
+    told: str = "rows by head"
 
     def to_ours(self, theirs: Sequence[Tensor]) -> Tensor:
         """(3 * heads * head_dim, ...), q of all heads first -> the same shape, head by head."""
@@ -85,6 +114,7 @@ class GroupedQKV:
     """q heads that share a kv head."""
     head_dim: int
     blocks: int = 1
+    told: str = "rows by head"
 
     def to_ours(self, theirs: Sequence[Tensor]) -> Tensor:
         """(heads * head_dim, ...), twice (kv heads * head_dim, ...) -> all rows, group by group."""
@@ -109,6 +139,7 @@ class GateUp:
     """Gate and up projection of theirs as one matrix [gate; up]."""
 
     blocks: int = 1
+    told: str = "joined"
 
     def to_ours(self, theirs: Sequence[Tensor]) -> Tensor:
         """Twice (F, H) -> (2 * F, H)."""

@@ -13,6 +13,13 @@ MAX_WANDB_NAME, MAX_WANDB_TAG = 128, 64
 """Characters that W&B takes."""
 MAX_PROFILED = 20
 """Steps: a trace takes megabytes for each, all of them in memory until it is written."""
+STARTS = {
+    "checkpoint": "the folder of a run, of one of its checkpoints, or that launch/convert.py "
+    "import wrote",
+    "language": "the folder of a Qwen2 or Qwen2.5 text model",
+    "vision": "the folder of a CLIP ViT, a Qwen2-VL or a Qwen2.5-VL model",
+}
+"""Keys of ``init`` that name a folder -> which."""
 RECOMPUTABLE = ("core_attn", "mlp")
 
 
@@ -51,28 +58,46 @@ def check_start(config: Config) -> Iterator[Problem]:
         if not Path(resume).exists():
             yield Problem(f"resume={resume} does not exist", "resume=auto, resume=never or a path")
         return
-    if init.checkpoint is None and not init.allow_random:
-        yield Problem(
-            f"init.checkpoint=null leaves model.name={config.model.name} without weights",
-            "init.checkpoint=PATH, or init.allow_random=true to start from random weights",
-        )
+    yield from _check_weights(config)
     if init.checkpoint is None and init.optimizer_state:
         yield Problem(
             "init.optimizer_state=true needs init.checkpoint to take it from",
             "init.checkpoint=PATH or init.optimizer_state=false",
         )
-    if init.checkpoint == "":
+    resumes = resume == "auto" and (Path(config.run.dir) / "checkpoints").exists()
+    for key, remedy in STARTS.items():
+        path = getattr(init, key)
+        if path == "":
+            yield Problem(f"init.{key} is empty", f"init.{key}=PATH, or init.{key}=null for none")
+        elif path is not None and not resumes and not Path(path).exists():
+            yield Problem(f"init.{key}={path} does not exist", remedy + from_hub(path))
+
+
+def _check_weights(config: Config) -> Iterator[Problem]:
+    """Each tower has one place that its weights come from."""
+    init = config.init
+    parts = {"init.language": init.language, "init.vision": init.vision}
+    given = [key for key, path in parts.items() if path is not None]
+    if given and init.checkpoint is not None:
         yield Problem(
-            "init.checkpoint is empty", "init.checkpoint=PATH, or init.checkpoint=null for none"
+            f"init.checkpoint={init.checkpoint} and {given[0]}={parts[given[0]]} both give weights",
+            f"{given[0]}=null or init.checkpoint=null",
+        )
+    if init.checkpoint is not None or init.allow_random or len(given) == len(parts):
+        return
+    if not given:
+        yield Problem(
+            f"init.checkpoint=null leaves model.name={config.model.name} without weights",
+            "init.checkpoint=PATH, or init.language=PATH with init.vision=PATH, or "
+            "init.allow_random=true to start from random weights",
         )
         return
-    resumes = resume == "auto" and (Path(config.run.dir) / "checkpoints").exists()
-    if init.checkpoint is not None and not resumes and not Path(init.checkpoint).exists():
-        yield Problem(
-            f"init.checkpoint={init.checkpoint} does not exist",
-            "the folder of a run, of one of its checkpoints, or that launch/convert.py import wrote"
-            + from_hub(init.checkpoint),
-        )
+    missing = next(key for key in parts if key not in given)
+    tower = {"init.language": "language model", "init.vision": "ViT"}[missing]
+    yield Problem(
+        f"{missing}=null leaves the {tower} without weights",
+        f"{missing}=PATH, or init.allow_random=true to start it from random weights",
+    )
 
 
 def check_hooks(config: Config) -> Iterator[Problem]:

@@ -121,6 +121,8 @@ IS_REFUSED = {
     "data.generate": "false",
     "data.root": "''",
     "init.checkpoint": "nowhere",
+    "init.language": "nowhere",
+    "init.vision": "nowhere",
     "init.optimizer_state": "true",
     "init.allow_random": "false",
     "resume": "nowhere",

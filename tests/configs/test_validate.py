@@ -76,6 +76,9 @@ def test_every_count_has_an_upper_bound() -> None:
         ("cluster.measured=[efficiency,x]", "-> try cluster.measured=[efficiency]"),
         ("init.checkpoint=Qwen/Qwen2-VL-7B", "convert.py import wrote; from the hub: hf download Qwen/Qwen2-VL-7B --local-dir Qwen2-VL-7B"),
         ("resume=''", "resume is empty  -> try resume=auto, resume=never or a path"),
+        ("init.language=Qwen/Qwen2-7B", "the folder of a Qwen2 or Qwen2.5 text model; from the hub: hf download Qwen/Qwen2-7B --local-dir Qwen2-7B"),
+        ("init.vision=nowhere", "init.vision=nowhere does not exist  -> try the folder of a CLIP ViT, a Qwen2-VL or a Qwen2.5-VL model"),
+        ("init.vision=''", "init.vision is empty  -> try init.vision=PATH, or init.vision=null for none"),
         ("init.checkpoint=''", "init.checkpoint is empty  -> try init.checkpoint=PATH, or init.checkpoint=null for none"),
         ("resume=runs/nowhere", "resume=runs/nowhere does not exist  -> try resume=auto, resume=never or a path"),
     ],
@@ -108,12 +111,25 @@ def test_nothing_trains() -> None:
 def test_a_real_model_needs_weights(tmp_path: Path) -> None:
     message = (
         "init.checkpoint=null leaves model.name=qwen2_vl_7b without weights"
-        "  -> try init.checkpoint=PATH, or init.allow_random=true"
+        "  -> try init.checkpoint=PATH, or init.language=PATH with init.vision=PATH, or init.allow_random"
     )
     refused(["model=qwen2_vl_7b"], message)
     validate(load_config(["model=qwen2_vl_7b", f"init.checkpoint={tmp_path}"]), world_size=1)
     validate(load_config(["model=qwen2_vl_7b", f"resume={tmp_path}"]), world_size=1)
     validate(load_config(SEVEN), world_size=1)
+
+
+def test_each_tower_of_a_real_model_needs_weights_from_one_place(tmp_path: Path) -> None:
+    language, vision = (f"init.{key}={tmp_path}" for key in ("language", "vision"))
+    message = (
+        "init.vision=null leaves the ViT without weights  -> try init.vision=PATH, or init.allow"
+    )
+    refused(["model=qwen2_vl_7b", language], message)
+    refused(["model=qwen2_vl_7b", vision], "init.language=null leaves the language model without")
+    validate(load_config(["model=qwen2_vl_7b", language, vision]), world_size=1)
+    validate(load_config([*SEVEN, language]), world_size=1)
+    both = f"init.checkpoint={tmp_path} and {vision} both give weights  -> try init.vision=null or"
+    refused([*SEVEN, vision, f"init.checkpoint={tmp_path}"], both)
 
 
 def test_a_checkpoint_to_start_from_exists(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from triptych.launch import convert, demo, prepare, sample
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PROGRAMS = ("torchrun", "python", "sbatch", "pytest", "make")
-MISSING_PATH = re.compile(r"(data\.|init\.checkpoint=|resume=)\S+ (is no folder|does not exist)  ")
+MISSING_PATH = re.compile(r"(data\.|init\.\w+=|resume=)\S+ (is no folder|does not exist)  ")
 ARGPARSE: dict[str, Callable[[list[str]], argparse.Namespace]] = {
     "launch/prepare.py": prepare.parse_args,
     "launch/convert.py": lambda words: convert._parser().parse_args(words),
