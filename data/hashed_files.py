@@ -19,6 +19,14 @@ class HashedFile:
     """Hash of the content, hexadecimal."""
 
 
+def differs(path: Path, found: str, record: HashedFile) -> str:
+    """What is wrong with a file of a dataset whose hash is another than the recorded one."""
+    return (
+        f"{path} is damaged: its xxh3-128 is {found}, dataset.yaml says {record.xxh3_128}"
+        "  -> copy it again"
+    )
+
+
 def hash_file(path: Path, *, sync: bool = False) -> HashedFile:
     """Read a file once; with ``sync``, its bytes are on disk afterwards.
 

@@ -11,6 +11,10 @@ A line is one of
 
 where PARTS are [{"type": "image", "image": "cat.jpg"}, {"type": "text", "text": "What is it?"}], in
 any order and number. docs/data.md has more.
+
+    python launch/prepare.py verify datasets/chats datasets/web
+
+reads whole datasets, shards too, and names every file that is not as it was prepared.
 """
 
 import argparse
@@ -31,6 +35,8 @@ if TYPE_CHECKING:
 
 def parse_args(args: Sequence[str]) -> argparse.Namespace:
     """The command line; imports nothing heavy."""
+    if args[:1] == ["verify"]:
+        return _parse_verify(args[1:])
     summary, _, details = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
         description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -78,6 +84,15 @@ def parse_args(args: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(args)
 
 
+def _parse_verify(args: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="prepare.py verify",
+        description="Reads datasets whole, and compares every file with what was prepared.",
+    )
+    parser.add_argument("verify", nargs="+", type=Path, metavar="DATASET", help="dataset folders")
+    return parser.parse_args(args)
+
+
 def _positive(text: str) -> int:
     """A whole number of at least 1."""
     if not (text.isdecimal() and int(text)):
@@ -85,9 +100,26 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def verify(folders: Sequence[Path]) -> None:
+    """Compares every file of some datasets with what was prepared, and says that all are well."""
+    from tqdm import tqdm
+
+    from triptych.data.dataset.dataset import Dataset
+
+    for folder in folders:
+        dataset = Dataset.open(folder, folder.name)
+        num_bytes = sum(file.size for file in dataset.manifest.files.values())
+        with tqdm(total=num_bytes, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+            dataset.verify(bar.update)
+        print(f"{folder}: all {len(dataset.manifest.files)} files are as they were prepared")
+
+
 def main(args: Sequence[str]) -> None:
-    """Prepares, and prints what was made."""
+    """Prepares, and prints what was made; or verifies."""
     options = parse_args(args)
+    if "verify" in options:
+        verify(options.verify)
+        return
     # Late: --help does not pay for torch.
     from triptych.data.prepare.build_dataset import OnBad, build_dataset
     from triptych.data.prepare.foreign import Allowed

@@ -5,10 +5,11 @@ text.bin text.idx     ids of each sample, one placeholder per image
 loss.bin              uint8, parallel to text.bin: which tokens are targets
 media.idx             one row per image: sample, shard, offset, size, hash, width, height
 shards/000000.tar     webdataset shards
+sizes/*.blocks        no part of the dataset, made again where missing: hashes by block of the above
 sizes/*.sizes         made by runs, no part of the dataset: what samples count under their limits
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ import xxhash
 import yaml
 
 from triptych.configs.model_schema import TokensConfig, VisionConfig
+from triptych.data.dataset.block_hashes import open_checked
 from triptych.data.dataset.media_index import MediaIndex, media_grids, sum_by_sample
 from triptych.data.dataset.sizes import Columns, open_sizes
 from triptych.data.dataset.text_file import TextFile, check_size
-from triptych.data.hashed_files import HashedFile, hash_file
+from triptych.data.hashed_files import HashedFile, differs, hash_file
 from triptych.data.media.kinds import kind_of
 from triptych.data.stores.media_store import open_store
 from triptych.data.tokens import placeholders
@@ -31,7 +33,7 @@ from triptych.errors import DataError
 FORMAT_VERSION = 1
 SHARD_NAME = "{:06d}.tar"
 SIZES = "sizes"
-"""Folder of counts, in the dataset or in ``run.dir``."""
+"""Folder of hashes by block and of counts, in the dataset or in ``run.dir``."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -73,20 +75,23 @@ class Dataset:
         self._sizes_folders = sizes_folders
         for file, record in manifest.files.items():
             check_size(path / file, record.size)
-        self._text = TextFile(path / "text")
-        check_size(path / "loss.bin", self._text.num_tokens)
-        self._targets = np.memmap(path / "loss.bin", dtype=np.uint8, mode="r")
-        self._media = MediaIndex(path / "media.idx", manifest.num_media)
+        self._checked = checked = open_checked(path, manifest.files, fingerprint, sizes_folders)
+        self._text = TextFile(checked["text.idx"], checked["text.bin"])
+        self._targets = checked["loss.bin"]
+        check_size(self._targets.path, self._text.num_tokens)
+        self._media = MediaIndex(checked["media.idx"], manifest.num_media)
         self._store = open_store(str(path / "shards"))
 
     @classmethod
     def open(cls, path: Path | str, name: str, fallback: Path | None = None) -> "Dataset":
-        """Opens a dataset folder; checks the size of every file, reads no hash.
+        """Opens a dataset folder; checks the size of every file.
+
+        Text, targets and indexes are read whole, once, where their hashes by block are missing.
 
         Args:
             path: the folder.
             name: what the dataset is called in the mixture and in errors.
-            fallback: where counts are written if the folder cannot be.
+            fallback: where hashes by block and counts are written if the folder cannot be.
         Raises:
             DataError: the folder is none, incomplete, empty, or of another version.
         """
@@ -126,19 +131,25 @@ class Dataset:
                 "  -> data=NAME, with datasets prepared for this model, or the model they are for"
             )
 
-    def verify(self) -> None:
+    def verify(self, tell: Callable[[int], None] = lambda num_bytes: None) -> None:
         """Hashes every file against ``dataset.yaml``; reads the whole dataset.
 
+        Args:
+            tell: is called with the size of each file that was read.
+
         Raises:
-            DataError: a file differs; names it.
+            DataError: files differ; names each.
         """
+        damaged = []
         for file, record in self.manifest.files.items():
             found = hash_file(self.path / file)
+            tell(found.size)
             if found != record:
-                raise DataError(
-                    f"{self.path / file} is damaged: its xxh3-128 is {found.xxh3_128}, "
-                    f"dataset.yaml says {record.xxh3_128}  -> copy it again"
-                )
+                damaged.append(differs(self.path / file, found.xxh3_128, record))
+        if damaged:
+            raise DataError("\n".join(damaged))
+        for checked in self._checked.values():
+            checked.check()
 
     def __len__(self) -> int:
         return len(self._text)
@@ -162,7 +173,7 @@ class Dataset:
             placeholders_more = patches // vision.patches_per_token - 1
             pairs = grids[:, 0] * (grids[:, 1] * grids[:, 2]) ** 2
             return (
-                sum_by_sample(rows, placeholders_more, start, end) + self._text.lengths[start:end],
+                sum_by_sample(rows, placeholders_more, start, end) + self._text.lengths(start, end),
                 sum_by_sample(rows, patches, start, end),
                 sum_by_sample(rows, pairs, start, end),
             )
@@ -173,7 +184,7 @@ class Dataset:
         """Text and media references of one sample; reads no pixels.
 
         Raises:
-            DataError: its placeholders are not as many as its media.
+            DataError: its placeholders are not as many as its media, or a file is damaged.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"{self.name} has {len(self)} samples; there is no {index}")
@@ -186,7 +197,8 @@ class Dataset:
                 f"{self.path}, sample {index}: {num_placeholders} placeholders in the text, "
                 f"{len(media)} media items in media.idx  -> prepare the dataset again"
             )
-        return Sample(ids, np.asarray(self._targets[span]), media)
+        targets = np.frombuffer(self._targets.read(span.start, span.stop), dtype=np.uint8)
+        return Sample(ids, targets, media)
 
     def read_media(self, media: Media) -> bytes:
         """The encoded file.
@@ -198,10 +210,9 @@ class Dataset:
         data = self._store.read(shard, media.offset, media.size)
         if xxhash.xxh3_128_digest(data) != media.xxh3:
             raise DataError(
-                f"{self.name}, sample {self._media.sample_of(media)}: the "
-                f"{kind_of(media.kind).name} at byte "
-                f"{media.offset} of {self.path / 'shards' / shard} is damaged: its xxh3-128 is not "
-                "the recorded one  -> copy the shard again"
+                f"the {kind_of(media.kind).name} at byte {media.offset} of "
+                f"{self.path / 'shards' / shard} is damaged: its xxh3-128 is not the recorded one"
+                "  -> copy the shard again"
             )
         return data
 

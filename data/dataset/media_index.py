@@ -1,18 +1,19 @@
-"""``media.idx``: one fixed-size row per image or video, sorted by sample, memory-mapped.
+"""``media.idx``: one fixed-size row per image or video, sorted by sample.
 
 Rows hold whatever decides token counts, so resolution limits stay a training-time setting.
 """
 
 from bisect import bisect_left
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from triptych.configs.model_schema import VisionConfig
+from triptych.data.dataset.block_hashes import BLOCK_BYTES, CheckedFile
 from triptych.data.dataset.text_file import check_size
 from triptych.data.media.kinds import kind_of
 from triptych.data.types import Media, MediaKind, PixelLimits
+from triptych.errors import DataError
 
 ROW = np.dtype(
     [
@@ -29,6 +30,7 @@ ROW = np.dtype(
     ]
 )
 """One media item: ``data.types.Media`` and the sample it belongs to. 64 bytes."""
+_ROWS_PER_BLOCK = BLOCK_BYTES // ROW.itemsize
 
 
 def media_row(sample: int, media: Media) -> NDArray[np.void]:
@@ -42,34 +44,50 @@ def media_row(sample: int, media: Media) -> NDArray[np.void]:
 
 
 class MediaIndex:
-    """The rows of ``media.idx``."""
+    """The rows of ``media.idx``, read by sample."""
 
-    def __init__(self, file: Path, num_rows: int) -> None:
-        """Maps the file.
+    def __init__(self, file: CheckedFile, num_rows: int) -> None:
+        """Reads nothing yet.
 
         Raises:
             DataError: the file is missing, or does not have ``num_rows`` rows.
         """
-        check_size(file, num_rows * ROW.itemsize)
-        self.rows: NDArray[np.void] = np.empty(0, dtype=ROW)
-        if num_rows:
-            self.rows = np.asarray(np.memmap(file, dtype=ROW, mode="r", shape=(num_rows,)))
-        self._samples = self.rows["sample"]
+        check_size(file.path, num_rows * ROW.itemsize)
+        self._file, self._num_rows = file, num_rows
 
     def of_sample(self, sample: int) -> tuple[Media, ...]:
-        """The media of a sample in order of appearance; a binary search."""
+        """The media of a sample in order of appearance."""
         return tuple(_media(row) for row in self.rows_of(sample, sample + 1))
 
-    def sample_of(self, media: Media) -> int | None:
-        """The sample that a media item belongs to; reads every row, for error messages."""
-        here = (self.rows["shard"] == media.shard) & (self.rows["offset"] == media.offset)
-        found = np.flatnonzero(here)
-        return int(self._samples[found[0]]) if len(found) else None
-
     def rows_of(self, start: int, end: int) -> NDArray[np.void]:
-        """The rows of the samples from ``start`` to before ``end``; a binary search."""
-        first = bisect_left(self._samples, start)
-        return self.rows[first : bisect_left(self._samples, end, lo=first)]
+        """The rows of the samples from ``start`` to before ``end``.
+
+        A binary search over the first rows of blocks finds where to look; what is found there is
+        checked, and so is that it was the place.
+
+        Raises:
+            DataError: the file is damaged.
+        """
+        starts = range(0, self._num_rows, _ROWS_PER_BLOCK)
+        block = max(0, bisect_left(starts, start, key=self._first_sample) - 1)
+        found = [np.empty(0, dtype=ROW)]
+        for first in starts[block:]:
+            last = min(first + _ROWS_PER_BLOCK, self._num_rows)
+            data = self._file.read(first * ROW.itemsize, last * ROW.itemsize)
+            rows = np.frombuffer(data, dtype=ROW)
+            samples = rows["sample"]
+            if first == starts[block] and block and samples[0] >= start:
+                raise DataError(
+                    f"{self._file.path} is damaged: its rows are not sorted by sample"
+                    "  -> copy it again"
+                )
+            found.append(rows[bisect_left(samples, start) : bisect_left(samples, end)])
+            if samples[-1] >= end:
+                break
+        return np.concatenate(found)
+
+    def _first_sample(self, row: int) -> int:
+        return int.from_bytes(self._file.peek(row * ROW.itemsize, 8), "little")
 
 
 def media_grids(

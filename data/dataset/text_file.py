@@ -1,4 +1,4 @@
-r"""Reads and writes megatron-core's IndexedDataset format: token ids that are memory-mapped.
+r"""Reads and writes megatron-core's IndexedDataset format: token ids, read by sample.
 
     text.bin    int32 ids of all samples, one after the other
     text.idx    "MMIDIDX\0\0", version 1 (u64), dtype code 4 (u8), samples (u64), documents (u64),
@@ -11,49 +11,46 @@ tests show, but its import would cost every loader process four seconds.
 import struct
 from array import array
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from triptych.data.dataset.block_hashes import CheckedFile
 from triptych.errors import DataError
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 _INT32 = 4  # megatron's code of the dtype
-_T = TypeVar("_T", bound=np.generic)
 
 
 class TextFile:
     """The samples of ``text.bin`` and ``text.idx``; opening reads the header only."""
 
-    def __init__(self, stem: Path) -> None:
-        """Maps ``stem.bin`` and ``stem.idx``.
+    def __init__(self, index: CheckedFile, ids: CheckedFile) -> None:
+        """Opens both files.
 
         Raises:
-            DataError: the files are missing, of another format, or not as long as they say.
+            DataError: they are damaged, of another format, or not as long as they say.
         """
-        self._index = index = stem.with_suffix(".idx")
-        ids = stem.with_suffix(".bin")
-        num_samples, num_documents = _read_header(index)
-        arrays_bytes = num_samples * (4 + 8) + num_documents * 8
-        check_size(index, _HEADER.size + arrays_bytes)
-        self.lengths = _map(index, np.int32, num_samples, _HEADER.size)
-        """(num_samples,) tokens of each sample."""
-        self._offsets = _map(index, np.int64, num_samples, _HEADER.size + 4 * num_samples)
-        num_tokens = 0
-        if num_samples:
-            num_tokens = int(self._offsets[-1]) // 4 + int(self.lengths[-1])
-        check_size(ids, 4 * num_tokens)
-        self._ids = _map(ids, np.int32, num_tokens, 0)
+        self._index, self._ids = index, ids
+        self._num_samples, num_documents = _read_header(index)
+        self._offsets_start = _HEADER.size + 4 * self._num_samples
+        check_size(index.path, self._offsets_start + 8 * (self._num_samples + num_documents))
+        self.num_tokens = 0
+        """Tokens of all samples together."""
+        if self._num_samples:
+            last = self._num_samples - 1
+            start, length = self._offsets(last, last + 1)[0], self.lengths(last, last + 1)[0]
+            self.num_tokens = int(start) // 4 + int(length)
+        check_size(ids.path, 4 * self.num_tokens)
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return self._num_samples
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all samples together."""
-        return len(self._ids)
+    def lengths(self, start: int, end: int) -> NDArray[np.int32]:
+        """Tokens of each sample from ``start`` to before ``end``, (end - start,) int32."""
+        base = _HEADER.size
+        return np.frombuffer(self._index.read(base + 4 * start, base + 4 * end), dtype="<i4")
 
     def span(self, index: int) -> slice:
         """Where the tokens of a sample lie among those of all.
@@ -61,20 +58,28 @@ class TextFile:
         Raises:
             DataError: they do not end where those of the next sample begin.
         """
-        start = int(self._offsets[index]) // 4
-        end = start + int(self.lengths[index])
-        last = index + 1 == len(self)
-        next_start = self.num_tokens if last else int(self._offsets[index + 1]) // 4
+        start, *following = (self._offsets(index, min(index + 2, len(self))) // 4).tolist()
+        end = start + int(self.lengths(index, index + 1)[0])
+        [next_start] = following or [self.num_tokens]
         if not 0 <= start <= end == next_start:
             raise DataError(
-                f"{self._index} is damaged: sample {index} is said to be tokens {start} to {end}"
-                "  -> copy it again, or prepare the dataset again"
+                f"{self._index.path} is damaged: sample {index} is said to be tokens {start} to "
+                f"{end}  -> copy it again, or prepare the dataset again"
             )
         return slice(start, end)
 
     def __getitem__(self, index: int) -> NDArray[np.int32]:
-        """(num_tokens,) int32 ids of a sample, a read-only view of the file."""
-        return self._ids[self.span(index)]
+        """(num_tokens,) int32 ids of a sample, read-only.
+
+        Raises:
+            DataError: they are not those that were written.
+        """
+        span = self.span(index)
+        return np.frombuffer(self._ids.read(4 * span.start, 4 * span.stop), dtype="<i4")
+
+    def _offsets(self, start: int, end: int) -> NDArray[np.int64]:
+        base = self._offsets_start
+        return np.frombuffer(self._index.read(base + 8 * start, base + 8 * end), dtype="<i8")
 
 
 class TextWriter:
@@ -104,7 +109,7 @@ class TextWriter:
 
 
 def check_size(file: Path, expected: int) -> None:
-    """Refuses a file that is not as long as it should be: a mapped file would fail much later."""
+    """Refuses a file that is not as long as it should be: reading it would fail much later."""
     if not file.is_file():
         raise DataError(
             f"{file} is missing  -> prepare the dataset again, or copy all of its files"
@@ -117,27 +122,15 @@ def check_size(file: Path, expected: int) -> None:
         )
 
 
-def _read_header(index: Path) -> tuple[int, int]:
+def _read_header(index: CheckedFile) -> tuple[int, int]:
     """Numbers of samples and documents."""
-    if not index.is_file():
-        raise DataError(
-            f"{index} is missing  -> prepare the dataset again, or copy all of its files"
-        )
-    with index.open("rb") as file:
-        header = file.read(_HEADER.size)
+    header = bytes(index.read(0, min(index.size, _HEADER.size)))
     if len(header) < _HEADER.size or not header.startswith(_MAGIC):
-        raise DataError(f"{index} is not an index in megatron's IndexedDataset format")
+        raise DataError(f"{index.path} is not an index in megatron's IndexedDataset format")
     _, version, dtype, num_samples, num_documents = _HEADER.unpack(header)
     if (version, dtype) != (1, _INT32):
         raise DataError(
-            f"{index} has version {version} and dtype code {dtype}; version 1 and code {_INT32} "
-            "(int32) are read"
+            f"{index.path} has version {version} and dtype code {dtype}; version 1 and code "
+            f"{_INT32} (int32) are read"
         )
     return num_samples, num_documents
-
-
-def _map(file: Path, dtype: type[_T], count: int, offset: int) -> NDArray[_T]:
-    """A read-only view of part of a file; numpy refuses to map nothing."""
-    if not count:
-        return np.empty(0, dtype=dtype)
-    return np.asarray(np.memmap(file, dtype=dtype, mode="r", offset=offset, shape=(count,)))

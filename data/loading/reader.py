@@ -13,7 +13,7 @@ from triptych.configs.model_schema import ModelConfig
 from triptych.data.loading.collate import Segment, collate
 from triptych.data.media.kinds import kind_of
 from triptych.data.tokens import expand
-from triptych.data.types import Pack, PixelLimits, SampleId, Source, Step, UnreadableSample
+from triptych.data.types import Batch, Pack, PixelLimits, SampleId, Source, Step, UnreadableSample
 from triptych.errors import DataError
 
 
@@ -69,7 +69,7 @@ class Reader:
             samples = [future.result() for future in reads.popleft()]
             segments = [sample.segment for sample in samples]
             batch = collate(segments, form.model, pad_to=form.pad_to, with_pixels=form.read_pixels)
-            assert batch.num_tokens == sum(pack.num_tokens for pack in packs)
+            self._check_length(batch, packs)
             batches.append(batch.each(Tensor.pin_memory) if form.pin_memory else batch)
             unreadable += [
                 UnreadableSample(number, position, "; ".join(sample.problems))
@@ -105,11 +105,23 @@ class Reader:
                 data = source.read_media(media)
                 pixels.append(kind.patches(data, media, limits, vision, where))
             except DataError as error:
-                problems.append(str(error))
+                told = str(error)
+                problems.append(told if where in told else f"{where}: {told}")
                 shape = (int(np.prod(grids[number])), vision.patch_dim)
                 pixels.append(np.zeros(shape, dtype=np.uint8))
         segment = Segment(sample_id, input_ids, targets, grid_thw, tuple(pixels))
         return _Read(segment, problems)
+
+    def _check_length(self, batch: Batch, packs: Sequence[Pack]) -> None:
+        """The plan counted what is there."""
+        planned = sum(pack.num_tokens for pack in packs)
+        if batch.num_tokens != planned:
+            names = ", ".join(sorted({self._sources[i.source].name for i in batch.sample_ids}))
+            raise DataError(
+                f"{names}: {batch.num_tokens} tokens in packs {[pack.number for pack in packs]}, "
+                f"of which the plan counted {planned}: an index, or the file of counts in sizes/, "
+                "is damaged  -> launch/prepare.py verify FOLDER; if all is well, remove sizes/"
+            )
 
     def _check_ids(self, input_ids: NDArray[np.int32], where: str) -> None:
         """No embedding would notice under tensor parallelism: each rank takes others' ids for 0."""

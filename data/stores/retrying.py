@@ -1,6 +1,8 @@
 """Waits for a place that cannot be reached, and tries again: a mount or a network may come back."""
 
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 from triptych.errors import StorageError
@@ -32,15 +34,28 @@ class RetryingStore:
             DataError: the file ends before; it would not grow if one waited.
             StorageError: the file is still missing or unreadable after the last pause.
         """
-        for pause_s in PAUSES_S:
-            try:
-                return self._place.read(name, offset, size)
-            except OSError:
-                time.sleep(pause_s)
+        return patiently(partial(self._place.read, name, offset, size), self._place.path(name))
+
+
+def patiently(read: Callable[[], bytes], path: str) -> bytes:
+    """What ``read`` returns, tried again after each pause where it raises ``OSError``.
+
+    Args:
+        read: the attempt.
+        path: what people know the file by.
+
+    Raises:
+        StorageError: the last attempt failed as well.
+    """
+    for pause_s in PAUSES_S:
         try:
-            return self._place.read(name, offset, size)
-        except OSError as error:
-            raise StorageError(
-                f"{self._place.path(name)} cannot be read: {error.strerror}  -> bring the folder "
-                "back and type the command again: training resumes from its newest checkpoint"
-            ) from error
+            return read()
+        except OSError:
+            time.sleep(pause_s)
+    try:
+        return read()
+    except OSError as error:
+        raise StorageError(
+            f"{path} cannot be read: {error.strerror}  -> bring the folder "
+            "back and type the command again: training resumes from its newest checkpoint"
+        ) from error

@@ -1,6 +1,7 @@
 """The dataset folder: megatron's text format, the media index, and what is refused."""
 
 import json
+from dataclasses import asdict
 from importlib import import_module
 
 import numpy as np
@@ -10,9 +11,11 @@ import yaml
 from PIL import Image
 
 from triptych.configs.model_schema import ModelConfig, TokensConfig, VisionConfig
+from triptych.data.dataset.block_hashes import CheckedFile
 from triptych.data.dataset.dataset import Dataset
 from triptych.data.dataset.media_index import MediaIndex, media_grids, media_row
 from triptych.data.dataset.text_file import TextFile, TextWriter
+from triptych.data.hashed_files import hash_file
 from triptych.data.media.image import image_grids
 from triptych.data.prepare.build_dataset import build_dataset
 from triptych.data.stores import retrying
@@ -25,6 +28,15 @@ from triptych.parallel.megatron_finder import prepare_megatron
 VISION = VisionConfig()
 LIMITS = PixelLimits(min_pixels=28 * 28, max_pixels=20 * 28 * 28)
 LARGE = PixelLimits(min_pixels=100 * 28 * 28, max_pixels=400 * 28 * 28)
+
+
+def opened(file) -> CheckedFile:
+    """A file outside a dataset, of which no hashes are known."""
+    return CheckedFile(file, file.stat().st_size, None)
+
+
+def text_file(stem) -> TextFile:
+    return TextFile(opened(stem.with_suffix(".idx")), opened(stem.with_suffix(".bin")))
 
 
 def write_text(stem, samples) -> None:
@@ -57,7 +69,7 @@ def test_we_read_what_megatron_writes_and_write_the_same_bytes(tmp_path, megatro
         builder.add_item(torch.tensor(ids, dtype=torch.int32))
         builder.end_document()
     builder.finalize(str(tmp_path / "theirs.idx"))
-    text = TextFile(tmp_path / "theirs")
+    text = text_file(tmp_path / "theirs")
     assert [text[i].tolist() for i in range(len(text))] == SAMPLES
     assert text.num_tokens == 6
     write_text(tmp_path / "ours", SAMPLES)
@@ -68,7 +80,7 @@ def test_we_read_what_megatron_writes_and_write_the_same_bytes(tmp_path, megatro
 
 def test_an_empty_text_file_can_be_read(tmp_path):
     write_text(tmp_path / "text", [])
-    assert len(TextFile(tmp_path / "text")) == 0
+    assert len(text_file(tmp_path / "text")) == 0
 
 
 def cut(file, num_bytes: int = 1) -> None:
@@ -80,8 +92,6 @@ def cut(file, num_bytes: int = 1) -> None:
     [
         (lambda f: cut(f / "text.bin"), "text.bin has 23 bytes, its index says 24"),
         (lambda f: cut(f / "text.idx"), "text.idx has 121 bytes, its index says 122"),
-        (lambda f: (f / "text.bin").unlink(), "text.bin is missing"),
-        (lambda f: (f / "text.idx").unlink(), "text.idx is missing"),
         (lambda f: (f / "text.idx").write_bytes(b"MMIDIDX"), "not an index in megatron's"),
         (lambda f: (f / "text.idx").write_bytes(bytes(200)), "not an index in megatron's"),
         (
@@ -94,7 +104,7 @@ def test_damaged_text_is_refused(tmp_path, damage, message):
     write_text(tmp_path / "text", SAMPLES)
     damage(tmp_path)
     with pytest.raises(DataError, match=message):
-        TextFile(tmp_path / "text")
+        text_file(tmp_path / "text")
 
 
 def test_media_rows_keep_every_field(tmp_path):
@@ -102,13 +112,12 @@ def test_media_rows_keep_every_field(tmp_path):
     image = Media(MediaKind.IMAGE, 0, 512, 9, bytes(16), 28, 29)
     rows = [media_row(sample, m).tobytes() for sample, m in [(0, image), (2, video), (2, image)]]
     (tmp_path / "media.idx").write_bytes(b"".join(rows))
-    index = MediaIndex(tmp_path / "media.idx", 3)
+    index = MediaIndex(opened(tmp_path / "media.idx"), 3)
     assert [index.of_sample(i) for i in range(4)] == [(image,), (), (video, image), ()]
-    assert index.sample_of(video) == 2
     with pytest.raises(DataError, match="videos are not supported yet"):
-        media_grids(index.rows, LIMITS, VISION)
+        media_grids(index.rows_of(0, 3), LIMITS, VISION)
     with pytest.raises(DataError, match="192 bytes, its index says 256"):
-        MediaIndex(tmp_path / "media.idx", 4)
+        MediaIndex(opened(tmp_path / "media.idx"), 4)
 
 
 RECORDS = [
@@ -199,12 +208,12 @@ def flip(file, at: int) -> None:
     file.write_bytes(data)
 
 
-def test_a_flipped_bit_in_an_image_names_dataset_sample_and_shard(folder):
+def test_a_flipped_bit_in_an_image_names_shard_and_byte(folder):
     dataset = Dataset.open(folder, "mine")
     first, second = dataset.sample(3).media
     flip(folder / "shards/000000.tar", second.offset + 5)
     assert dataset.read_media(first)
-    with pytest.raises(DataError, match=rf"mine, sample 3: .*{second.offset} of .*000000\.tar"):
+    with pytest.raises(DataError, match=rf"image at byte {second.offset} of .*000000\.tar"):
         dataset.read_media(second)
     with pytest.raises(DataError, match=r"000000\.tar is damaged"):
         dataset.verify()
@@ -215,7 +224,7 @@ def test_a_shard_that_is_cut_or_lost_under_a_run(folder, monkeypatch):
     media = dataset.sample(3).media[-1]
     shard = folder / "shards/000000.tar"
     shard.write_bytes(shard.read_bytes()[: media.offset + 5])
-    with pytest.raises(DataError, match=r"000000\.tar ends at byte .* the shard was cut"):
+    with pytest.raises(DataError, match=r"000000\.tar ends at byte .* it was cut"):
         dataset.read_media(media)
     monkeypatch.setattr(retrying, "PAUSES_S", (0.0, 0.0))
     shard.unlink()
@@ -255,6 +264,8 @@ def edit_manifest(folder, **changes) -> None:
         (lambda f: edit_manifest(f, version=9), "format version 9; this is triptych for version 1"),
         (lambda f: edit_manifest(f, num_samples=0), "is empty: it has no samples"),
         (lambda f: edit_manifest(f, surprise=0), "dataset.yaml is damaged"),
+        (lambda f: (f / "text.bin").unlink(), "text.bin is missing"),
+        (lambda f: (f / "text.idx").unlink(), "text.idx is missing"),
         (lambda f: cut(f / "text.bin"), "text.bin has"),
         (lambda f: cut(f / "loss.bin"), "loss.bin has"),
         (lambda f: cut(f / "media.idx"), "media.idx has"),
@@ -272,6 +283,8 @@ def test_placeholders_that_are_not_as_many_as_media_are_refused(folder, tokenize
     ids = np.fromfile(folder / "text.bin", dtype=np.int32)
     ids[0] = tokenizer.tokens.image_pad
     ids.tofile(folder / "text.bin")
+    files = yaml.safe_load((folder / "dataset.yaml").read_text())["files"]
+    edit_manifest(folder, files=files | {"text.bin": asdict(hash_file(folder / "text.bin"))})
     dataset = Dataset.open(folder, "mine")
     with pytest.raises(DataError, match="sample 0: 1 placeholders in the text, 0 media items"):
         dataset.sample(0)
