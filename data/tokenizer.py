@@ -4,7 +4,7 @@ Only the tokenizers library is imported; transformers would cost every process s
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -61,9 +61,11 @@ _PIECES = (
 class Tokenizer:
     """Text to ids and back. Text never becomes special tokens: those come from ``tokens`` only."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, tokens: TokensConfig) -> None:
-        self.tokens = tokens
-        """Ids of the special tokens."""
+    def __init__(self, backend: tokenizers.Tokenizer, special: Mapping[str, int]) -> None:
+        names = [field.name for field in fields(TokensConfig)]
+        self.tokens = TokensConfig(**{name: special[name] for name in names})
+        """Ids of the special tokens that a model knows."""
+        self._special = special
         self.fingerprint = _fingerprint(backend)
         """Equal for tokenizers that give the same ids; xxh3-128 in hexadecimal."""
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
@@ -80,6 +82,16 @@ class Tokenizer:
         except TypeError as error:
             raise DataError("text is no Unicode: half of a surrogate pair stands alone") from error
         return ids
+
+    def special(self, name: str) -> int:
+        """The id of ``<|name|>``.
+
+        Raises:
+            DataError: the tokenizer lacks it.
+        """
+        if name not in self._special:
+            raise DataError(f"the tokenizer lacks <|{name}|>  -> take that of a Qwen2-VL model")
+        return self._special[name]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens included."""
@@ -108,16 +120,16 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
             f"their ids there): {', '.join(missing)}  -> add them, or take the tokenizer of a "
             "Qwen2-VL or Qwen2.5 model; that of a Qwen2 text model has none for pictures"
         )
-    ids = {name: vocab[f"<|{name}|>"] for name in names}
+    ids = {token.strip("<|>"): vocab[token] for token in SPECIAL_TOKENS if token in vocab}
     backend.encode_special_tokens = True  # in text they are ordinary characters
-    forgeable = [f"<|{name}|>" for name in names if ids[name] in backend.encode(f"<|{name}|>").ids]
+    forgeable = [f"<|{name}|>" for name in ids if ids[name] in backend.encode(f"<|{name}|>").ids]
     if forgeable:
         raise ConfigError(
             f"the tokenizer in {folder} does not mark as special: {' '.join(forgeable)}  -> set "
             '"special": true for them in tokenizer.json; else any text that has them could '
             "pass for an image or the end of a turn"
         )
-    return Tokenizer(backend, TokensConfig(**ids))
+    return Tokenizer(backend, ids)
 
 
 def foreign_ids(theirs: Path, ours: Path) -> list[str]:

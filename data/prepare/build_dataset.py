@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from triptych.data.dataset.dataset import Dataset, DatasetManifest
+from triptych.data.parts import Encoded
 from triptych.data.prepare.foreign import NOTHING, Allowed, check_inputs, check_record
 from triptych.data.prepare.media_files import MediaFolders
 from triptych.data.prepare.records import Line, read_lines
 from triptych.data.prepare.writer import DatasetWriter, MediaFile
 from triptych.data.tokenizer import Tokenizer
-from triptych.data.tokens import Encoded, encode_record
+from triptych.data.tokens import encode_record
 from triptych.errors import DataError
 
 SHARD_SIZE = 256 << 20

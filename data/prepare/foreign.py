@@ -11,6 +11,7 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import Any, NamedTuple
 
+from triptych.data.parts import KEYS
 from triptych.errors import DataError
 
 KINDS_OF_RECORD = frozenset({"messages", "content", "text"})
@@ -153,7 +154,8 @@ def check_record(record: Any, allowed: Allowed) -> None:
         for i, part in enumerate(content):
             if isinstance(part, Mapping):
                 _refuse(PARTS, part, f"{where}[{i}] is")
-                _check_keys(part, {"type", part.get("type")}, f"{where}[{i}]", allowed)
+                name = str(part.get("type"))
+                _check_keys(part, {"type", *KEYS.get(name, (name,))}, f"{where}[{i}]", allowed)
             text = part.get("text") if isinstance(part, Mapping) else part
             found = SPELLED_MEDIA.search(text) if isinstance(text, str) else None
             if found and not allowed.spelled_media:

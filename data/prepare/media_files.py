@@ -10,8 +10,8 @@ from pathlib import Path
 from stat import S_ISREG
 
 from triptych.data.media.kinds import kind_of
+from triptych.data.parts import MediaRef
 from triptych.data.prepare.writer import MediaFile
-from triptych.data.tokens import MediaRef
 from triptych.errors import DataError
 
 MAX_BYTES = 512 << 20

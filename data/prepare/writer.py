@@ -13,8 +13,8 @@ from triptych.data.dataset.media_index import media_row
 from triptych.data.dataset.text_file import TextWriter
 from triptych.data.hashed_files import hash_file
 from triptych.data.media.kinds import Extent
+from triptych.data.parts import Encoded
 from triptych.data.tokenizer import Tokenizer
-from triptych.data.tokens import Encoded
 from triptych.data.types import Media, MediaKind
 
 

@@ -14,10 +14,11 @@ from triptych.checkpoints.run_state import RunTensors, load_weights
 from triptych.configs.compose import read_config
 from triptych.configs.model_schema import ModelConfig
 from triptych.configs.schema import Kernels, ParallelConfig
+from triptych.data.chat import encode_prompt
 from triptych.data.loading.collate import Segment
 from triptych.data.media.image import decode_image, image_patches
 from triptych.data.tokenizer import Tokenizer, load_tokenizer
-from triptych.data.tokens import encode_prompt, expand
+from triptych.data.tokens import expand
 from triptych.data.types import Media, MediaKind, PixelLimits, Sample, SampleId
 from triptych.models.build import build_model
 from triptych.models.generate import greedy

@@ -33,9 +33,9 @@ from triptych.configs.model_schema import (
     VisionMLP,
     VisionNorm,
 )
+from triptych.data.chat import encode_prompt
 from triptych.data.media.image import image_patches, normalize_patches
 from triptych.data.tokenizer import load_tokenizer, train_tokenizer
-from triptych.data.tokens import encode_prompt
 from triptych.data.types import PixelLimits
 from triptych.errors import CheckpointError, ConfigError, DataError
 from triptych.models.sharding import shard, unshard

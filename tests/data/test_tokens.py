@@ -9,13 +9,9 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from triptych.configs.model_schema import ModelConfig, TokensConfig
+from triptych.data.chat import encode_chat, encode_prompt
 from triptych.data.tokenizer import SPECIAL_TOKENS, load_tokenizer, train_tokenizer
-from triptych.data.tokens import (
-    encode_chat,
-    encode_prompt,
-    encode_record,
-    expand,
-)
+from triptych.data.tokens import encode_record, expand
 from triptych.data.types import Media, MediaKind, Sample
 from triptych.errors import ConfigError, DataError
 
@@ -179,7 +175,7 @@ def test_special_tokens_in_text_are_ordinary_characters(tokenizer, token):
         ({"content": [IMAGE]}, "without text"),
         ({"content": 5}, "content must be a string or a list"),
         ({"content": ["a"]}, r"content\[0\].type is None"),
-        ({"content": [{"type": "audio"}]}, "'audio'; it must be text or image"),
+        ({"content": [{"type": "audio"}]}, "'audio'; it must be text, image"),
         ({"content": [{"type": "video", "video": "a.mp4"}]}, "videos are not supported yet"),
         ({"content": [{"type": "image", "url": "x"}]}, "needs a string under the key 'image'"),
         ({"content": [{"type": "text", "text": None}]}, "needs a string under the key 'text'"),
