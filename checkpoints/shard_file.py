@@ -8,9 +8,12 @@ there: nothing is gathered, and no rank has more of the state than its own part.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
+
+import torch
+from torch import Tensor
 
 from triptych.checkpoints.layout import ShardFiles
 from triptych.checkpoints.pieces import Piece, is_copy, placed_boxes, stored_shape
@@ -22,6 +25,52 @@ ALIGNED_BYTES = 16
 WRITE_BYTES = 1 << 24
 
 
+class ShardIndex:
+    """What lies where in a rank's file, as it grows."""
+
+    def __init__(self, mesh: Mesh, table: ShardingTable) -> None:
+        self._mesh, self._table = mesh, table
+        self.tensors: dict[str, dict[str, Any]] = {}
+        self.num_bytes = 0
+
+    def place(self, pieces: Iterable[Piece]) -> Iterator[tuple[Tensor, int]]:
+        """The values that this rank saves of ``pieces``, and their offsets in the file."""
+        for piece in pieces:
+            if is_copy(piece.name, self._mesh, self._table):
+                continue
+            for key, box, values in placed_boxes(piece, self._mesh, self._table):
+                offset = -(-self.num_bytes // ALIGNED_BYTES) * ALIGNED_BYTES
+                tensor = self.tensors.setdefault(
+                    key,
+                    {
+                        "dtype": str(values.dtype).removeprefix("torch."),
+                        "shape": stored_shape(piece.name, piece.whole, self._mesh, self._table),
+                        "boxes": [],
+                    },
+                )
+                tensor["boxes"].append([offset, *box])
+                self.num_bytes = offset + values.numel() * values.element_size()
+                yield values, offset
+
+    def write(self, files: ShardFiles) -> None:
+        """Write it beside the bytes."""
+        files.index.write_text(json.dumps(self.tensors) + "\n")
+
+
+def write_streamed(folder: Path, pieces: Iterable[Piece], mesh: Mesh, table: ShardingTable) -> None:
+    """Write both files of a rank, one piece after the other: none waits in memory.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    files, index = ShardFiles(folder, mesh.rank), ShardIndex(mesh, table)
+    with files.content.open("wb", buffering=0) as file:
+        for values, offset in index.place(pieces):
+            file.seek(offset)
+            _write_all(file, values.contiguous().view(-1).view(torch.uint8))
+    index.write(files)
+
+
 class Snapshot:
     """Copies of a rank's tensors as they are at one moment, in host memory.
 
@@ -30,7 +79,7 @@ class Snapshot:
 
     def __init__(self) -> None:
         self._buffer = HostBuffer()
-        self._tensors: dict[str, dict[str, Any]] = {}
+        self._index: ShardIndex | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -42,25 +91,9 @@ class Snapshot:
 
         The host waits for the device once.
         """
-        self._tensors = {}
-        offset, copies = 0, []
-        for piece in pieces:
-            if is_copy(piece.name, mesh, table):
-                continue
-            for key, box, values in placed_boxes(piece, mesh, table):
-                offset = -(-offset // ALIGNED_BYTES) * ALIGNED_BYTES
-                tensor = self._tensors.setdefault(
-                    key,
-                    {
-                        "dtype": str(values.dtype).removeprefix("torch."),
-                        "shape": stored_shape(piece.name, piece.whole, mesh, table),
-                        "boxes": [],
-                    },
-                )
-                tensor["boxes"].append([offset, *box])
-                copies.append((values, offset))
-                offset += values.numel() * values.element_size()
-        self._buffer.fill(copies, offset)
+        self._index = ShardIndex(mesh, table)
+        copies = list(self._index.place(pieces))
+        self._buffer.fill(copies, self._index.num_bytes)
 
     def write(self, folder: Path, rank: int) -> None:
         """Write both files.
@@ -68,12 +101,17 @@ class Snapshot:
         Raises:
             OSError: it cannot be written.
         """
+        assert self._index is not None, "nothing was taken"
         files = ShardFiles(folder, rank)
         with files.content.open("wb", buffering=0) as file:
-            content = memoryview(self._buffer.content.numpy())  # type: ignore[arg-type]  # numpy's types lack it
-            while len(content) > 0:
-                content = content[write_block(file, content[:WRITE_BYTES]) :]
-        files.index.write_text(json.dumps(self._tensors) + "\n")
+            _write_all(file, self._buffer.content)
+        self._index.write(files)
+
+
+def _write_all(file: IO[bytes], flat: Tensor) -> None:
+    content = memoryview(flat.numpy())  # type: ignore[arg-type]  # numpy's types lack it
+    while len(content) > 0:
+        content = content[write_block(file, content[:WRITE_BYTES]) :]
 
 
 def write_block(file: IO[bytes], block: memoryview) -> int:

@@ -4,6 +4,7 @@ r"""Between Hugging Face folders and our checkpoints.
     python launch/convert.py export runs/7b/stage3 exported --tokenizer Qwen2-VL-7B-Instruct \
         --dtype bf16    # else in the dtype that they are stored in
     torchrun --nproc-per-node 8 launch/convert.py import ...    # each rank reads its pieces
+    torchrun --nproc-per-node 8 launch/convert.py export ...    # each rank writes its files
 
 A run starts from an imported model with --config-dir runs/imported model=Qwen2-VL-7B-Instruct
 init.checkpoint=runs/imported: the import writes the model's sizes, which come from its config.json,
@@ -15,11 +16,14 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from triptych.checkpoints.hf.conversion import Exported
 
 try:
     from triptych.configs.model_schema import ModelConfig
     from triptych.configs.schema import Precision
-    from triptych.errors import ConfigError
     from triptych.launch.cli import run
 except ModuleNotFoundError as missing:
     sys.exit(f"{missing.name} is not installed -> make install && source .venv/bin/activate")
@@ -32,9 +36,10 @@ def main(argv: Sequence[str]) -> None:
     from triptych.checkpoints.model_file import read_model
     from triptych.parallel.dtypes import DTYPES
 
+    is_main = os.environ.get("RANK", "0") == "0"
     if options.direction == "import":
         folder = conversion.import_hf(options.source, options.output)
-        if os.environ.get("RANK", "0") == "0":
+        if is_main:
             model = read_model(folder)
             group = _write_group(options.output, model)
             print(
@@ -42,14 +47,22 @@ def main(argv: Sequence[str]) -> None:
                 f"model={model.name} init.checkpoint={options.output}"
             )
         return
-    if (num_ranks := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
-        raise ConfigError(
-            f"an export is the work of one process, not of {num_ranks}"
-            "  -> python launch/convert.py export ..., without torchrun"
-        )
     dtype = options.dtype and DTYPES[Precision[options.dtype]]
-    folder = conversion.export_hf(options.source, options.output, options.tokenizer, dtype)
-    print(f"{folder} -> {options.output}\nhow to open it in Python: docs/first_hour.md")
+    done = conversion.export_hf(options.source, options.output, options.tokenizer, dtype)
+    if is_main:
+        print("\n".join(_told(done, options.output)))
+
+
+def _told(done: "Exported", output: Path) -> list[str]:
+    """What a person should know of an export."""
+    origin = done.origin
+    lines = [f"{done.checkpoint} -> {output}", done.told]
+    if origin.is_base:
+        lines.append(f"of {origin.stage}: a base model, whose texts end with <|endoftext|>")
+    return [
+        *filter(None, lines),
+        f"how to score it: {output}/EVALUATE.md; how to open it in Python: docs/first_hour.md",
+    ]
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,44 +1,56 @@
 """Between our checkpoints and Hugging Face folders. Neither direction builds a model.
 
-Under torchrun, every rank imports its own tensor-parallel piece of each weight; the export is one
-process, one weight at a time.
+One weight at a time: under torchrun, every rank imports its own tensor-parallel piece of each, and
+exports the files that fall to it.
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from triptych.checkpoints.hf.folder import HFReader, HFWriter
+from triptych.checkpoints.hf.folder import HFReader
+from triptych.checkpoints.hf.folder_writer import HFWriter
 from triptych.checkpoints.hf.model_config import model_config_from_hf
 from triptych.checkpoints.hf.name_table import name_table
+from triptych.checkpoints.hf.origin import Origin, licence_of, origin_of
 from triptych.checkpoints.layout import CHECKPOINTS, CheckpointFolder, step_folders
 from triptych.checkpoints.locate import locate
 from triptych.checkpoints.model_file import read_model
-from triptych.checkpoints.pieces import own_part
+from triptych.checkpoints.pieces import Piece, own_part
 from triptych.checkpoints.run_state import WEIGHTS
-from triptych.checkpoints.shard_file import Snapshot
+from triptych.checkpoints.shard_file import write_streamed
 from triptych.checkpoints.store import CheckpointStore
 from triptych.checkpoints.stored_tensors import StoredTensors
-from triptych.configs.compose import read_config
 from triptych.configs.model_schema import ModelConfig
 from triptych.configs.problems import refusal
 from triptych.configs.rules.parallel import check_split
-from triptych.configs.schema import DataConfig
 from triptych.data.tokenizer import load_tokenizer
-from triptych.data.types import PixelLimits
 from triptych.errors import CheckpointError, ConfigError
 from triptych.models.qwen_vl.sharding_table import sharding_table
-from triptych.parallel.agree import SingleProcess, on_every_rank
-from triptych.parallel.mesh import build_mesh, init_distributed
+from triptych.models.sharding import ShardingTable
+from triptych.parallel.agree import on_every_rank
+from triptych.parallel.mesh import Mesh, build_mesh, init_distributed
 
 TIMEOUT_S = 600
+
+
+class Exported(NamedTuple):
+    """What was exported, and what a person should know of it."""
+
+    checkpoint: Path
+    origin: Origin
+    told: str
+    """What is other than in the tokenizer's folder; empty where nothing is."""
 
 
 def import_hf(source: Path, output: Path) -> Path:
     """Write the weights of a Hugging Face folder as a checkpoint for ``init.checkpoint=``.
 
-    Every rank must call this. Together they hold the whole model twice, in its dtype.
+    Every rank must call this. Each holds its piece of one tensor at a time.
 
     Args:
         source: a folder with config.json and safetensors; config.json decides the sizes.
@@ -62,65 +74,71 @@ def import_hf(source: Path, output: Path) -> Path:
     if problems := list(check_split(model, tp, "--nproc-per-node")):
         raise refusal(problems)
     mesh = build_mesh(tp, 1, seed=0, timeout_s=TIMEOUT_S)
-    weights = {
-        name: reader.read(name, mesh.tp_rank, tp)
-        for name, entry in name_table(model).items()
-        if entry.exported
-    }
+    table = name_table(model)
+
+    def pieces() -> Iterator[Piece]:
+        for name, entry in table.items():
+            if entry.exported:
+                yield from own_part(WEIGHTS, {name: reader.read(name, mesh.tp_rank, tp)}, mesh)
+
     writer = CheckpointStore(root, mesh.world).begin(0)
-    snapshot = Snapshot()
-    snapshot.take(own_part(WEIGHTS, weights, mesh), mesh, sharding_table(model))
     on_every_rank(
         mesh.world,
-        lambda: snapshot.write(writer.folder.shards, mesh.rank),
+        lambda: write_streamed(writer.folder.shards, pieces(), mesh, sharding_table(model)),
         os_error=CheckpointError,
     )
     writer.describe(model)
-    return writer.commit({"stage": "imported", "from": source.name})
+    info = {"stage": "imported", "from": source.name, "licence": licence_of(source)}
+    return writer.commit(info)
 
 
 def export_hf(
     source: Path, output: Path, tokenizer: Path, dtype: torch.dtype | None = None
-) -> Path:
+) -> Exported:
     """Write a checkpoint's weights as a folder that transformers loads, one tensor at a time.
+
+    Every rank must call this; each writes its part of the files.
 
     Args:
         source: a run folder, its ``checkpoints``, or one checkpoint.
         output: a new folder.
-        tokenizer: a tokenizer folder, copied along.
+        tokenizer: a tokenizer folder, taken along.
         dtype: of the weights that are written; by default the one they are stored in.
-
-    Returns:
-        The checkpoint that was exported.
 
     Raises:
         CheckpointError: no good checkpoint, ``output`` exists, or a model that transformers cannot
             express.
         ConfigError: no tokenizer, or one with other ids of the special tokens than the model's.
     """
-    folder = locate(source, SingleProcess())
-    model = read_model(folder)
-    _refuse_other_tokenizer(tokenizer, model)
-    writer = HFWriter(output, model)
     init_distributed(TIMEOUT_S)
     mesh = build_mesh(1, 1, seed=0, timeout_s=TIMEOUT_S)
-    sharding = sharding_table(model)
+    folder = locate(source, mesh.world)
+    model = read_model(folder)
+    _refuse_other_tokenizer(tokenizer, model)
     stored = StoredTensors.open(CheckpointFolder(folder).shards, mesh.world)
-    for name, entry in name_table(model).items():
-        if not entry.exported:
-            continue
-        weight = torch.empty(entry.shape, dtype=stored.weights_dtype)
-        stored.read_whole(WEIGHTS, {name: weight}, mesh, sharding)
-        writer.add(name, weight.to(dtype or stored.weights_dtype))
-    writer.finish(tokenizer, _limits_of(folder))
-    return folder
+    writer = HFWriter(output, model, dtype or stored.weights_dtype, mesh.world)
+    origin, sharding = origin_of(folder), sharding_table(model)
+
+    def write() -> None:
+        for name, shape in writer.shapes.items():
+            writer.add(name, stored_weight(stored, name, shape, writer.dtype, mesh, sharding))
+
+    on_every_rank(mesh.world, write, os_error=CheckpointError)
+    return Exported(folder, origin, writer.finish(tokenizer, origin))
 
 
-def _limits_of(folder: Path) -> PixelLimits:
-    """What the run that saved the checkpoint made of its images; Qwen's own, if it was imported."""
-    config = CheckpointFolder(folder).config
-    data = read_config(config).data if config.is_file() else DataConfig()
-    return PixelLimits(data.min_pixels, data.max_pixels)
+def stored_weight(
+    stored: StoredTensors,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    mesh: Mesh,
+    table: ShardingTable,
+) -> Tensor:
+    """One whole weight of a checkpoint, rounded to ``dtype``. No collective; ``mesh`` has tp 1."""
+    weight = torch.empty(shape, dtype=dtype)
+    stored.read([Piece(WEIGHTS, name, weight, 0, weight.view(-1))], mesh, table)
+    return weight
 
 
 def _refuse_foreign_tokens(source: Path, model: ModelConfig) -> None:

@@ -25,6 +25,8 @@ from triptych.errors import CheckpointError
 
 Json = dict[str, Any]
 
+VIDEO_FRAME_PIXELS = 128 * 28 * 28, 768 * 28 * 28
+
 # What a key means where it is absent: transformers 4 leaves out values equal to its class defaults.
 # Source: transformers configuration_qwen2_vl.py.
 _TEXT_DEFAULTS: Json = {
@@ -193,6 +195,23 @@ def preprocessor_config(model: ModelConfig, limits: PixelLimits) -> Json:
         "patch_size": model.vision.patch_size,
         "temporal_patch_size": model.vision.temporal_patch_size,
         "merge_size": model.vision.spatial_merge_size,
+    }
+
+
+def video_preprocessor_config(model: ModelConfig) -> Json:
+    """The ``video_preprocessor_config.json``, without which images' limits hold for each frame.
+
+    The limits are those of the paper and of qwen-vl-utils.
+    """
+    least, most = VIDEO_FRAME_PIXELS
+    return {
+        **preprocessor_config(model, PixelLimits(least, most)),
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "video_processor_type": "Qwen2VLVideoProcessor",
+        "do_sample_frames": True,
+        "fps": 2.0,
+        "min_frames": 4,
+        "max_frames": 768,
     }
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -20,10 +21,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import triptych
+from triptych.checkpoints.hf import folder_writer
 from triptych.checkpoints.hf.conversion import import_hf
-from triptych.checkpoints.hf.folder import SINGLE
 from triptych.checkpoints.hf.model_config import hf_config
 from triptych.checkpoints.hf.name_table import name_table
+from triptych.checkpoints.hf.tensor_files import INDEX, SINGLE
 from triptych.checkpoints.model_file import read_model
 from triptych.checkpoints.run_state import WEIGHTS
 from triptych.checkpoints.stored_tensors import StoredTensors
@@ -388,12 +390,29 @@ def refused_import(source: Path, output: Path) -> str:
     return str(error.value)
 
 
-def test_several_ranks_do_not_export(monkeypatch, tmp_path):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    words = ["export", "run", str(tmp_path / "out"), "--tokenizer", "tokenizer"]
-    with pytest.raises(ConfigError, match="work of one process, not of 2  -> python launch/conv"):
-        convert.main(words)
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.torchrun
+@pytest.mark.distributed
+def test_several_ranks_export_what_one_does(imported, exported, tokenizer, pool, tmp_path):
+    """Six files for two ranks."""
+    out = tmp_path / "out"
+    pool(2).run(export_by_ranks, source=imported[True], output=out, tokenizer=tokenizer)
+    files = sorted(path.name for path in out.glob("*.safetensors"))
+    assert files == [f"model-0000{i}-of-00006.safetensors" for i in range(1, 7)]
+    index = json.loads((out / INDEX).read_text())
+    want, got = load_file(exported[True] / SINGLE), {}
+    for file in files:
+        part = load_file(out / file)
+        got |= part
+        assert {index["weight_map"][name] for name in part} == {file}
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in want.values())
+    assert want.keys() == got.keys()
+    assert all(torch.equal(want[name], got[name]) for name in want)
+
+
+def export_by_ranks(source: Path, output: Path, tokenizer: Path) -> None:
+    small = mock.patch.object(folder_writer, "MAX_SHARD_BYTES", 300_000)
+    with small:
+        convert.main(["export", str(source), str(output), "--tokenizer", str(tokenizer)])
 
 
 @pytest.mark.torchrun

@@ -21,10 +21,13 @@ from transformers import (
 )
 from transformers.utils import is_torchvision_available
 
-from triptych.checkpoints.hf.folder import INDEX, SINGLE, HFReader, HFWriter
+from triptych.checkpoints.hf.folder import HFReader
+from triptych.checkpoints.hf.folder_writer import HFWriter
 from triptych.checkpoints.hf.model_config import hf_config, model_config_from_hf
 from triptych.checkpoints.hf.name_table import hub_name, name_table
+from triptych.checkpoints.hf.origin import Origin
 from triptych.checkpoints.hf.processor import load_processor
+from triptych.checkpoints.hf.tensor_files import INDEX, SINGLE
 from triptych.configs.model_schema import (
     LanguageConfig,
     ModelConfig,
@@ -41,6 +44,7 @@ from triptych.errors import CheckpointError, ConfigError, DataError
 from triptych.models.sharding import shard, unshard
 
 LIMITS = PixelLimits(min_pixels=784, max_pixels=28224)
+ORIGIN = Origin(limits=LIMITS, stage="stage3")
 TOKENS = TokensConfig(
     endoftext=0, im_start=1, im_end=2, vision_start=9, vision_end=10, image_pad=12, video_pad=13
 )
@@ -92,11 +96,13 @@ def saved(tmp_path_factory) -> Path:
     return folder
 
 
-def export(reader: HFReader, model: ModelConfig, to: Path, tokenizer: Path, **options: int) -> Path:
-    writer = HFWriter(to, model, **options)
-    for name in name_table(model):
+def export(
+    reader: HFReader, model: ModelConfig, to: Path, tokenizer: Path, dtype=torch.float32, **options
+) -> Path:
+    writer = HFWriter(to, model, dtype, **options)
+    for name in reversed(writer.shapes):  # any order
         writer.add(name, reader.read(name))
-    writer.finish(tokenizer, LIMITS)
+    writer.finish(tokenizer, ORIGIN)
     return to
 
 
@@ -292,32 +298,32 @@ def test_missing_and_damaged_files_are_named(tmp_path, saved):
 
 def test_an_export_appears_only_when_it_is_complete(tmp_path, saved, tokenizer):
     reader = HFReader(saved, tiny())
-    writer = HFWriter(tmp_path / "out", tiny())
+    writer = HFWriter(tmp_path / "out", tiny(), torch.float32)
     with pytest.raises(CheckpointError, match=r"missing: .*\(2 of them\)"):
-        writer.finish(tokenizer, LIMITS)
+        writer.finish(tokenizer, ORIGIN)
     assert not (tmp_path / "out").exists()
     name = "merger.norm.weight"
     with pytest.raises(CheckpointError, match=re.escape("is (3,), the model has (32,)")):
-        HFWriter(tmp_path / "out", tiny()).add(name, torch.zeros(3))
-    writer = HFWriter(tmp_path / "out", tiny())
+        HFWriter(tmp_path / "out", tiny(), torch.float32).add(name, torch.zeros(3))
+    writer = HFWriter(tmp_path / "out", tiny(), torch.float32)
     writer.add(name, reader.read(name))
     with pytest.raises(CheckpointError, match="or came before"):
         writer.add(name, reader.read(name))
     export(reader, tiny(), tmp_path / "out", tokenizer)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     with pytest.raises(CheckpointError, match="is there already"):
-        HFWriter(tmp_path / "out", tiny())
+        HFWriter(tmp_path / "out", tiny(), torch.float32)
     with pytest.raises(CheckpointError, match=r"no tokenizer_config\.json"):
         export(reader, tiny(), tmp_path / "other", tmp_path)
 
 
 def test_a_tensor_may_change_after_it_was_added(tmp_path, saved, tokenizer):
-    reader, writer = HFReader(saved, tiny()), HFWriter(tmp_path / "out", tiny())
-    for name in name_table(tiny()):
+    reader, writer = HFReader(saved, tiny()), HFWriter(tmp_path / "out", tiny(), torch.float32)
+    for name in writer.shapes:
         tensor = reader.read(name)
         writer.add(name, tensor)
         tensor.zero_()
-    writer.finish(tokenizer, LIMITS)
+    writer.finish(tokenizer, ORIGIN)
     want, got = load_file(saved / SINGLE), load_file(tmp_path / "out" / SINGLE)
     assert want.keys() == got.keys()
     assert all(torch.equal(want[name], got[name]) for name in want)
@@ -326,7 +332,7 @@ def test_a_tensor_may_change_after_it_was_added(tmp_path, saved, tokenizer):
 def test_bf16_stays_bf16(tmp_path, tokenizer):
     transformers_model(tiny()).bfloat16().save_pretrained(tmp_path / "in")
     reader = HFReader(tmp_path / "in", tiny())
-    out = export(reader, tiny(), tmp_path / "out", tokenizer)
+    out = export(reader, tiny(), tmp_path / "out", tokenizer, torch.bfloat16)
     assert json.loads((out / "config.json").read_text())["torch_dtype"] == "bfloat16"
     loaded = Qwen2VLForConditionalGeneration.from_pretrained(out)
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
@@ -495,5 +501,5 @@ def test_sizes_that_transformers_cannot_have_are_refused(tmp_path, part, sizes, 
     model = tiny()
     setattr(model, part, replace(getattr(model, part), **sizes))
     with pytest.raises(CheckpointError, match=message):
-        HFWriter(tmp_path / "out", model)
+        HFWriter(tmp_path / "out", model, torch.float32)
     assert not list(tmp_path.iterdir())
