@@ -221,6 +221,10 @@ class DataConfig:
     accept_new_plan: bool = False
     """Resume although the plan of the data is another than the checkpoint's: the data start anew,
     and the checkpoint records where."""
+    max_unreadable: float = 0.001
+    """Share of the run's samples that may be unreadable, of at least 10,000; above, it stops."""
+    max_unreadable_in_a_row: int = 100
+    """Unreadable samples in steps that follow each other and have no readable media."""
     num_workers: int = 2
     """Threads per reading rank that decode media."""
     prefetch_steps: int = 1

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from enum import IntEnum
+from enum import Enum, IntEnum
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -187,6 +187,12 @@ class Batch:
         )
 
     @property
+    def num_with_media(self) -> int:
+        """Samples that have media. While on the CPU."""
+        ends = torch.tensor(self.segments[1:])
+        return len(torch.bucketize(self.vision_index, ends, right=True).unique())
+
+    @property
     def num_supervised_tokens(self) -> int:
         """Tokens that count in the loss."""
         return len(self.supervised_index)
@@ -217,6 +223,13 @@ def index_of(mask: Tensor) -> Tensor:
     return torch.from_numpy(np.flatnonzero(mask.numpy()))
 
 
+class Unreadable(Enum):
+    """What keeps a medium from being trained on, for good."""
+
+    damaged = "its bytes are not those that were prepared"
+    undecodable = "it does not decode to what was prepared"
+
+
 @dataclass(frozen=True, slots=True)
 class UnreadableSample:
     """A sample of a step whose media could not all be read; its pixels are zeros."""
@@ -225,7 +238,13 @@ class UnreadableSample:
     """Index in ``Step.microbatches``."""
     segment: int
     """Index in the microbatch's ``sample_ids``."""
+    cause: Unreadable
+    """Of its first medium that cannot be read, as are the next two."""
+    shard: int
+    offset: int
+    """Bytes from the start of the shard."""
     reason: str
+    """Of all of them."""
 
 
 @dataclass(slots=True)

@@ -34,6 +34,8 @@ def train(
         state = state.after(
             num_tokens=totals.workload.num_tokens,
             num_samples=totals.num_samples,
+            num_with_media=totals.num_with_media,
+            num_unreadable=totals.num_unreadable,
             cursor=loader.cursor,
         )
         times = StepTimes(data_s=has_data - start, compute_s=time.perf_counter() - has_data)

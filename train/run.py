@@ -14,7 +14,7 @@ from triptych.configs.compose import save_config
 from triptych.configs.schema import Config
 from triptych.costs.layer_split import layers_per_chunk, planned_bubble
 from triptych.data.plan.order import Plan
-from triptych.errors import ConfigError
+from triptych.errors import ConfigError, TrainingError
 from triptych.models.kernels import Installed, choose_adam, choose_grad_sum
 from triptych.parallel.agree import differing_ranks
 from triptych.parallel.device import be_deterministic
@@ -33,6 +33,7 @@ from triptych.train.hooks.progress import Progress
 from triptych.train.hooks.quarantine import QUARANTINE, Quarantine
 from triptych.train.hooks.stop_request import StopRequest, forget_stop, tell_of_stop
 from triptych.train.hooks.trackers import METRICS, MetricsFile, TensorBoardTracker, WandbTracker
+from triptych.train.hooks.unreadable_budget import UnreadableBudget, out_of_budget
 from triptych.train.hooks.validation import Validation
 from triptych.train.hooks.weights import WEIGHTS, WeightsOnly
 from triptych.train.json_lines import keep_until
@@ -89,6 +90,8 @@ def _run_stage(config: Config, mesh: Mesh) -> TrainState:
         gc.freeze()  # what is there stays: no rank shall keep the others waiting to look it through
         stack.callback(gc.unfreeze)
         state, asked = train(config, engine, loader, state, hooks)
+    if asked is not None and asked.is_error:
+        raise TrainingError(out_of_budget(asked.text, config, state))
     if is_finished(config, engine, state):
         say(_finished(config, state))
     else:
@@ -177,9 +180,13 @@ def _kernels(config: Config, engine: Engine) -> str:
 def _hooks(
     config: Config, engine: Engine, store: CheckpointStore, held_out: Mixture | None
 ) -> HookChain:
-    """Everything optional. Saving comes last: a checkpoint's steps have been written down then."""
+    """Everything optional.
+
+    What fails on all ranks comes first, for one reason on all. Saving comes last: a checkpoint's
+    steps have been written down then.
+    """
     mesh, run_dir = engine.mesh, Path(config.run.dir)
-    hooks: list[Hook] = [StopRequest(run_dir, mesh)]
+    hooks: list[Hook] = [UnreadableBudget(config), StopRequest(run_dir, mesh)]
     if held_out is not None:
         hooks.append(Validation(config, engine, held_out.validation_step(config, mesh)))
     if mesh.is_main:
@@ -192,7 +199,8 @@ def _hooks(
     if config.train.profile and (mesh.dp_rank, mesh.tp_rank) == (0, 0):
         hooks.append(Harmless(Profiler(config, mesh)))
     if mesh.reads_media:
-        hooks += [Ledger(run_dir, mesh), Quarantine(run_dir, mesh)]
+        sources = list(config.data.mixtures[config.stage.name])
+        hooks += [Ledger(run_dir, mesh), Quarantine(run_dir, mesh, sources)]
     hooks += [Progress(config, mesh), Checkpointing(config, engine, store)]
     if config.run.weights_every:
         weights = CheckpointStore(run_dir / WEIGHTS, mesh.world)

@@ -31,14 +31,29 @@ class TrainState:
     """The next pack."""
     segments: tuple[PlanSpan, ...]
     """The plans that the run has followed; more than one only where a changed plan was accepted."""
+    num_unreadable: int = 0
+    """Of ``consumed_samples``, those whose media could not be read; not counted by old versions."""
+    unreadable_in_a_row: int = 0
+    """Samples of the last steps, if of these no sample that has media could be read."""
 
-    def after(self, *, num_tokens: int, num_samples: int, cursor: Cursor) -> "TrainState":
+    def after(
+        self,
+        *,
+        num_tokens: int,
+        num_samples: int,
+        num_with_media: int,
+        num_unreadable: int,
+        cursor: Cursor,
+    ) -> "TrainState":
         """One step later."""
+        none_readable = num_unreadable == num_with_media
         return replace(
             self,
             step=self.step + 1,
             consumed_tokens=self.consumed_tokens + num_tokens,
             consumed_samples=self.consumed_samples + num_samples,
+            num_unreadable=self.num_unreadable + num_unreadable,
+            unreadable_in_a_row=(self.unreadable_in_a_row + num_unreadable) * none_readable,
             cursor=cursor,
         )
 

@@ -30,6 +30,8 @@ class Totals:
     num_samples: int
     num_unreadable: int
     """Samples whose media could not be read."""
+    num_with_media: int
+    """Samples that have media, readable or not."""
     num_asking_to_stop: int
     """Ranks that ask for the run to end after this step."""
 
@@ -137,13 +139,15 @@ def count(step: Step, mesh: Mesh, *, asks_to_stop: bool = False) -> Totals:
     drop_unreadable(step, step.unreadable)
     workload = sum((batch.workload for batch in step.microbatches), NO_WORK)
     num_samples = sum(len(batch.sample_ids) for batch in step.microbatches)
-    counts = [*astuple(workload), num_samples, len(step.unreadable)]
+    num_with_media = sum(batch.num_with_media for batch in step.microbatches)
+    counts = [*astuple(workload), num_samples, len(step.unreadable), num_with_media]
     if not mesh.reads_media:
         counts = [0] * len(counts)
-    *loads, num_samples, num_unreadable, num_asking = mesh.world.add_up([*counts, asks_to_stop])
+    totals = mesh.world.add_up([*counts, asks_to_stop])
+    *loads, num_samples, num_unreadable, num_with_media, num_asking = totals
     if num_unreadable:
         drop_unreadable(step, mesh.world.all_gather(step.unreadable)[mesh.media_reader])
-    return Totals(Workload(*loads), num_samples, num_unreadable, num_asking)
+    return Totals(Workload(*loads), num_samples, num_unreadable, num_with_media, num_asking)
 
 
 def _over_ranks(loss_sum: Tensor, mesh: Mesh) -> Tensor:

@@ -13,6 +13,8 @@ class StopReason:
     """For people, as "Slurm ends the job in two minutes"."""
     requeue: bool = False
     """Whether the run shall be started again, by itself."""
+    is_error: bool = False
+    """Whether the run has failed. All ranks must ask alike then."""
 
 
 def gather_reasons(ranks: Ranks, own: StopReason | None) -> list[tuple[int, StopReason]]:

@@ -39,6 +39,7 @@ AT_LEAST = {
         "data.max_patches",
         "data.image_patches",
         "data.window",
+        "data.max_unreadable_in_a_row",
         "data.num_workers",
         "cluster.timeout_s",
         "cluster.gpus",
@@ -102,6 +103,7 @@ AT_MOST = {
     ),
     2**31: ("data.min_pixels", "data.max_pixels", "data.max_patches", "data.image_patches"),
     10**15: (
+        "data.max_unreadable_in_a_row",
         "stage.token_budget",
         "train.num_steps",
         "train.validate_every",
@@ -156,11 +158,10 @@ def check_bounds(config: Config) -> Iterator[Problem]:
         value = attrgetter(key)(config)
         if not 0 <= value < 1:
             yield Problem(f"{key}={value} must be at least 0 and below 1", f"{key}={default}")
-    if not 0 <= config.data.vision_share <= 1:
-        yield Problem(
-            f"data.vision_share={config.data.vision_share} must be from 0 to 1",
-            "data.vision_share=0.5",
-        )
+    for key, default in {"data.vision_share": 0.5, "data.max_unreadable": 0.001}.items():
+        value = attrgetter(key)(config)
+        if not 0 <= value <= 1:
+            yield Problem(f"{key}={value} must be from 0 to 1", f"{key}={default}")
     for key, example in ABOVE_0.items():
         value = attrgetter(key)(config)
         if value is not None and value <= 0:

@@ -13,7 +13,17 @@ from triptych.configs.model_schema import ModelConfig
 from triptych.data.loading.collate import Segment, collate
 from triptych.data.media.kinds import kind_of
 from triptych.data.tokens import expand
-from triptych.data.types import Batch, Pack, PixelLimits, SampleId, Source, Step, UnreadableSample
+from triptych.data.types import (
+    Batch,
+    Media,
+    Pack,
+    PixelLimits,
+    SampleId,
+    Source,
+    Step,
+    Unreadable,
+    UnreadableSample,
+)
 from triptych.errors import DataError
 
 
@@ -37,7 +47,7 @@ class _Read:
     """A sample, and why its media could not all be read."""
 
     segment: Segment
-    problems: list[str]
+    problems: list[tuple[Media, Unreadable, str]]
 
 
 class Reader:
@@ -71,11 +81,13 @@ class Reader:
             batch = collate(segments, form.model, pad_to=form.pad_to, with_pixels=form.read_pixels)
             self._check_length(batch, packs)
             batches.append(batch.each(Tensor.pin_memory) if form.pin_memory else batch)
-            unreadable += [
-                UnreadableSample(number, position, "; ".join(sample.problems))
-                for position, sample in enumerate(samples)
-                if sample.problems
-            ]
+            for position, sample in enumerate(samples):
+                if sample.problems:
+                    media, cause, _ = sample.problems[0]
+                    reason = "; ".join(told for *_, told in sample.problems)
+                    unreadable.append(
+                        UnreadableSample(number, position, cause, media.shard, media.offset, reason)
+                    )
             self.num_decoded += sum(len(segment.pixels) for segment in segments)
         numbers = tuple(pack.number for packs in microbatches for pack in packs)
         return Step(microbatches=batches, packs=numbers, unreadable=unreadable)
@@ -97,16 +109,19 @@ class Reader:
         input_ids, targets = expand(sample, grid_thw, form.model)
         self._check_ids(input_ids, f"{source.name}, sample {sample_id.index}")
         pixels: list[NDArray[np.uint8]] = []
-        problems: list[str] = []
+        problems: list[tuple[Media, Unreadable, str]] = []
         for number, media in enumerate(sample.media if form.read_pixels else ()):
             kind = kind_of(media.kind)
             where = f"{source.name}, sample {sample_id.index}, {kind.name} {number}"
+            cause = Unreadable.damaged
             try:
                 data = source.read_media(media)
+                cause = Unreadable.undecodable
                 pixels.append(kind.patches(data, media, limits, vision, where))
             except DataError as error:
                 told = str(error)
-                problems.append(told if where in told else f"{where}: {told}")
+                told = told if where in told else f"{where}: {told}"
+                problems.append((media, cause, told))
                 shape = (int(np.prod(grids[number])), vision.patch_dim)
                 pixels.append(np.zeros(shape, dtype=np.uint8))
         segment = Segment(sample_id, input_ids, targets, grid_thw, tuple(pixels))

@@ -176,6 +176,8 @@ SHOWN_ELSEWHERE = {
     "log.wandb_name": "tests/train/test_hooks.py",
     "log.wandb_group": "tests/train/test_hooks.py",
     "log.wandb_tags": "tests/train/test_hooks.py",
+    "data.max_unreadable": "tests/train/test_unreadable_budget.py",
+    "data.max_unreadable_in_a_row": "tests/train/test_unreadable_budget.py",
     "data.num_workers": "tests/data/test_loader.py",
     "data.prefetch_steps": "tests/data/test_loader.py",
 }

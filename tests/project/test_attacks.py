@@ -216,7 +216,9 @@ def test_the_first_picture_that_cannot_be_read_is_told_of(pool, digits, tmp_path
     content = bytearray(shard.read_bytes())
     content[600::3000] = bytes(byte ^ 1 for byte in content[600::3000])
     shard.write_bytes(content)
-    told = Runs(pool, tmp_path / "data", tmp_path).train("run", "dp2", "train.num_steps=3")
+    told = Runs(pool, tmp_path / "data", tmp_path).train(
+        "run", "dp2", "train.num_steps=3", "data.max_unreadable=1.0"
+    )
     assert told.count("samples that cannot be read are left out of the loss, ") == 1
     assert f"{tmp_path / 'run'}/quarantine names them and says why" in told
 

@@ -190,14 +190,14 @@ def test_unreadable_samples_are_left_out_on_every_rank(layouts, damaged, runs, p
     runs.train("undamaged", "single", "train.num_steps=3")
     spoilt = Runs(pool, damaged, tmp_path)
     for layout in layouts:
-        spoilt.train(layout, layout, "train.num_steps=3")
+        spoilt.train(layout, layout, "train.num_steps=3", "data.max_unreadable=1.0")
     wanted = quarantined(spoilt.dir("single"))
     assert wanted
     assert all("captions" in reason or "strings" in reason for *_, reason in wanted)
     names = ["strings", "captions", "text"]
     sources = [Dataset.open(damaged / name, name) for name in names]
     left_out: Counter[int] = Counter()
-    for step, source, index, _ in wanted:
+    for step, source, index, *_ in wanted:
         left_out[step] += int(sources[source].sample(index).targets[1:].sum())
     for whole, rest in zip(
         metrics(runs.dir("undamaged")), metrics(spoilt.dir("single")), strict=True
@@ -216,14 +216,15 @@ def test_unreadable_samples_are_left_out_on_every_rank(layouts, damaged, runs, p
 def test_a_killed_run_quarantines_every_sample_once(then, damaged, pool, tmp_path):
     """Also where fewer ranks go on: what the others wrote of the steps to come is cut, too."""
     runs = Runs(pool, damaged, tmp_path)
-    options = ("train.num_steps=5", "run.checkpoint_every=2")
+    options = ("train.num_steps=5", "run.checkpoint_every=2", "data.max_unreadable=1.0")
     runs.train("whole", "dp2", *options)
     runs.kill("killed", "dp2", *options, target=PROGRESS, call=5)
     runs.train("killed", then, *options)
     assert quarantined(runs.dir("killed")) == quarantined(runs.dir("whole"))
 
 
-def quarantined(run_dir: Path) -> list[tuple[int, int, int, str]]:
+def quarantined(run_dir: Path) -> list[tuple[int | str, ...]]:
+    """Step, source, index, name, shard, offset, cause and reason of each, sorted."""
     files = (run_dir / "quarantine").glob("dp_*.jsonl")
     lines = [line for file in files for line in file.read_text().splitlines()]
     return sorted(tuple(json.loads(line).values()) for line in lines)

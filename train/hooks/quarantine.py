@@ -1,5 +1,6 @@
 """The samples whose media could not be read, with the reason."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from triptych.parallel.mesh import Mesh
@@ -17,7 +18,15 @@ class Quarantine(Hook):
     A file is made by the first bad sample. Rank 0, which reads, tells of the first step with any.
     """
 
-    def __init__(self, run_dir: Path, mesh: Mesh) -> None:
+    def __init__(self, run_dir: Path, mesh: Mesh, sources: Sequence[str]) -> None:
+        """Makes no file yet.
+
+        Args:
+            run_dir: of the run.
+            mesh: of this rank.
+            sources: names, as the plan numbers them.
+        """
+        self._sources = sources
         self._folder = run_dir / QUARANTINE
         self._lines = JsonLines(self._folder / f"dp_{mesh.dp_rank:05d}.jsonl")
         self._told = False
@@ -34,8 +43,18 @@ class Quarantine(Hook):
         for sample in event.step.unreadable:
             batch = event.step.microbatches[sample.microbatch]
             source, index = batch.sample_ids[sample.segment]
-            record = {"step": event.state.step, "source": source, "index": index}
-            self._lines.write({**record, "reason": sample.reason})
+            self._lines.write(
+                {
+                    "step": event.state.step,
+                    "source": source,
+                    "index": index,
+                    "name": self._sources[source],
+                    "shard": sample.shard,
+                    "offset": sample.offset,
+                    "cause": sample.cause.value,
+                    "reason": sample.reason,
+                }
+            )
 
     def close(self) -> None:
         """Close the file."""
