@@ -18,6 +18,7 @@ Source: arXiv 2409.12191 section 2.2; the form of calls is that of Qwen-Agent's 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,11 +41,24 @@ KEYS = {"text": ("text",), "ref": ("text",), "call": ("name", "arguments")} | {
 """Type of a part -> its keys."""
 
 
+@dataclass(frozen=True, slots=True)
+class MediaBytes:
+    """A media item that came with its record."""
+
+    name: str
+    """As it was called; may be empty."""
+    content: bytes
+    file: Path | None = None
+    """The webdataset shard that it is a member of, and stays in."""
+    offset: int = 0
+    """Bytes from the start of that shard to the content."""
+
+
 class MediaRef(NamedTuple):
     """A media item that a record names."""
 
     kind: MediaKind
-    path: str
+    path: str | MediaBytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +109,7 @@ class SequenceWriter:
         self.text(text, target=target)
         self.special(self._tokenizer.special(f"{name}_end"), target=target)
 
-    def media(self, kind: MediaKind, path: str) -> None:
+    def media(self, kind: MediaKind, path: str | MediaBytes) -> None:
         """Add a media item; it is never a target."""
         self.special(self.tokens.vision_start)
         self.special(pads(self.tokens)[kind])
@@ -158,10 +172,10 @@ def write_part(
         return
     key = KEYS[str(name)][0]
     value = part.get(key)
-    if not isinstance(value, str):
-        raise DataError(f"{where} of type {name} needs a string under the key {key!r}")
-    if kind is not None:
+    if kind is not None and isinstance(value, str | MediaBytes):
         writer.media(kind, value)
+    elif not isinstance(value, str):
+        raise DataError(f"{where} of type {name} needs a string under the key {key!r}")
     elif name == "ref":
         writer.between("object_ref", value, target=target)
     else:

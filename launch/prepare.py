@@ -1,4 +1,4 @@
-r"""Makes a dataset folder from JSONL and image files.
+r"""Makes a dataset folder from JSONL, JSON, Parquet or webdataset shards, and media files.
 
     python launch/prepare.py --input chats.jsonl --images photos --tokenizer Qwen2-VL-2B \
         --output datasets/chats
@@ -10,7 +10,7 @@ A line is one of
     {"text": "plain text"}
 
 where PARTS are [{"type": "image", "image": "cat.jpg"}, {"type": "text", "text": "What is it?"}], in
-any order and number. docs/data.md has more.
+any order and number, or written as ms-swift, LLaVA and others do. docs/data-format.md has more.
 
     python launch/prepare.py verify datasets/chats datasets/web
 
@@ -18,6 +18,7 @@ reads whole datasets, shards too, and names every file that is not as it was pre
 """
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
     from triptych.data.prepare.build_dataset import BuildProgress
 
 
+REPORT = "report.json"
+"""What was counted, in the dataset's folder and no part of the dataset."""
+
+
 def parse_args(args: Sequence[str]) -> argparse.Namespace:
     """The command line; imports nothing heavy."""
     if args[:1] == ["verify"]:
@@ -41,7 +46,7 @@ def parse_args(args: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--input", nargs="+", type=Path, required=True, help="JSONL files")
+    parser.add_argument("--input", nargs="+", type=Path, required=True, help="files with records")
     parser.add_argument(
         "--images",
         nargs="+",
@@ -76,6 +81,21 @@ def parse_args(args: Sequence[str]) -> argparse.Namespace:
         help="text may spell <image>, <video> and the like (default: a bad sample)",
     )
     parser.add_argument(
+        "--format",
+        choices=("ms-swift", "sharegpt", "interleaved", "pair", "triptych"),
+        help="how records are written (default: told by the keys of each)",
+    )
+    parser.add_argument(
+        "--parse-grounding",
+        action="store_true",
+        help="<|box_start|>, <ref> and the like in text become places (default: characters)",
+    )
+    parser.add_argument(
+        "--line-end-is-target",
+        action="store_true",
+        help="the line end after what the assistant says is learned (default: it is not)",
+    )
+    parser.add_argument(
         "--shard-mb",
         type=_positive,
         default=256,
@@ -100,6 +120,12 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _reading(options: argparse.Namespace) -> dict[str, object]:
+    """The options that decide what is read, for the report."""
+    names = ("format", "parse_grounding", "line_end_is_target", "ignore_keys")
+    return {name: getattr(options, name) for name in (*names, "allow_spelled_media")}
+
+
 def verify(folders: Sequence[Path]) -> None:
     """Compares every file of some datasets with what was prepared, and says that all are well."""
     from tqdm import tqdm
@@ -121,25 +147,36 @@ def main(args: Sequence[str]) -> None:
         verify(options.verify)
         return
     # Late: --help does not pay for torch.
-    from triptych.data.prepare.build_dataset import OnBad, build_dataset
+    from triptych.data.prepare.build_dataset import OnBad, ReadingOptions, build_dataset
     from triptych.data.prepare.foreign import Allowed
     from triptych.data.tokenizer import load_tokenizer
 
+    progress = ProgressLine()
     manifest = build_dataset(
         options.input,
         options.output,
         load_tokenizer(options.tokenizer),
         images=options.images or [options.input[0].parent],
         on_bad=OnBad[options.on_bad],
-        allowed=Allowed(frozenset(options.ignore_keys), options.allow_spelled_media),
+        reading=ReadingOptions(
+            Allowed(frozenset(options.ignore_keys), options.allow_spelled_media),
+            options.format,
+            options.parse_grounding,
+            options.line_end_is_target,
+        ),
         shard_size=options.shard_mb * 1_000_000,
-        report=ProgressLine(),
+        report=progress,
     )
     print(
         f"{options.output}: {manifest.num_samples} samples, {manifest.num_media} images, "
         f"{manifest.num_tokens} text tokens of which {manifest.num_targets} are targets; "
         f"{manifest.num_skipped} bad samples left out"
     )
+    print("\n".join(progress.last.tally.lines()))
+    if options.parse_grounding:
+        print("  read places that text spells out (--parse-grounding)")
+    report = {"reading": _reading(options), **progress.last.tally.content()}
+    (options.output / REPORT).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
 
 
 class ProgressLine:
@@ -152,6 +189,7 @@ class ProgressLine:
 
     def __call__(self, progress: "BuildProgress") -> None:
         """Called after every sample."""
+        self.last = progress
         if time.monotonic() < self._next:
             return
         self._next = time.monotonic() + self._interval_s

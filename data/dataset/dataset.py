@@ -32,6 +32,8 @@ from triptych.errors import DataError
 
 FORMAT_VERSION = 1
 SHARD_NAME = "{:06d}.tar"
+ELSEWHERE = 1 << 31
+"""Shards are numbered from here on that lie elsewhere, as they were found."""
 SIZES = "sizes"
 """Folder of hashes by block and of counts, in the dataset or in ``run.dir``."""
 
@@ -52,6 +54,8 @@ class DatasetManifest:
     num_media: int
     num_skipped: int
     """Bad samples that were left out; ``quarantine.jsonl`` names them."""
+    shards_elsewhere: dict[str, int] = field(default_factory=dict)
+    """Path of each webdataset shard that is indexed in place -> its size. In order of number."""
     files: dict[str, HashedFile] = field(default_factory=dict)
     """Path below the folder -> size and hash."""
 
@@ -81,6 +85,12 @@ class Dataset:
         check_size(self._targets.path, self._text.num_tokens)
         self._media = MediaIndex(checked["media.idx"], manifest.num_media)
         self._store = open_store(str(path / "shards"))
+        self._elsewhere = [Path(shard) for shard in manifest.shards_elsewhere]
+        for shard, size in manifest.shards_elsewhere.items():
+            check_size(Path(shard), size)
+        self._stores_elsewhere = {
+            shard.parent: open_store(str(shard.parent)) for shard in self._elsewhere
+        }
 
     @classmethod
     def open(cls, path: Path | str, name: str, fallback: Path | None = None) -> "Dataset":
@@ -206,12 +216,15 @@ class Dataset:
         Raises:
             DataError: it cannot be read, or its hash is not the recorded one.
         """
-        shard = SHARD_NAME.format(media.shard)
-        data = self._store.read(shard, media.offset, media.size)
+        shard, store = self.path / "shards" / SHARD_NAME.format(media.shard), self._store
+        if media.shard >= ELSEWHERE:
+            shard = self._elsewhere[media.shard - ELSEWHERE]
+            store = self._stores_elsewhere[shard.parent]
+        data = store.read(shard.name, media.offset, media.size)
         if xxhash.xxh3_128_digest(data) != media.xxh3:
             raise DataError(
                 f"the {kind_of(media.kind).name} at byte {media.offset} of "
-                f"{self.path / 'shards' / shard} is damaged: its xxh3-128 is not the recorded one"
+                f"{shard} is damaged: its xxh3-128 is not the recorded one"
                 "  -> copy the shard again"
             )
         return data
@@ -219,7 +232,10 @@ class Dataset:
 
 def write_manifest(manifest: DatasetManifest, file: Path) -> None:
     """Writes ``dataset.yaml``; the same dataset gives the same bytes."""
-    file.write_text(yaml.safe_dump(asdict(manifest), sort_keys=False))
+    content = asdict(manifest)
+    if not manifest.shards_elsewhere:
+        del content["shards_elsewhere"]
+    file.write_text(yaml.safe_dump(content, sort_keys=False))
 
 
 def _parse_manifest(data: bytes, file: Path) -> DatasetManifest:

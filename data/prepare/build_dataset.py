@@ -1,4 +1,4 @@
-"""JSONL and image files to a dataset folder, in one pass and in constant memory.
+"""Inputs and the media they name to a dataset folder, in one pass and in constant memory.
 
 The folder is written under a temporary name and renamed when it is complete, so a folder with its
 final name is never half a dataset.
@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import islice
@@ -17,9 +17,13 @@ from typing import NamedTuple
 
 from triptych.data.dataset.dataset import Dataset, DatasetManifest
 from triptych.data.parts import Encoded
-from triptych.data.prepare.foreign import NOTHING, Allowed, check_inputs, check_record
+from triptych.data.prepare.foreign import NOTHING, Allowed, check_record
+from triptych.data.prepare.inputs.raw_sample import RawSample
+from triptych.data.prepare.inputs.readers import container_of, read_inputs
+from triptych.data.prepare.inputs.record_formats import convert
 from triptych.data.prepare.media_files import MediaFolders
-from triptych.data.prepare.records import Line, read_lines
+from triptych.data.prepare.spelled import special_in, with_places
+from triptych.data.prepare.tally import Tally
 from triptych.data.prepare.writer import DatasetWriter, MediaFile
 from triptych.data.tokenizer import Tokenizer
 from triptych.data.tokens import encode_record
@@ -39,6 +43,22 @@ class OnBad(Enum):
     skip = "skip"
 
 
+class ReadingOptions(NamedTuple):
+    """How records are understood."""
+
+    allowed: Allowed = NOTHING
+    """What else would make a sample a bad one."""
+    format: str | None = None
+    """One of ``inputs.record_formats.FORMATS``; None for what each record looks like."""
+    parse_grounding: bool = False
+    """Places that text spells out become parts."""
+    line_end_is_target: bool = False
+    """So is the line end after what the assistant says."""
+
+
+AS_IT_STANDS = ReadingOptions()
+
+
 @dataclass(slots=True)
 class BuildProgress:
     """How far a dataset is."""
@@ -48,6 +68,8 @@ class BuildProgress:
     done: float
     """Share of the input bytes."""
     elapsed_s: float
+    tally: Tally
+    """Of what kinds the samples are."""
 
 
 def build_dataset(
@@ -57,29 +79,30 @@ def build_dataset(
     *,
     images: Sequence[Path],
     on_bad: OnBad = OnBad.fail,
-    allowed: Allowed = NOTHING,
+    reading: ReadingOptions = AS_IT_STANDS,
     shard_size: int = SHARD_SIZE,
     report: Callable[[BuildProgress], None] | None = None,
 ) -> DatasetManifest:
-    """Writes a dataset folder from JSONL files; images are stored byte for byte.
+    """Writes a dataset folder; media are stored byte for byte, or left in webdataset's shards.
 
     Args:
-        inputs: JSONL files, one record of ``data.tokens.encode_record`` per line.
+        inputs: files of any format of ``data.prepare.inputs``.
         output: the folder; must not exist.
         tokenizer: for the text.
         images: folders below which every image lies; relative paths start from the first.
         on_bad: ``skip`` leaves a bad sample out whole, and writes it to ``quarantine.jsonl``.
-        allowed: what else would make a sample a bad one.
+        reading: how records are understood.
         shard_size: bytes after which a new shard is begun.
         report: is called after every sample.
     Raises:
-        DataError: the output exists, an input is no JSONL, no sample is usable, or one is bad and
-            ``on_bad`` is ``fail``; names file and line.
+        DataError: the output exists, an input cannot be read, no sample is usable, or one is bad
+            and ``on_bad`` is ``fail``; names file and number.
     """
     if output.exists():
         raise DataError(f"{output} exists already  -> remove it, or choose another --output")
-    check_inputs(inputs)
-    samples = _Samples(tokenizer, MediaFolders(images), allowed)
+    for path in inputs:
+        container_of(path)
+    samples = _Samples(tokenizer, MediaFolders(images), reading)
     partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
     try:
@@ -93,23 +116,31 @@ def build_dataset(
 
 
 class _Samples(NamedTuple):
-    """How a line becomes a sample."""
+    """How what an input has becomes samples."""
 
     tokenizer: Tokenizer
     folders: MediaFolders
-    allowed: Allowed
+    reading: ReadingOptions
 
-    def read(self, line: Line) -> tuple[Encoded, list[MediaFile]]:
-        """Encodes a line and reads its media, each of which must decode."""
-        record = line.parse()
-        check_record(record, self.allowed)
-        encoded = encode_record(record, self.tokenizer)
-        return encoded, [self.folders.read(item) for item in encoded.media]
+    def read(self, raw: RawSample, tally: Tally) -> tuple[Encoded, list[MediaFile]]:
+        """Encodes a sample and reads its media, each of which must decode."""
+        found, record = convert(raw.read(), self.reading.format, self.reading.allowed.keys)
+        tally.formats[found] += 1
+        if self.reading.parse_grounding and isinstance(record, Mapping):
+            record = with_places(record)
+        check_record(record, self.reading.allowed)
+        encoded = encode_record(
+            record, self.tokenizer, line_end_is_target=self.reading.line_end_is_target
+        )
+        media = [self.folders.read(item) for item in encoded.media]
+        tally.good(record, encoded)
+        tally.spelled.update(special_in(record))
+        return encoded, media
 
-    def is_good(self, line: Line) -> bool:
+    def is_good(self, raw: RawSample) -> bool:
         """It can be read."""
         try:
-            self.read(line)
+            self.read(raw, Tally())
         except DataError:
             return False
         return True
@@ -125,25 +156,27 @@ def _write(
 ) -> DatasetManifest:
     started = time.monotonic()
     total_bytes = sum(path.stat().st_size for path in inputs)
-    progress = BuildProgress(num_samples=0, num_skipped=0, done=0.0, elapsed_s=0.0)
+    progress = BuildProgress(num_samples=0, num_skipped=0, done=0.0, elapsed_s=0.0, tally=Tally())
     done_bytes, first_bad = 0, ""
     writer = DatasetWriter(folder, samples.tokenizer, shard_size)
-    lines = read_lines(inputs)
-    for line in lines:
+    raws = read_inputs(inputs)
+    for raw in raws:
         try:
-            encoded, media = samples.read(line)
+            encoded, media = samples.read(raw, progress.tally)
         except DataError as error:
             if on_bad is OnBad.fail:
                 some_good = progress.num_samples > 0
-                raise DataError(_refusal(line, error, samples, lines, some_good)) from error
-            _quarantine(folder / QUARANTINE, line, str(error))
-            first_bad = first_bad or f"; the first is {line.where}: {error}"
+                raise DataError(_refusal(raw, error, samples, raws, some_good)) from error
+            progress.tally.bad(str(error))
+            _quarantine(folder / QUARANTINE, raw, str(error))
+            first_bad = first_bad or f"; the first is {raw.where}: {error}"
             progress.num_skipped += 1
         else:
-            writer.add(encoded, media, line.content.strip())
+            copied = any(item.place is None for item in media)
+            writer.add(encoded, media, raw.shown() if copied else b"")
             progress.num_samples += 1
-        done_bytes += len(line.content)
-        progress.done = done_bytes / total_bytes
+        done_bytes += raw.size
+        progress.done = min(1.0, done_bytes / total_bytes)
         progress.elapsed_s = time.monotonic() - started
         if report is not None:
             report(progress)
@@ -156,7 +189,7 @@ def _write(
 
 
 def _refusal(
-    line: Line, error: DataError, samples: _Samples, rest: Iterator[Line], some_good: bool
+    raw: RawSample, error: DataError, samples: _Samples, rest: Iterator[RawSample], some_good: bool
 ) -> str:
     """What is wrong; and that such samples can be left out, where there are others."""
     tried = 1
@@ -165,7 +198,7 @@ def _refusal(
         some_good = samples.is_good(following)
         if some_good:
             break
-    told = f"{line.where}: {error}"
+    told = f"{raw.where}: {error}"
     has_remedy = "  -> " in told
     if some_good:
         joint = "; or" if has_remedy else "  -> mend it, or"
@@ -174,8 +207,8 @@ def _refusal(
     return f"{told}{joint} of its first {tried} records none can be used"
 
 
-def _quarantine(file: Path, line: Line, reason: str) -> None:
+def _quarantine(file: Path, raw: RawSample, reason: str) -> None:
     with file.open("a") as lines:
         lines.write(
-            json.dumps({"file": str(line.file), "line": line.number, "reason": reason}) + "\n"
+            json.dumps({"file": str(raw.file), "line": raw.number, "reason": reason}) + "\n"
         )

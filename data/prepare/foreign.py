@@ -7,8 +7,6 @@ passed over in silence, and a model that never sees its pictures trains all the 
 
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from pathlib import Path
-from stat import S_ISREG
 from typing import Any, NamedTuple
 
 from triptych.data.parts import KEYS
@@ -17,7 +15,6 @@ from triptych.errors import DataError
 KINDS_OF_RECORD = frozenset({"messages", "content", "text"})
 UNDERSTOOD = frozenset({"id"})
 """Keys that may stand in any record: they say nothing to train on."""
-MEDIA_LISTS = frozenset({"image", "images", "video", "videos", "audio", "audios"})
 PART = '{"type": "image", "image": PATH}'
 
 SPELLED_MEDIA = re.compile(
@@ -37,35 +34,14 @@ class Foreign(NamedTuple):
 
 HEADS = (
     Foreign(
-        "a Parquet file",
-        lambda head: head.startswith(b"PAR1"),
-        "write its rows as lines of JSON, and the pictures in them as files",
-    ),
-    Foreign(
-        "a tar file, as webdataset's shards are",
-        lambda head: head[257:262] == b"ustar",
-        "unpack it, and write each sample as a line of JSON that names its files",
-    ),
-    Foreign(
         "compressed",
         lambda head: head.startswith((b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PK\3\4")),
         "unpack it first",
-    ),
-    Foreign(
-        "a JSON array, not one record per line",
-        lambda head: head.lstrip().startswith(b"["),
-        "jq -c '.[]' FILE.json > FILE.jsonl",
     ),
 )
 """Files, by their first bytes."""
 
 RECORDS = (
-    Foreign(
-        "LLaVA's or ShareGPT's, with conversations",
-        lambda record: "conversations" in record,
-        'write conversations as messages, from: human as "role": "user", from: gpt as "role": '
-        f'"assistant", value as content, and <image> as the part {PART}',
-    ),
     Foreign(
         "ShareGPT's, with from and value",
         lambda record: any({"from", "value"} <= turn.keys() for turn in _turns(record)),
@@ -80,16 +56,6 @@ RECORDS = (
         "webdataset's, with __key__",
         lambda record: "__key__" in record,
         f"write the caption as text and the file beside it as {PART}, both as parts of content",
-    ),
-    Foreign(
-        "ms-swift's or LLaMA-Factory's, with media beside messages",
-        lambda record: "messages" in record and _has_media(record),
-        f"write each picture where its <image> stands, as the part {PART} of that turn's content",
-    ),
-    Foreign(
-        "a picture beside its text",
-        lambda record: _has_media(record),
-        f'write both as parts: {{"content": [{PART}, {{"type": "text", "text": TEXT}}]}}',
     ),
 )
 """Records, by their keys; the first that fits."""
@@ -121,23 +87,6 @@ class Allowed(NamedTuple):
 NOTHING = Allowed()
 
 
-def check_inputs(files: Sequence[Path]) -> None:
-    """Looks at the first bytes of every file, before any is read.
-
-    Raises:
-        DataError: a file is no regular one, cannot be read, or is of another format than JSONL.
-    """
-    for path in files:
-        try:
-            if not S_ISREG(path.stat().st_mode):
-                raise DataError(f"{path} is no regular file  -> write the records into one first")
-            with path.open("rb") as file:
-                head = file.read(512)
-        except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror}") from error
-        _refuse(HEADS, head, f"{path} is")
-
-
 def check_record(record: Any, allowed: Allowed) -> None:
     """Refuses what would be passed over in silence. What is malformed is for the encoder.
 
@@ -147,13 +96,13 @@ def check_record(record: Any, allowed: Allowed) -> None:
     """
     if not isinstance(record, Mapping):
         return
-    _refuse(RECORDS, {k: v for k, v in record.items() if k not in allowed.keys}, "the record is")
+    refuse(RECORDS, {k: v for k, v in record.items() if k not in allowed.keys}, "the record is")
     if KINDS_OF_RECORD & record.keys():
         _check_keys(record, KINDS_OF_RECORD | UNDERSTOOD, "the record", allowed)
     for where, content in _contents(record, allowed):
         for i, part in enumerate(content):
             if isinstance(part, Mapping):
-                _refuse(PARTS, part, f"{where}[{i}] is")
+                refuse(PARTS, part, f"{where}[{i}] is")
                 name = str(part.get("type"))
                 _check_keys(part, {"type", *KEYS.get(name, (name,))}, f"{where}[{i}]", allowed)
             text = part.get("text") if isinstance(part, Mapping) else part
@@ -183,10 +132,6 @@ def _turns(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [turn for turn in turns if isinstance(turn, Mapping)]
 
 
-def _has_media(record: Mapping[str, Any]) -> bool:
-    return any(record.get(key) for key in MEDIA_LISTS)
-
-
 def _is_base64(value: Any) -> bool:
     if isinstance(value, Mapping):  # as datasets writes an image: {"bytes": ..., "path": ...}
         return "bytes" in value
@@ -204,7 +149,12 @@ def _check_keys(
         )
 
 
-def _refuse(formats: Sequence[Foreign], found: Any, what: str) -> None:
+def refuse(formats: Sequence[Foreign], found: Any, what: str) -> None:
+    """Refuses what is of one of these formats.
+
+    Raises:
+        DataError: says of which, and what to do.
+    """
     for foreign in formats:
         if foreign.is_it(found):
             raise DataError(f"{what} {foreign.name}  -> {foreign.remedy}")

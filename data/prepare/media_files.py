@@ -10,8 +10,9 @@ from pathlib import Path
 from stat import S_ISREG
 
 from triptych.data.media.kinds import kind_of
-from triptych.data.parts import MediaRef
-from triptych.data.prepare.writer import MediaFile
+from triptych.data.parts import MediaBytes, MediaRef
+from triptych.data.prepare.writer import MediaFile, ShardPlace
+from triptych.data.types import MediaKind
 from triptych.errors import DataError
 
 MAX_BYTES = 512 << 20
@@ -34,6 +35,8 @@ class MediaFolders:
                 cannot be read or decoded.
         """
         kind = kind_of(item.kind)
+        if isinstance(item.path, MediaBytes):
+            return _of_bytes(item.kind, item.path)
         local = item.path.removeprefix("file://")
         if "://" in local:
             raise DataError(
@@ -45,9 +48,7 @@ class MediaFolders:
             content = self._content(file, where)
         except (OSError, ValueError) as error:
             raise DataError(f"{where} cannot be read: {error}") from error
-        extension = file.suffix.removeprefix(".").lower()
-        if not (extension.isascii() and extension.isalnum() and len(extension) <= 8):
-            extension = kind.extension
+        extension = _extension(file.name, kind.extension)
         return MediaFile(item.kind, content, extension, kind.measure(content, where))
 
     def _content(self, file: Path, where: str) -> bytes:
@@ -66,6 +67,23 @@ class MediaFolders:
                     f"{where} has {status.st_size} bytes, above the bound of {MAX_BYTES}"
                 )
             return opened.read()
+
+
+def _of_bytes(code: MediaKind, item: MediaBytes) -> MediaFile:
+    """A file that came with its record, which decodes."""
+    kind = kind_of(code)
+    where = f"{kind.name} {item.name}".strip()
+    if len(item.content) > MAX_BYTES:
+        raise DataError(f"{where} has {len(item.content)} bytes, above the bound of {MAX_BYTES}")
+    place = None if item.file is None else ShardPlace(item.file, item.offset)
+    extension = _extension(item.name, kind.extension)
+    return MediaFile(code, item.content, extension, kind.measure(item.content, where), place)
+
+
+def _extension(name: str, otherwise: str) -> str:
+    extension = Path(name).suffix.removeprefix(".").lower()
+    usable = extension.isascii() and extension.isalnum() and len(extension) <= 8
+    return extension if usable else otherwise
 
 
 def _without_waiting(path: str, flags: int) -> int:

@@ -4,11 +4,16 @@ import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import xxhash
 
-from triptych.data.dataset.dataset import SHARD_NAME, DatasetManifest, write_manifest
+from triptych.data.dataset.dataset import (
+    ELSEWHERE,
+    SHARD_NAME,
+    DatasetManifest,
+    write_manifest,
+)
 from triptych.data.dataset.media_index import media_row
 from triptych.data.dataset.text_file import TextWriter
 from triptych.data.hashed_files import hash_file
@@ -16,6 +21,13 @@ from triptych.data.media.kinds import Extent
 from triptych.data.parts import Encoded
 from triptych.data.tokenizer import Tokenizer
 from triptych.data.types import Media, MediaKind
+
+
+class ShardPlace(NamedTuple):
+    """Where in a shard of somebody else's the bytes of a media item lie, and stay."""
+
+    shard: Path
+    offset: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +39,8 @@ class MediaFile:
     extension: str
     """Ending of the file name in the shard, without a point."""
     extent: Extent
+    place: ShardPlace | None = None
+    """None for a file that is copied into a shard of the dataset."""
 
 
 class DatasetWriter:
@@ -80,6 +94,9 @@ class DatasetWriter:
         self._media.close()
         self._shards.close()
         self._manifest.num_skipped = num_skipped
+        self._manifest.shards_elsewhere = {
+            str(shard): shard.stat().st_size for shard in self._shards.elsewhere
+        }
         files = sorted(path for path in self._folder.rglob("*") if path.is_file())
         self._manifest.files = {
             path.relative_to(self._folder).as_posix(): hash_file(path) for path in files
@@ -102,9 +119,13 @@ class ShardWriter:
         self._shard_size = shard_size
         self._number = -1
         self._file: BinaryIO | None = None
+        self.elsewhere: dict[Path, int] = {}
+        """Shards that are indexed in place -> their numbers."""
 
     def add(self, key: str, media: Sequence[MediaFile], source: bytes) -> list[Media]:
         """Writes the media of one sample into one shard."""
+        if any(item.place for item in media):
+            return [self._stays(item) for item in media]
         if not media:
             return []
         if self._file is None or self._file.tell() >= self._shard_size:
@@ -112,18 +133,15 @@ class ShardWriter:
         written = []
         for i, item in enumerate(media):
             number = f".{i}" if len(media) > 1 else ""
-            written.append(
-                Media(
-                    kind=item.kind,
-                    shard=self._number,
-                    offset=self._write(f"{key}{number}.{item.extension}", item.content),
-                    size=len(item.content),
-                    xxh3=xxhash.xxh3_128_digest(item.content),
-                    **item.extent._asdict(),
-                )
-            )
+            offset = self._write(f"{key}{number}.{item.extension}", item.content)
+            written.append(_indexed(item, self._number, offset))
         self._write(f"{key}.json", source)
         return written
+
+    def _stays(self, item: MediaFile) -> Media:
+        assert item.place is not None, "a record has all of its media in one place"
+        number = self.elsewhere.setdefault(item.place.shard, ELSEWHERE + len(self.elsewhere))
+        return _indexed(item, number, item.place.offset)
 
     def close(self) -> None:
         """Ends the last shard."""
@@ -148,3 +166,14 @@ class ShardWriter:
         file.write(content)
         file.write(bytes(-len(content) % tarfile.BLOCKSIZE))
         return start
+
+
+def _indexed(item: MediaFile, shard: int, offset: int) -> Media:
+    return Media(
+        kind=item.kind,
+        shard=shard,
+        offset=offset,
+        size=len(item.content),
+        xxh3=xxhash.xxh3_128_digest(item.content),
+        **item.extent._asdict(),
+    )

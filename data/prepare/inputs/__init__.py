@@ -1,0 +1,1 @@
+"""What can be prepared: files of several formats, each of which yields raw samples."""

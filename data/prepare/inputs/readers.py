@@ -1,0 +1,99 @@
+"""Opens an input by its first bytes: JSONL, a JSON array, Parquet or a webdataset shard."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from stat import S_ISREG
+from typing import NamedTuple
+
+from triptych.data.prepare.foreign import HEADS, refuse
+from triptych.data.prepare.inputs.parquet import read_parquet
+from triptych.data.prepare.inputs.raw_sample import RawSample, of_json
+from triptych.data.prepare.inputs.tar_pairs import read_tar
+from triptych.errors import DataError
+
+CHUNK = 1 << 20
+"""Bytes of a JSON array that are read at a time."""
+
+
+class Container(NamedTuple):
+    """A kind of file that holds samples."""
+
+    name: str
+    is_it: Callable[[bytes], bool]
+    """Of the first 512 bytes."""
+    read: Callable[[Path], Iterator[RawSample]]
+
+
+def _read_lines(path: Path) -> Iterator[RawSample]:
+    """Blank lines are left out."""
+    with path.open("rb") as file:
+        for number, content in enumerate(file, start=1):
+            if content.strip():
+                yield of_json(path, number, content)
+
+
+def _read_array(path: Path) -> Iterator[RawSample]:
+    """Elements as they come, so that a large array is never in memory whole."""
+    decode = json.JSONDecoder().raw_decode
+    with path.open(encoding="utf-8") as file:
+        rest = file.read(CHUNK).lstrip()[1:]
+        number = 0
+        while True:
+            rest = rest.lstrip(", \t\r\n")
+            if rest.startswith("]"):
+                return
+            try:
+                _, end = decode(rest)
+            except (ValueError, RecursionError) as error:
+                more = file.read(max(CHUNK, len(rest)))
+                if not more:
+                    raise DataError(
+                        f"{path}: element {number + 1} of the array is not JSON: {error}"
+                    ) from error
+                rest += more
+                continue
+            number += 1
+            yield of_json(path, number, rest[:end].encode("utf-8", "surrogatepass"))
+            rest = rest[end:]
+
+
+CONTAINERS = (
+    Container("Parquet", lambda head: head.startswith(b"PAR1"), read_parquet),
+    Container("webdataset", lambda head: head[257:262] == b"ustar", read_tar),
+    Container("JSON array", lambda head: head.lstrip().startswith(b"["), _read_array),
+    Container("JSONL", lambda head: True, _read_lines),
+)
+"""The first that fits."""
+
+
+def container_of(path: Path) -> Container:
+    """What a file is, by its first bytes.
+
+    Raises:
+        DataError: it is no regular file, cannot be read, or is of a format that is not.
+    """
+    try:
+        if not S_ISREG(path.stat().st_mode):
+            raise DataError(f"{path} is no regular file  -> write the records into one first")
+        with path.open("rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    refuse(HEADS, head, f"{path} is")
+    return next(container for container in CONTAINERS if container.is_it(head))
+
+
+def read_inputs(files: Sequence[Path]) -> Iterator[RawSample]:
+    """The samples of all files in order.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    for path in files:
+        try:
+            yield from container_of(path).read(path)
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path} is not UTF-8: {error}") from error
