@@ -3,6 +3,7 @@ r"""Between Hugging Face folders and our checkpoints.
     python launch/convert.py import Qwen2-VL-7B-Instruct runs/imported
     python launch/convert.py export runs/7b/stage3 exported --tokenizer Qwen2-VL-7B-Instruct \
         --dtype bf16    # else in the dtype that they are stored in
+    python launch/convert.py verify exported runs/7b/stage3     # tensors, settings, then answers
     torchrun --nproc-per-node 8 launch/convert.py import ...    # each rank reads its pieces
     torchrun --nproc-per-node 8 launch/convert.py export ...    # each rank writes its files
 
@@ -47,6 +48,12 @@ def main(argv: Sequence[str]) -> None:
                 f"model={model.name} init.checkpoint={options.output}"
             )
         return
+    if options.direction == "verify":
+        from triptych.launch.inference.verification import verify
+
+        found = verify(options.exported, options.checkpoint, answers=not options.tensors_only)
+        print("\n".join([*found, f"{options.exported} is what {options.checkpoint} says"]))
+        return
     dtype = options.dtype and DTYPES[Precision[options.dtype]]
     done = conversion.export_hf(options.source, options.output, options.tokenizer, dtype)
     if is_main:
@@ -79,6 +86,14 @@ def _parser() -> argparse.ArgumentParser:
     out.add_argument("--tokenizer", type=Path, required=True, help="tokenizer folder, copied along")
     out.add_argument(
         "--dtype", choices=[choice.name for choice in Precision], help="default: as they are stored"
+    )
+    check = directions.add_parser("verify", help="compare an export with its checkpoint")
+    check.add_argument("exported", type=Path, help="folder that export wrote")
+    check.add_argument("checkpoint", type=Path, help="run folder or checkpoint that it is of")
+    check.add_argument(
+        "--tensors-only",
+        action="store_true",
+        help="tensors and settings, two tensors in memory; no model is loaded to answer",
     )
     return parser
 

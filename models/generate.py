@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from triptych.configs.model_schema import ModelConfig
 from triptych.data.loading.collate import Segment, collate
@@ -38,7 +38,7 @@ def greedy(
         if not open_prompts:
             break
         segments = [_extended(prompts[i], answers[i]) for i in open_prompts]
-        next_ids = _next_ids(model, segments, config)
+        next_ids = next_logits(model, segments, config).argmax(dim=-1).tolist()
         going_on = [
             (i, token)
             for i, token in zip(open_prompts, next_ids, strict=True)
@@ -51,15 +51,14 @@ def greedy(
 
 
 @torch.no_grad()
-def _next_ids(model: nn.Module, segments: Sequence[Segment], config: ModelConfig) -> list[int]:
-    """The most likely token after each segment."""
+def next_logits(model: nn.Module, segments: Sequence[Segment], config: ModelConfig) -> Tensor:
+    """(num_segments, vocab): what the model thinks of the token after each segment."""
     device = next(model.parameters()).device
     batch = collate(segments, config, pad_to=1, with_pixels=True)
     last_S = torch.tensor(batch.segments[1:], device=device) - 1
     batch = batch.each(lambda tensor: tensor.to(device))
-    logits_TV = model(batch, with_loss=False).squeeze(0)
-    next_ids: list[int] = logits_TV[last_S].argmax(dim=-1).tolist()
-    return next_ids
+    logits_TV: Tensor = model(batch, with_loss=False).squeeze(0)
+    return logits_TV[last_S]
 
 
 def _extended(prompt: Segment, answer: Sequence[int]) -> Segment:

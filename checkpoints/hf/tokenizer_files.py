@@ -58,7 +58,7 @@ def write_tokenizer(source: Path, folder: Path, *, is_base: bool, max_length: in
     for name in COPIED:
         if (source / name).exists():
             shutil.copyfile(source / name, folder / name)
-    ends = {"eos_token": END_OF_TEXT if is_base else END_OF_TURN, "pad_token": END_OF_TEXT}
+    ends = ends_of(is_base=is_base)
     settings = json.loads((source / SETTINGS).read_text())
     template = template_of(source)
     wrong = [what for what in CHATS if rendered(template, what) != rendered(CHAT_TEMPLATE, what)]
@@ -81,6 +81,11 @@ def write_tokenizer(source: Path, folder: Path, *, is_base: bool, max_length: in
         f"the chat template of {source} renders {', '.join(wrong)} otherwise than training did: "
         "the export has ours"
     )
+
+
+def ends_of(*, is_base: bool) -> dict[str, str]:
+    """Where an answer ends, and what fills a batch."""
+    return {"eos_token": END_OF_TEXT if is_base else END_OF_TURN, "pad_token": END_OF_TEXT}
 
 
 def template_of(folder: Path) -> str | None:

@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
+from triptych.checkpoints.hf.origin import origin_of
 from triptych.checkpoints.layout import CheckpointFolder
 from triptych.checkpoints.locate import locate
 from triptych.checkpoints.model_file import read_model
 from triptych.checkpoints.run_state import RunTensors, load_weights
-from triptych.configs.compose import read_config
+from triptych.checkpoints.stored_tensors import StoredTensors
 from triptych.configs.model_schema import ModelConfig
-from triptych.configs.schema import Kernels, ParallelConfig
+from triptych.configs.schema import Kernels, ParallelConfig, Precision
 from triptych.data.chat import encode_prompt
 from triptych.data.loading.collate import Segment
 from triptych.data.media.image import decode_image, image_patches
@@ -26,6 +27,7 @@ from triptych.models.kernels import choose_here
 from triptych.models.parameters import global_parameters
 from triptych.models.qwen_vl.sharding_table import sharding_table
 from triptych.parallel.agree import SingleProcess
+from triptych.parallel.dtypes import DTYPES
 from triptych.parallel.mesh import build_mesh, init_distributed
 
 TIMEOUT_S = 600
@@ -35,9 +37,9 @@ BATCH = 32
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What a person asks about one image."""
+    """What a person asks, about one image or none."""
 
-    image: bytes
+    image: bytes | None
     """The encoded file."""
     prompt: str
     where: str
@@ -45,8 +47,8 @@ class Question:
 
     def messages(self) -> list[dict[str, object]]:
         """The question as a chat."""
-        content = [{"type": "image", "image": self.where}, {"type": "text", "text": self.prompt}]
-        return [{"role": "user", "content": content}]
+        image = [] if self.image is None else [{"type": "image", "image": self.where}]
+        return [{"role": "user", "content": [*image, {"type": "text", "text": self.prompt}]}]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,33 +61,38 @@ class Answerer:
     limits: PixelLimits
 
     @classmethod
-    def load(cls, checkpoint: Path, tokenizer: Path) -> "Answerer":
-        """Load the weights of a run.
+    def load(
+        cls, checkpoint: Path, tokenizer: Path, precision: Precision | None = None
+    ) -> "Answerer":
+        """Load the weights of a run, or those that were imported.
 
         Args:
             checkpoint: a run folder, its ``checkpoints``, or one checkpoint, of any layout.
             tokenizer: the folder that the run was given.
+            precision: that of the weights, where none is asked for.
 
         Raises:
             CheckpointError: there is no good checkpoint.
-            ConfigError: no tokenizer, or the checkpoint has no configuration: it was imported.
+            ConfigError: no tokenizer.
         """
         folder = locate(checkpoint, SingleProcess())
-        config, sizes = read_config(CheckpointFolder(folder).config), read_model(folder)
+        sizes, limits = read_model(folder), origin_of(folder).limits
         loaded = load_tokenizer(tokenizer)
         init_distributed(TIMEOUT_S)
         mesh = build_mesh(1, 1, seed=0, timeout_s=TIMEOUT_S)
-        precision, layers = config.train.precision, [sizes.language.num_layers]
+        if precision is None:
+            stored = StoredTensors.open(CheckpointFolder(folder).shards, mesh.world)
+            precision = next(p for p in Precision if DTYPES[p] == stored.weights_dtype)
+        layers = [sizes.language.num_layers]
         kernels = choose_here(Kernels.auto, precision)
         [model] = build_model(sizes, ParallelConfig(), precision, layers, mesh, kernels)
         parameters = dict(global_parameters([model]))
         load_weights(folder, RunTensors(parameters, None, sharding_table(sizes), mesh))
-        limits = PixelLimits(config.data.min_pixels, config.data.max_pixels)
         return cls(model.eval(), sizes, loaded, limits)
 
     def answer(self, questions: Sequence[Question], *, max_new_tokens: int) -> list[list[int]]:
         """Ids of each greedy answer, without the token that ends it."""
-        prompts = [self._prompt(question) for question in questions]
+        prompts = [self.prompt(question) for question in questions]
         answers: list[list[int]] = []
         for start in range(0, len(prompts), BATCH):
             answers += greedy(
@@ -101,20 +108,26 @@ class Answerer:
         ids = self.answer(questions, max_new_tokens=max_new_tokens)
         return [self.tokenizer.decode(answer) for answer in ids]
 
-    def _prompt(self, question: Question) -> Segment:
+    def prompt(self, question: Question) -> Segment:
         """The chat up to where the answer begins, with the image's patches."""
-        image = decode_image(question.image, question.where)
-        patches, grid = image_patches(image, self.limits, self.config.vision)
         encoded = encode_prompt(question.messages(), self.tokenizer)
-        media = Media(
-            kind=MediaKind.IMAGE,
-            shard=0,
-            offset=0,
-            size=len(question.image),
-            xxh3=b"",
-            width=image.width,
-            height=image.height,
-        )
-        sample = Sample(encoded.input_ids, encoded.targets, (media,))
-        input_ids, targets = expand(sample, [grid], self.config)
-        return Segment(SampleId(0, 0), input_ids, targets, np.array([grid]), (patches,))
+        media, grids, patches = [], [], []
+        if question.image is not None:
+            image = decode_image(question.image, question.where)
+            pixels, grid = image_patches(image, self.limits, self.config.vision)
+            grids, patches = [grid], [pixels]
+            media = [
+                Media(
+                    kind=MediaKind.IMAGE,
+                    shard=0,
+                    offset=0,
+                    size=len(question.image),
+                    xxh3=b"",
+                    width=image.width,
+                    height=image.height,
+                )
+            ]
+        sample = Sample(encoded.input_ids, encoded.targets, tuple(media))
+        input_ids, targets = expand(sample, grids, self.config)
+        shapes = np.array(grids, np.int64).reshape(-1, 3)
+        return Segment(SampleId(0, 0), input_ids, targets, shapes, tuple(patches))
