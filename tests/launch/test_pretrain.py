@@ -59,8 +59,12 @@ def clone(tmp_path_factory) -> Path:
 
 
 @pytest.mark.torchrun
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize(
+    "stage",
+    [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)],
+)
 def test_literal_command_trains_each_stage(stage, clone):
+    """Stages 1 and 3 go through torchrun in the miniature demo, too."""
     before = cpu_s()
     ended = type_in(clone, f"torchrun launch/pretrain.py stage={stage}")
     used_s = cpu_s() - before
