@@ -190,6 +190,24 @@ class SourceConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class VideoConfig:
+    """How many frames of a video are looked at, and how large."""
+
+    fps: float = 2.0
+    """Frames per second of the video, while that is from ``min_frames`` to ``max_frames``."""
+    min_frames: int = 4
+    """Shorter videos are looked at more often, down to every frame that there is."""
+    max_frames: int = 768
+    """Longer videos are looked at less often."""
+    min_pixels: int = 128 * 28 * 28
+    """Smaller frames are enlarged to this many pixels, where ``max_tokens`` leaves room."""
+    max_pixels: int = 768 * 28 * 28
+    """Larger frames are reduced to this many pixels."""
+    max_tokens: int = 16384
+    """LLM tokens of a video, the paper's; the more frames, the smaller each."""
+
+
+@dataclass(kw_only=True, slots=True)
 class DataConfig:
     """Dataset folders, their mixture in each stage, and how samples become packs."""
 
@@ -209,12 +227,14 @@ class DataConfig:
     """Smaller images are enlarged to this many pixels."""
     max_pixels: int = 16384 * 28 * 28
     """Larger images are reduced to this many pixels."""
+    video: VideoConfig = field(default_factory=VideoConfig)
     max_patches: int = 32768
     """ViT patches in a pack, at most; bounds the memory of stage 0."""
     vision_share: float = 0.5
     """Expected share of the LLM tokens that come from the ViT; only costs are estimated with it."""
     image_patches: int = 1024
-    """Expected ViT patches of an image (1024: 448 x 448); only costs are estimated with it."""
+    """Expected ViT patches of an image, or of a patch of frames (1024: 448 x 448); only costs are
+    estimated with it."""
     window: int = 4096
     """Samples that are packed together; 4096 fill packs to .998 on a broad mixture."""
     oversize: Oversize = Oversize.skip

@@ -31,6 +31,7 @@ OVERRIDES = {
     "train.seq_len": "tokens per pack",
     "train.validate_every": "steps between validation losses",
     "data.max_pixels": "larger images are reduced to this",
+    "data.video.max_tokens": "longer videos are looked at in smaller frames",
     "init.checkpoint": "the weights to start from: a run, a checkpoint or a converted model",
     "init.language": "a Qwen2 or Qwen2.5 text model to start from, with init.vision",
     "init.vision": "a CLIP ViT, or a Qwen2-VL or Qwen2.5-VL model for its ViT, to start from",

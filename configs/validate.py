@@ -10,7 +10,7 @@ from triptych.configs.problems import Problem, refusal
 from triptych.configs.rules.architecture import check_model
 from triptych.configs.rules.bounds import check_bounds
 from triptych.configs.rules.cluster import check_cluster, check_measured, check_size
-from triptych.configs.rules.datasets import check_data, check_images
+from triptych.configs.rules.datasets import check_data, check_images, check_videos
 from triptych.configs.rules.parallel import (
     check_batch,
     check_interleaving,
@@ -87,3 +87,4 @@ def _check_shapes(config: Config, world_size: int) -> Iterator[Problem]:
     yield from check_batch(config, world_size)
     yield from check_model(config)
     yield from check_images(config)
+    yield from check_videos(config)

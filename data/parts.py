@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from triptych.configs.model_schema import TokensConfig
-from triptych.data.media.kinds import KINDS, kind_of
+from triptych.data.media.kinds import KINDS
 from triptych.data.tokenizer import Tokenizer
 from triptych.data.types import MediaKind
 from triptych.errors import DataError
@@ -184,13 +184,9 @@ def write_part(
 
 def _media_kind(name: Any, where: str) -> MediaKind | None:
     """What a part of this type shows; None for what is no media item."""
-    kinds = {kind.name.lower(): kind for kind in MediaKind}
-    if name in kinds:
-        try:
-            kind_of(kinds[name])
-        except DataError as error:
-            raise DataError(f"{where} is of type {name}: {error}") from error
-        return kinds[name]
+    for code, kind in KINDS.items():
+        if kind.name == name:
+            return code
     if not isinstance(name, str) or name not in KEYS:
         shown = [kind.name for kind in KINDS.values()]
         known = ", ".join(["text", *shown, "ref", *SHAPES])

@@ -1,11 +1,11 @@
 """What travels from the dataset folder to the model: media, samples, packs, batches."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from enum import Enum, IntEnum
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from triptych.configs.model_schema import VisionConfig
+from triptych.configs.schema import DataConfig, VideoConfig
 from triptych.costs.flops import Workload
 from triptych.data.patch_layout import PatchLayout
 
@@ -46,12 +47,31 @@ class Media:
     duration_ms: int = 0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VideoLimits:
+    """How much of a video is looked at: ``data.video`` of the configuration says what each is."""
+
+    fps: float
+    min_frames: int
+    max_frames: int
+    min_pixels: int
+    max_pixels: int
+    max_tokens: int
+
+
 @dataclass(frozen=True, slots=True)
 class PixelLimits:
     """Resolution limits; a training-time setting, never baked into a dataset."""
 
     min_pixels: int
+    """Of an image."""
     max_pixels: int
+    video: VideoLimits = VideoLimits(**asdict(VideoConfig()))
+
+    @classmethod
+    def of(cls, data: DataConfig) -> Self:
+        """Those of a run."""
+        return cls(data.min_pixels, data.max_pixels, VideoLimits(**asdict(data.video)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

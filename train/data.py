@@ -55,7 +55,7 @@ class Mixture:
             source.check_tokens(config.model.tokens, tokenizer.fingerprint)
         num_samples = sum(len(source) for source in sources)
         plan = Plan(
-            plan_sources(sources, weights, _limits(config), config.model.vision),
+            plan_sources(sources, weights, PixelLimits.of(config.data), config.model.vision),
             seed=config.seed,
             seq_len=config.train.seq_len,
             max_patches=config.data.max_patches,
@@ -118,14 +118,10 @@ def _too_long(count: int) -> str:
     return f" ({count:,} too long for a pack, skipped)" if count else ""
 
 
-def _limits(config: Config) -> PixelLimits:
-    return PixelLimits(config.data.min_pixels, config.data.max_pixels)
-
-
 def _form(config: Config, mesh: Mesh) -> BatchFormat:
     return BatchFormat(
         model=config.model,
-        limits=_limits(config),
+        limits=PixelLimits.of(config.data),
         pad_to=config.parallel.tp,
         read_pixels=mesh.reads_media,
         pin_memory=mesh.device.type == "cuda",

@@ -19,6 +19,7 @@ from triptych.checkpoints.run_state import (
 )
 from triptych.checkpoints.store import CheckpointStore
 from triptych.configs.changes import Change, changes, table
+from triptych.configs.overrides import schema_keys
 from triptych.configs.schema import Config
 from triptych.data.plan.order import Plan
 from triptych.errors import CheckpointError, ConfigError
@@ -34,6 +35,7 @@ PLANNED_BY = (
     "data.max_patches",
     "data.min_pixels",
     "data.max_pixels",
+    *(key for key in schema_keys() if key.startswith("data.video.")),
     "data.window",
 )
 """Beside sources and the stage's mixture, all that the hash of a plan follows from."""

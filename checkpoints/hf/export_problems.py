@@ -110,7 +110,7 @@ def file_problems(exported: Path, checkpoint: Path) -> Iterator[str]:
         "config.json": hf_config(model) | {"eos_token_id": end},
         "generation_config.json": generation_config(model),
         "preprocessor_config.json": preprocessor_config(model, origin.limits),
-        "video_preprocessor_config.json": video_preprocessor_config(model),
+        "video_preprocessor_config.json": video_preprocessor_config(model, origin.limits.video),
         SETTINGS: {**ends, "padding_side": "left"},
     }
     for name, settings in expected.items():

@@ -5,6 +5,7 @@ one that transformers 5 writes (``text_config`` with ``rope_parameters``). The f
 every version of transformers that knows Qwen2-VL loads it.
 """
 
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,11 @@ from triptych.configs.model_schema import (
 )
 from triptych.data.media.image import CLIP_MEAN, CLIP_STD
 from triptych.data.tokenizer import load_tokenizer
-from triptych.data.types import PixelLimits
+from triptych.data.types import PixelLimits, VideoLimits
 from triptych.errors import CheckpointError
 
 Json = dict[str, Any]
 
-VIDEO_FRAME_PIXELS = 128 * 28 * 28, 768 * 28 * 28
 
 # What a key means where it is absent: transformers 4 leaves out values equal to its class defaults.
 # Source: transformers configuration_qwen2_vl.py.
@@ -198,20 +198,22 @@ def preprocessor_config(model: ModelConfig, limits: PixelLimits) -> Json:
     }
 
 
-def video_preprocessor_config(model: ModelConfig) -> Json:
+def video_preprocessor_config(model: ModelConfig, limits: VideoLimits) -> Json:
     """The ``video_preprocessor_config.json``, without which images' limits hold for each frame.
 
-    The limits are those of the paper and of qwen-vl-utils.
+    transformers shares out 0.9 of ``max_video_tokens`` among the frames. What it cannot say is that
+    this share goes before the least size of a frame.
     """
-    least, most = VIDEO_FRAME_PIXELS
     return {
-        **preprocessor_config(model, PixelLimits(least, most)),
+        **preprocessor_config(model, PixelLimits(limits.min_pixels, limits.max_pixels)),
         "image_processor_type": "Qwen2VLImageProcessor",
         "video_processor_type": "Qwen2VLVideoProcessor",
         "do_sample_frames": True,
-        "fps": 2.0,
-        "min_frames": 4,
-        "max_frames": 768,
+        "fps": limits.fps,
+        "min_frames": limits.min_frames,
+        "max_frames": limits.max_frames,
+        "cap_pixels_per_frame": True,
+        "max_video_tokens": ceil(limits.max_tokens / 0.9),
     }
 
 

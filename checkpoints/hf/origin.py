@@ -51,7 +51,7 @@ def origin_of(folder: Path) -> Origin:
     if checkpoint.numbers.is_file():
         train = json.loads(checkpoint.numbers.read_text())["train"]
     return Origin(
-        limits=PixelLimits(data.min_pixels, data.max_pixels),
+        limits=PixelLimits.of(data),
         stage=info["stage"],
         run=config.run.dir if config else "",
         step=read_manifest(folder).step,

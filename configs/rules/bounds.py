@@ -36,6 +36,11 @@ AT_LEAST = {
         "parallel.vpp",
         "data.min_pixels",
         "data.max_pixels",
+        "data.video.min_frames",
+        "data.video.max_frames",
+        "data.video.min_pixels",
+        "data.video.max_pixels",
+        "data.video.max_tokens",
         "data.max_patches",
         "data.image_patches",
         "data.window",
@@ -64,6 +69,7 @@ AT_LEAST = {
 
 AT_MOST = {
     64: ("model.vision.spatial_merge_size", "model.vision.temporal_patch_size"),
+    1000: ("data.video.fps",),
     1024: (
         "model.vision.patch_size",
         "train.micro_batch_size",
@@ -85,7 +91,7 @@ AT_MOST = {
         "model.language.num_kv_heads",
         "train.validation_packs",
     ),
-    65_536: ("train.global_batch_size",),
+    65_536: ("train.global_batch_size", "data.video.min_frames", "data.video.max_frames"),
     1_048_576: (
         "model.vision.hidden_size",
         "model.vision.intermediate_size",
@@ -100,8 +106,16 @@ AT_MOST = {
         "model.language.vocab_size",
         "model.language.max_position_embeddings",
         "train.seq_len",
+        "data.video.max_tokens",
     ),
-    2**31: ("data.min_pixels", "data.max_pixels", "data.max_patches", "data.image_patches"),
+    2**31: (
+        "data.min_pixels",
+        "data.max_pixels",
+        "data.video.min_pixels",
+        "data.video.max_pixels",
+        "data.max_patches",
+        "data.image_patches",
+    ),
     10**15: (
         "data.max_unreadable_in_a_row",
         "stage.token_budget",
@@ -117,6 +131,7 @@ AT_MOST = {
 Far above, a typing error would end in a traceback, in a full memory, or in hours of planning."""
 
 ABOVE_0 = {
+    "data.video.fps": "2.0",
     "optimizer.eps": "1e-8",
     "cluster.peak_tflops": "989",
     "cluster.efficiency.vit": "1.0",

@@ -1,4 +1,4 @@
-"""Datasets and their mixture, and whether the largest image fits a pack."""
+"""Datasets and their mixture, and whether the largest image and video fit a pack."""
 
 from collections.abc import Iterator
 from difflib import get_close_matches
@@ -88,4 +88,44 @@ def check_images(config: Config) -> Iterator[Problem]:
             f"data.max_patches={data.max_patches} must hold the {num_tokens * patches_per_token}"
             f" patches of an image of data.max_pixels={data.max_pixels}",
             f"data.max_patches={num_tokens * patches_per_token}",
+        )
+
+
+def check_videos(config: Config) -> Iterator[Problem]:
+    """The longest video fits a pack, and its frames are at least one token each."""
+    video, vision, seq_len = config.data.video, config.model.vision, config.train.seq_len
+    pixels_per_token, depth = vision.resize_factor**2, vision.temporal_patch_size
+    bounds = {
+        "max_pixels": ("one token", pixels_per_token),
+        "max_frames": ("data.video.min_frames and a patch", max(video.min_frames, depth)),
+        "max_tokens": (
+            f"the tokens of data.video.max_frames={video.max_frames} frames, {depth} in each",
+            -(-video.max_frames // depth),
+        ),
+    }
+    for name, (what, least) in bounds.items():
+        if (value := getattr(video, name)) < least:
+            key = f"data.video.{name}"
+            yield Problem(f"{key}={value} must be at least {what}: {least}", f"{key}={least}")
+    if video.min_pixels > video.max_pixels:
+        yield Problem(
+            f"data.video.min_pixels={video.min_pixels} must be at most"
+            f" data.video.max_pixels={video.max_pixels}",
+            f"data.video.min_pixels={pixels_per_token}",
+        )
+    num_patches = video.max_tokens * vision.patches_per_token
+    if seq_len < video.max_tokens + 2:
+        fits = [f"train.seq_len={video.max_tokens + 2}"]
+        if seq_len > 2:
+            fits.insert(0, f"data.video.max_tokens={seq_len - 2}")
+        yield Problem(
+            f"train.seq_len={seq_len} must hold the {video.max_tokens} + 2 tokens of a video of"
+            f" data.video.max_tokens={video.max_tokens}",
+            either(fits),
+        )
+    if config.data.max_patches < num_patches:
+        yield Problem(
+            f"data.max_patches={config.data.max_patches} must hold the {num_patches} patches of a"
+            f" video of data.video.max_tokens={video.max_tokens}",
+            f"data.max_patches={num_patches}",
         )

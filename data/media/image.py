@@ -41,7 +41,12 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def smart_resize(
-    height: ArrayLike, width: ArrayLike, *, factor: int, min_pixels: int, max_pixels: int
+    height: ArrayLike,
+    width: ArrayLike,
+    *,
+    factor: int,
+    min_pixels: int | NDArray[np.int64],
+    max_pixels: int | NDArray[np.int64],
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Sizes of nearly the same shape, with sides that are multiples of ``factor``.
 
@@ -52,8 +57,8 @@ def smart_resize(
         height: (num_images,) pixels.
         width: (num_images,) pixels.
         factor: pixels.
-        min_pixels: smaller images are enlarged.
-        max_pixels: larger images are reduced.
+        min_pixels: of all or each; smaller images are enlarged.
+        max_pixels: of all or each; larger images are reduced.
     Returns:
         Heights and widths, (num_images,) int64 each.
     Raises:
@@ -134,17 +139,27 @@ def decode_image(data: bytes, where: str) -> Image.Image:
 
 
 def _check_size(size: tuple[int, int], where: str) -> None:
-    """Refuses from the header alone what would exhaust memory or has no patch grid."""
+    """Refuses from the header alone what would exhaust memory or has no grid of patches."""
     width, height = size
     if width * height > MAX_DECODED_PIXELS:
         raise DataError(
             f"{where}: {width}x{height} = {width * height} pixels, above the bound of "
             f"{MAX_DECODED_PIXELS}  -> reduce the image first"
         )
+    check_shape(size, where)
+
+
+def check_shape(size: tuple[int, int], where: str) -> None:
+    """Refuses a width and height that have no grid of patches.
+
+    Raises:
+        DataError: one is more than 200 times the other.
+    """
+    width, height = size
     if max(size) > MAX_ASPECT_RATIO * min(size):
         raise DataError(
             f"{where}: {width}x{height} pixels; one side may be at most {MAX_ASPECT_RATIO} times "
-            "the other  -> crop or leave out this image"
+            "the other  -> crop it, or leave it out"
         )
 
 
@@ -180,16 +195,34 @@ def image_patches(
         DataError: one side is more than 200 times the other.
     Source: arXiv 2409.12191 §2.1; equals transformers' ``Qwen2VLImageProcessorPil``.
     """
-    _, rows, columns = image_grid(image.height, image.width, limits, vision)
-    merge, side = vision.spatial_merge_size, vision.patch_size
-    size = (columns * side, rows * side)
+    grid = image_grid(image.height, image.width, limits, vision)
+    size = (grid[2] * vision.patch_size, grid[1] * vision.patch_size)
     if image.size != size:
         image = image.resize(size, Image.Resampling.BICUBIC)
-    frame = np.asarray(image).reshape(rows // merge, merge, side, columns // merge, merge, side, 3)
-    patches = frame.transpose(0, 3, 1, 4, 6, 2, 5)[:, :, :, :, :, None]
-    num_frames = vision.temporal_patch_size
-    frames = np.broadcast_to(patches, (*patches.shape[:5], num_frames, *patches.shape[6:]))
-    return frames.reshape(rows * columns, vision.patch_dim), (1, rows, columns)
+    return cut_patches(np.asarray(image)[None], vision), grid
+
+
+def cut_patches(frames: NDArray[np.uint8], vision: VisionConfig) -> NDArray[np.uint8]:
+    """Cuts frames into patches; the patches of one LLM token are neighbours.
+
+    Args:
+        frames: (num_frames, height, width, 3) of a size that is a whole grid. The last is repeated
+            to fill a patch.
+        vision: size of a patch, and how many are a token.
+    Returns:
+        (t*h*w, patch_dim), each flattened from (channels, frames, rows, columns) of its pixels.
+    """
+    depth, merge, side = vision.temporal_patch_size, vision.spatial_merge_size, vision.patch_size
+    num_frames, height, width, colours = frames.shape
+    if num_frames == 1:
+        frames = np.broadcast_to(frames, (depth, height, width, colours))
+    elif missing := -num_frames % depth:
+        frames = np.concatenate([frames, frames[-1:].repeat(missing, axis=0)])
+    t, rows, columns = len(frames) // depth, height // side, width // side
+    cut = frames.reshape(
+        t, depth, rows // merge, merge, side, columns // merge, merge, side, colours
+    )
+    return cut.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(t * rows * columns, vision.patch_dim)
 
 
 def normalize_patches(pixels: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The kinds of media: what each is measured by, and how its patches come about.
 
 Index, plan, tokens, reader and preparation ask the row of a kind; none of them knows an image from
-anything else. A kind without a row is refused here, in :func:`kind_of`, and nowhere else.
+anything else.
 
 Geometry is the model's (``VisionConfig``), limits are the run's (``PixelLimits``); a dataset holds
 neither.
@@ -13,7 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from triptych.configs.model_schema import VisionConfig
-from triptych.data.media.image import decode_image, image_grid, image_grids, image_patches
+from triptych.data.media.decoder import borrowed_decoder
+from triptych.data.media.image import (
+    check_shape,
+    cut_patches,
+    decode_image,
+    image_grid,
+    image_grids,
+    image_patches,
+)
+from triptych.data.media.video import video_frames, video_grid, video_grids
 from triptych.data.types import Media, MediaKind, PixelLimits
 from triptych.errors import DataError
 
@@ -38,6 +47,8 @@ class Kind(Protocol):
     """The word for it: the ``type`` and the key of a part of a record, and in messages."""
     extension: str
     """Ending of its files in a shard, where the name it came with has none that will do."""
+    max_bytes: int
+    """Of a file; a larger one is not prepared."""
 
     def measure(self, data: bytes, where: str) -> Extent:
         """Decode a file, to see that it can be.
@@ -79,6 +90,8 @@ class ImageKind:
 
     name = "image"
     extension = "img"
+    max_bytes = 512 << 20
+    """An image within the bound of its pixels, 16 bits per channel, not compressed."""
 
     def measure(self, data: bytes, where: str) -> Extent:
         """Width and height of the upright picture."""
@@ -108,8 +121,45 @@ class ImageKind:
         return image_patches(image, limits, vision)[0]
 
 
-KINDS: dict[MediaKind, Kind] = {MediaKind.IMAGE: ImageKind()}
-"""A video gets its row when something can read it."""
+class VideoKind:
+    """A video: some of its frames, as many in a patch as ``temporal_patch_size`` says."""
+
+    name = "video"
+    extension = "mp4"
+    max_bytes = 2 << 30
+
+    def measure(self, data: bytes, where: str) -> Extent:
+        """Size of the upright frames, how many, and how long they last."""
+        with borrowed_decoder() as decoder:
+            extent = Extent(**decoder.extent(data, where))
+        check_shape((extent.width, extent.height), where)
+        return extent
+
+    def grids(
+        self, rows: NDArray[np.void], limits: PixelLimits, vision: VisionConfig
+    ) -> NDArray[np.int64]:
+        """(num_rows, 3) int64."""
+        return video_grids(
+            rows["height"],
+            rows["width"],
+            rows["frames"],
+            rows["duration_ms"],
+            limits.video,
+            vision,
+        )
+
+    def grid(self, media: Media, limits: PixelLimits, vision: VisionConfig) -> Grid:
+        """(pairs of frames, rows, columns)."""
+        return video_grid(media, limits.video, vision)
+
+    def patches(
+        self, data: bytes, media: Media, limits: PixelLimits, vision: VisionConfig, where: str
+    ) -> NDArray[np.uint8]:
+        """(pairs of frames * rows * columns, patch_dim) uint8."""
+        return cut_patches(video_frames(data, media, limits.video, vision, where), vision)
+
+
+KINDS: dict[MediaKind, Kind] = {MediaKind.IMAGE: ImageKind(), MediaKind.VIDEO: VideoKind()}
 
 
 def kind_of(code: int) -> Kind:
@@ -119,12 +169,8 @@ def kind_of(code: int) -> Kind:
         code: a ``MediaKind``, or what an index says is one.
 
     Raises:
-        DataError: there is no such kind, or it is not supported yet.
+        DataError: there is no such kind.
     """
-    if code in KINDS:
-        return KINDS[MediaKind(code)]
-    known = ", ".join(f"{kind.name}s" for kind in KINDS.values())
-    if code in list(MediaKind):
-        name = MediaKind(code).name.lower()
-        raise DataError(f"{name}s are not supported yet, {known} are  -> leave them out")
-    raise DataError(f"there is no media kind {code}: the index is damaged  -> copy it again")
+    if code not in KINDS:
+        raise DataError(f"there is no media kind {code}: the index is damaged  -> copy it again")
+    return KINDS[MediaKind(code)]

@@ -15,9 +15,6 @@ from triptych.data.prepare.writer import MediaFile, ShardPlace
 from triptych.data.types import MediaKind
 from triptych.errors import DataError
 
-MAX_BYTES = 512 << 20
-"""Of one file. An image within the bound of its pixels, 16 bits per channel, not compressed."""
-
 
 class MediaFolders:
     """Folders below which every media file lies."""
@@ -45,13 +42,13 @@ class MediaFolders:
         file = self._start / local
         where = f"{kind.name} {file}"
         try:
-            content = self._content(file, where)
+            content = self._content(file, kind.max_bytes, where)
         except (OSError, ValueError) as error:
             raise DataError(f"{where} cannot be read: {error}") from error
         extension = _extension(file.name, kind.extension)
         return MediaFile(item.kind, content, extension, kind.measure(content, where))
 
-    def _content(self, file: Path, where: str) -> bytes:
+    def _content(self, file: Path, max_bytes: int, where: str) -> bytes:
         target = file.resolve()
         if not any(target.is_relative_to(folder) for folder in self._folders):
             raise DataError(
@@ -62,9 +59,9 @@ class MediaFolders:
             status = os.fstat(opened.fileno())
             if not S_ISREG(status.st_mode):
                 raise DataError(f"{where} cannot be read: it is no regular file")
-            if status.st_size > MAX_BYTES:
+            if status.st_size > max_bytes:
                 raise DataError(
-                    f"{where} has {status.st_size} bytes, above the bound of {MAX_BYTES}"
+                    f"{where} has {status.st_size} bytes, above the bound of {max_bytes}"
                 )
             return opened.read()
 
@@ -73,8 +70,9 @@ def _of_bytes(code: MediaKind, item: MediaBytes) -> MediaFile:
     """A file that came with its record, which decodes."""
     kind = kind_of(code)
     where = f"{kind.name} {item.name}".strip()
-    if len(item.content) > MAX_BYTES:
-        raise DataError(f"{where} has {len(item.content)} bytes, above the bound of {MAX_BYTES}")
+    size, most = len(item.content), kind.max_bytes
+    if size > most:
+        raise DataError(f"{where} has {size} bytes, above the bound of {most}")
     place = None if item.file is None else ShardPlace(item.file, item.offset)
     extension = _extension(item.name, kind.extension)
     return MediaFile(code, item.content, extension, kind.measure(item.content, where), place)

@@ -130,9 +130,10 @@ def test_videos_do_not_get_the_limits_of_images():
     """As transformers' own class reads them."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    config = video_preprocessor_config(ModelConfig())
+    config = video_preprocessor_config(ModelConfig(), LIMITS.video)
     assert config["size"] == {"shortest_edge": 128 * 28 * 28, "longest_edge": 768 * 28 * 28}
     assert (config["do_sample_frames"], config["fps"]) == (True, 2.0)
+    assert int(config["max_video_tokens"] * 0.9) == 16384
     assert Qwen2VLImageProcessorPil(**config).size["longest_edge"] == 768 * 28 * 28
 
 

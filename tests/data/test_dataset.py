@@ -114,8 +114,11 @@ def test_media_rows_keep_every_field(tmp_path):
     (tmp_path / "media.idx").write_bytes(b"".join(rows))
     index = MediaIndex(opened(tmp_path / "media.idx"), 3)
     assert [index.of_sample(i) for i in range(4)] == [(image,), (), (video, image), ()]
-    with pytest.raises(DataError, match="videos are not supported yet"):
-        media_grids(index.rows_of(0, 3), LIMITS, VISION)
+    rows = index.rows_of(0, 3).copy()
+    assert media_grids(rows, LIMITS, VISION).tolist() == [[1, 2, 2], [2, 40, 72], [1, 2, 2]]
+    rows["kind"][1] = 7
+    with pytest.raises(DataError, match="no media kind 7: the index is damaged"):
+        media_grids(rows, LIMITS, VISION)
     with pytest.raises(DataError, match="192 bytes, its index says 256"):
         MediaIndex(opened(tmp_path / "media.idx"), 4)
 

@@ -11,7 +11,7 @@ import webdataset
 from PIL import Image
 
 from triptych.data.dataset.dataset import Dataset
-from triptych.data.prepare import media_files
+from triptych.data.media.kinds import ImageKind
 from triptych.data.prepare.build_dataset import OnBad, build_dataset
 from triptych.data.tokenizer import train_tokenizer
 from triptych.errors import ConfigError, DataError
@@ -70,7 +70,10 @@ BAD = {
     "outside": ({"content": [{"type": "image", "image": "../a.png"}, CAPTION]}, "leads out of the"),
     "device": ({"content": [{"type": "image", "image": "/dev/zero"}, CAPTION]}, "leads out of the"),
     "pipe": ({"content": [{"type": "image", "image": "pipe.png"}, CAPTION]}, "no regular file"),
-    "video": ({"content": [{"type": "video", "video": "a.mp4"}]}, "videos are not supported yet"),
+    "video": (
+        {"content": [{"type": "video", "video": "a.png"}, CAPTION]},
+        "cannot be decoded as a",
+    ),
     "second": ({"content": [IMAGE, CAPTION, {"type": "image", "image": "no.png"}]}, "no.png"),
 }
 
@@ -132,7 +135,7 @@ def test_a_link_out_of_the_folders_is_followed_only_where_it_leads_into_another(
 
 
 def test_a_file_that_is_too_large_is_not_read(work, tokenizer, monkeypatch):
-    monkeypatch.setattr(media_files, "MAX_BYTES", 50)
+    monkeypatch.setattr(ImageKind, "max_bytes", 50)
     with pytest.raises(DataError, match=r"a.png has \d+ bytes, above the bound of 50"):
         build(work, tokenizer, [GOOD])
 

@@ -176,7 +176,7 @@ def test_special_tokens_in_text_are_ordinary_characters(tokenizer, token):
         ({"content": 5}, "content must be a string or a list"),
         ({"content": ["a"]}, r"content\[0\].type is None"),
         ({"content": [{"type": "audio"}]}, "'audio'; it must be text, image"),
-        ({"content": [{"type": "video", "video": "a.mp4"}]}, "videos are not supported yet"),
+        ({"content": [{"type": "video", "url": "x"}]}, "needs a string under the key 'video'"),
         ({"content": [{"type": "image", "url": "x"}]}, "needs a string under the key 'image'"),
         ({"content": [{"type": "text", "text": None}]}, "needs a string under the key 'text'"),
         ({"messages": []}, "not empty"),

@@ -235,15 +235,18 @@ def run_reference(reference: nn.Module, samples: Sequence[Conversation]) -> Outc
     for sample in samples:
         ids = torch.tensor(sample.input_ids[None].astype(np.int64))
         extra = {}
-        if sample.grids:
+        if sample.grids:  # a sample has images or videos
+            pixels, grids = "pixel_values", "image_grid_thw"
+            if TOKENS.video_pad in sample.input_ids:
+                pixels, grids = "pixel_values_videos", "video_grid_thw"
             extra = {
-                "pixel_values": normalized(sample.pixels).to(dtype),
-                "image_grid_thw": torch.tensor(sample.grids),
+                pixels: normalized(sample.pixels).to(dtype),
+                grids: torch.tensor(sample.grids),
             }
         out = reference(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            mm_token_type_ids=(ids == TOKENS.image_pad).int(),
+            mm_token_type_ids=((ids == TOKENS.image_pad) + 2 * (ids == TOKENS.video_pad)).int(),
             **extra,
         ).logits[0]
         logits.append(out.detach())

@@ -122,7 +122,7 @@ BAD_LINES = {
     '{"messages": [{"role": "user", "content": "hi"}]}': "no assistant turn",
     '{"messages": [{"role": "bot", "content": "hi"}]}': "role is 'bot'; it must be one of",
     '{"text": "a", "content": "b"}': "needs one of the keys",
-    '{"content": [{"type": "video", "video": "x.mp4"}]}': "videos are not supported yet",
+    '{"content": [{"type": "audio", "audio": "x.mp3"}]}': "it must be text, image, video",
     '{"text": "cut': "not JSON",
 }
 

@@ -12,14 +12,16 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from triptych.data.media.kinds import KINDS
 from triptych.data.parts import MediaBytes
 from triptych.data.prepare.inputs.raw_sample import RawSample
-from triptych.data.prepare.media_files import MAX_BYTES
 from triptych.errors import DataError
 
 IMAGES = frozenset("jpg jpeg png webp gif bmp tif tiff avif jp2 ppm".split())
 VIDEOS = frozenset("mp4 mkv webm mov avi".split())
 CAPTIONS = ("txt", "caption", "text")
+MAX_BYTES = max(kind.max_bytes for kind in KINDS.values())
+"""Of a member that is read into memory."""
 BESIDES = frozenset({"cls", "url", "json"})
 """Members that may stand beside a pair, and are passed over."""
 
