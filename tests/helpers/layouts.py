@@ -183,13 +183,24 @@ def measure(layout: Layout, cases: Sequence[LayoutCase], num_steps: int = 0) -> 
     Each gives the gradients of every kind of global batch, then makes ``num_steps`` steps. Every
     rank must call this.
     """
-    mesh = build_mesh(layout.tp, layout.pp, vpp=layout.vpp, seed=0, timeout_s=HANG_S)
+    mesh = mesh_of(layout)
     return [_measure(case, mesh, num_steps) for case in cases]
 
 
-def _measure(case: LayoutCase, mesh: Mesh, num_steps: int) -> RankOutcome:
-    engine = build_engine(config_of(case), mesh)
+def mesh_of(layout: Layout) -> Mesh:
+    """Its groups. Every rank must call this."""
+    return build_mesh(layout.tp, layout.pp, vpp=layout.vpp, seed=0, timeout_s=HANG_S)
+
+
+def engine_of(case: LayoutCase, mesh: Mesh | None = None) -> Engine:
+    """The engine of a case with drawn weights. Every rank must call this."""
+    engine = build_engine(config_of(case), mesh or mesh_of(case.layout))
     draw_weights(engine)
+    return engine
+
+
+def _measure(case: LayoutCase, mesh: Mesh, num_steps: int) -> RankOutcome:
+    engine = engine_of(case, mesh)
     steps = {kind: make_step(kind, mesh, case.micro_batch_size, case.tower) for kind in KINDS}
     loss_sums, norms, grads = {}, {}, {}
     for kind, step in steps.items():

@@ -6,11 +6,8 @@ import torch
 import torch.distributed as dist
 
 from triptych.parallel import schedule
-from triptych.parallel.mesh import build_mesh
 from triptych.parallel.p2p import PlannedP2P
-from triptych.tests.helpers.layouts import Layout, LayoutCase, config_of, draw_weights, make_step
-from triptych.tests.helpers.limits import HANG_S
-from triptych.train.engine import build_engine
+from triptych.tests.helpers.layouts import Layout, LayoutCase, engine_of, make_step
 from triptych.train.step import sum_losses
 
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
@@ -29,9 +26,8 @@ def handshake(pp_group, config, shapes, num_chunks):
 
 def count_messages(layout: Layout, planned: bool) -> tuple[float, int, set[int], float]:
     """Loss sum, tensors sent by this rank, their lengths, and the gradient norm."""
-    mesh = build_mesh(layout.tp, layout.pp, seed=0, timeout_s=HANG_S)
-    engine = build_engine(config_of(LayoutCase(layout)), mesh)
-    draw_weights(engine)
+    engine = engine_of(LayoutCase(layout))
+    mesh = engine.mesh
     step = make_step("some", mesh, 1)
     assert len({len(batch.input_ids) for batch in step.microbatches}) > 1, "unequal lengths"
     sent: list[torch.Tensor] = []

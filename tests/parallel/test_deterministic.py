@@ -8,17 +8,13 @@ import torch
 
 from triptych.models.kernels import Installed
 from triptych.parallel.device import HAS_CUDA, be_deterministic, is_deterministic
-from triptych.parallel.mesh import build_mesh
 from triptych.tests.helpers.layouts import (
     Layout,
     LayoutCase,
-    config_of,
-    draw_weights,
+    engine_of,
     make_step,
 )
-from triptych.tests.helpers.limits import HANG_S
 from triptych.tests.helpers.pretend_cuda import pretended_cuda
-from triptych.train.engine import build_engine
 from triptych.train.step import train_step
 
 pytestmark = pytest.mark.distributed
@@ -26,9 +22,8 @@ ASKED = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "^NVLS"}
 
 
 def loss_of_a_step() -> float:
-    mesh = build_mesh(1, 1, seed=0, timeout_s=HANG_S)
-    engine = build_engine(config_of(LayoutCase(Layout())), mesh)
-    draw_weights(engine)
+    engine = engine_of(LayoutCase(Layout()))
+    mesh = engine.mesh
     step = make_step("some", mesh, 1)
     step = replace(step, microbatches=step.microbatches[:1])
     return train_step(engine, step, dict.fromkeys(("vit", "adapter", "llm"), 1e-3), number=1).loss

@@ -13,12 +13,10 @@ from triptych.tests.helpers.layouts import (
     TRAINED,
     Layout,
     LayoutCase,
-    config_of,
-    draw_weights,
+    engine_of,
     make_step,
 )
 from triptych.tests.helpers.limits import HANG_S
-from triptych.train.engine import build_engine
 from triptych.train.step import train_step
 
 pytestmark = pytest.mark.distributed
@@ -46,8 +44,7 @@ def two_steps(case: LayoutCase, kernel: Kernel) -> tuple[list[float], int]:
         mock.patch("triptych.train.engine.choose_grad_sum", return_value=choice),
         mock.patch.object(layers, "fused_weight_gradient_mlp_cuda", apex, create=True),
     ):
-        engine = build_engine(config_of(case), mesh)
-        draw_weights(engine)
+        engine = engine_of(case, mesh)
         step = make_step("some", mesh, 2)
         lr = {
             part: LR if part in TRAINED[case.stage] else 0.0 for part in ("vit", "adapter", "llm")

@@ -9,18 +9,14 @@ from unittest import mock
 import pytest
 
 from triptych.models.qwen_vl.model import Qwen2VL
-from triptych.parallel.mesh import build_mesh
 from triptych.tests.helpers.layouts import (
     LR,
     Layout,
     LayoutCase,
-    config_of,
-    draw_weights,
+    engine_of,
     make_step,
 )
-from triptych.tests.helpers.limits import HANG_S
 from triptych.tests.helpers.pool import RankFailureError
-from triptych.train.engine import build_engine
 from triptych.train.step import train_step, validation_loss
 
 pytestmark = pytest.mark.distributed
@@ -41,10 +37,8 @@ LAYOUTS = [
 
 def losses(case: LayoutCase, order: tuple[str, ...]) -> list[float]:
     """Of one step for each kind of global batch, and of a validation after each."""
-    layout = case.layout
-    mesh = build_mesh(layout.tp, layout.pp, vpp=layout.vpp, seed=0, timeout_s=HANG_S)
-    engine = build_engine(config_of(case), mesh)
-    draw_weights(engine)
+    engine = engine_of(case)
+    mesh = engine.mesh
     rates = dict.fromkeys(("vit", "adapter", "llm"), LR)
     found = []
     for number, kind in enumerate(order):

@@ -25,11 +25,8 @@ from triptych.models import attention, linear, loss
 from triptych.models.loss import SummedLoss
 from triptych.models.qwen_vl.model import Qwen2VL
 from triptych.parallel.device import Upload
-from triptych.parallel.mesh import build_mesh
-from triptych.tests.helpers.layouts import Layout, LayoutCase, config_of, draw_weights, make_step
-from triptych.tests.helpers.limits import HANG_S
+from triptych.tests.helpers.layouts import Layout, LayoutCase, engine_of, make_step
 from triptych.tests.helpers.pretend_cuda import pretended_cuda
-from triptych.train.engine import build_engine
 from triptych.train.step import sum_losses
 
 pytestmark = pytest.mark.distributed
@@ -295,9 +292,8 @@ def run_with(plantings: list[Planting], layout: Layout, current_device: int) -> 
     os.environ["LOCAL_RANK"] = str(current_device + dist.get_rank())
     case = LayoutCase(layout, precision="bf16", zero="megatron+all")
     with pretended_cuda() as device:
-        mesh = build_mesh(layout.tp, layout.pp, seed=0, timeout_s=HANG_S)
-        engine = build_engine(config_of(case), mesh)
-        draw_weights(engine)
+        engine = engine_of(case)
+        mesh = engine.mesh
         [*microbatches] = make_step("some", mesh, 1).microbatches[:1]
         caught = []
         for planting in plantings:

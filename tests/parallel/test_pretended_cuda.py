@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from triptych.models.kernels import Kernel
-from triptych.parallel.mesh import build_mesh
 from triptych.tests.helpers.layouts import (
     LAYOUTS,
     LAYOUTS_OF_8_LAYERS,
@@ -23,14 +22,11 @@ from triptych.tests.helpers.layouts import (
     TRAINED,
     Layout,
     LayoutCase,
-    config_of,
-    draw_weights,
+    engine_of,
     grid,
     make_step,
 )
-from triptych.tests.helpers.limits import HANG_S
 from triptych.tests.helpers.pretend_cuda import Wait, pretended_cuda
-from triptych.train.engine import build_engine
 from triptych.train.step import sum_losses, train_step
 
 pytestmark = pytest.mark.distributed
@@ -63,10 +59,9 @@ class RankNumbers:
 def run_case(case: LayoutCase, waits: list[Wait], *, with_grads: bool) -> RankNumbers:
     """Two steps. Every rank must call this."""
     begin_s, layout = time.process_time(), case.layout
-    mesh = build_mesh(layout.tp, layout.pp, vpp=layout.vpp, seed=0, timeout_s=HANG_S)
-    engine = build_engine(config_of(case), mesh)
+    engine = engine_of(case)
+    mesh = engine.mesh
     assert {p.device for p in engine.parameters.values()} == {mesh.device}
-    draw_weights(engine)
     lr = {part: LR if part in TRAINED[case.stage] else 0.0 for part in ("vit", "adapter", "llm")}
     numbers: list[float] = []
     for number, kind in enumerate(KINDS, 1):

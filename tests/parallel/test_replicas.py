@@ -4,18 +4,15 @@ import pytest
 import torch
 
 from triptych.models.sharding import TensorSharding
-from triptych.parallel.mesh import build_mesh
 from triptych.parallel.replicas import Drift, reduce_replicas
 from triptych.tests.helpers.layouts import (
     LR,
     Layout,
     LayoutCase,
-    config_of,
-    draw_weights,
+    engine_of,
     make_step,
 )
-from triptych.tests.helpers.limits import HANG_S
-from triptych.train.engine import Engine, build_engine
+from triptych.train.engine import Engine
 from triptych.train.step import train_step
 
 pytestmark = pytest.mark.distributed
@@ -25,9 +22,8 @@ LAYOUT = Layout(tp=2, dp=2, sequence_parallel=True)
 
 
 def trained_engine(zero: str, layout: Layout) -> Engine:
-    mesh = build_mesh(layout.tp, layout.pp, seed=0, timeout_s=HANG_S)
-    engine = build_engine(config_of(LayoutCase(layout, zero=zero)), mesh)
-    draw_weights(engine)
+    engine = engine_of(LayoutCase(layout, zero=zero))
+    mesh = engine.mesh
     rates = dict.fromkeys(("vit", "adapter", "llm"), LR)
     train_step(engine, make_step("some", mesh, 1), rates, number=1)
     return engine

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -11,7 +12,6 @@ from torch import Tensor, nn
 from triptych.configs.schema import OptimizerConfig, Zero
 from triptych.models.qwen_vl.sharding_table import sharding_table
 from triptych.models.sharding import TensorSharding, unshard
-from triptych.parallel.mesh import build_mesh
 from triptych.tests.helpers.layouts import (
     KINDS,
     LR,
@@ -19,11 +19,10 @@ from triptych.tests.helpers.layouts import (
     Layout,
     LayoutCase,
     config_of,
-    draw_weights,
+    engine_of,
     make_step,
 )
-from triptych.tests.helpers.limits import HANG_S
-from triptych.train.engine import Engine, build_engine
+from triptych.train.engine import Engine
 from triptych.train.step import count, sum_losses, train_step
 
 STEPS = 20
@@ -42,16 +41,6 @@ LAYOUTS = [
 ]
 
 
-def engine_of(case: LayoutCase, zero: Zero) -> Engine:
-    layout = case.layout
-    mesh = build_mesh(layout.tp, layout.pp, seed=0, timeout_s=HANG_S)
-    config = config_of(case)
-    config.optimizer.zero = zero
-    engine = build_engine(config, mesh)
-    draw_weights(engine)
-    return engine
-
-
 def kinds() -> Iterator[str]:
     """Global batches with images on some ranks, on one, on none, in turn."""
     return itertools.islice(itertools.cycle(KINDS), STEPS)
@@ -68,7 +57,7 @@ def run_sharded(
 
     The second half of the steps is made by the second optimizer, which takes over from the first.
     """
-    engine = engine_of(case, zeros[0])
+    engine = engine_of(replace(case, zero=zeros[0].name))
     steps = {kind: make_step(kind, engine.mesh, 2) for kind in KINDS}
     losses = []
     for number, kind in enumerate(kinds()):
@@ -94,7 +83,7 @@ def run_fused(
 def taken_over(old: Engine, case: LayoutCase, zero: Zero) -> Engine:
     """A new engine with the other optimizer, weights and optimizer state carried over."""
     state, num_updates = old.optimizer.state_by_param(), old.optimizer.num_updates
-    new = engine_of(case, zero)
+    new = engine_of(replace(case, zero=zero.name))
     with torch.no_grad():
         for name, parameter in new.parameters.items():
             parameter.copy_(old.parameters[name])
@@ -105,7 +94,7 @@ def taken_over(old: Engine, case: LayoutCase, zero: Zero) -> Engine:
 
 def run_plain(case: LayoutCase) -> tuple[list[float], dict[str, Tensor], int]:
     """torch.optim.AdamW on the gradients of one process; also how many steps were clipped."""
-    engine = engine_of(case, Zero.megatron)
+    engine = engine_of(case)
     config: OptimizerConfig = config_of(case).optimizer
     trained = {name: p for name, p in engine.parameters.items() if p.requires_grad}
     own = {name: nn.Parameter(p.detach().clone()) for name, p in trained.items()}

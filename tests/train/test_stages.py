@@ -9,19 +9,15 @@ import torch
 from triptych.configs.compose import load_config
 from triptych.configs.schema import Config, Decay, Part, PartConfig, StageConfig
 from triptych.models.parameters import part_of
-from triptych.parallel.mesh import build_mesh
 from triptych.tests.helpers.layouts import (
     TRAINED,
     Layout,
     LayoutCase,
-    config_of,
-    draw_weights,
+    engine_of,
     make_step,
 )
-from triptych.tests.helpers.limits import HANG_S
 from triptych.tests.helpers.runs import COVERING, LAYOUTS, Runs, metrics
 from triptych.train.batches import on_device
-from triptych.train.engine import build_engine
 from triptych.train.stages.parameter_counts import ParameterCounts, check_trained_parts
 from triptych.train.stages.stage import Stage, learning_rate
 
@@ -172,9 +168,8 @@ def test_what_is_frozen_builds_no_graph(stage, layout, pool):
 
 def graph_of(layout: Layout, stage: str) -> tuple[tuple[bool, bool] | None, set[str]]:
     """Whether ViT's and merger's outputs have a graph, where they are; parts with a buffer."""
-    mesh = build_mesh(layout.tp, layout.pp, seed=0, timeout_s=HANG_S)
-    engine = build_engine(config_of(LayoutCase(layout, stage)), mesh)
-    draw_weights(engine)
+    engine = engine_of(LayoutCase(layout, stage))
+    mesh = engine.mesh
     buffered = {
         part_of(name).value
         for name, parameter in engine.parameters.items()
