@@ -70,7 +70,14 @@ class Tokenizer:
         self.fingerprint = _fingerprint(backend)
         """Equal for tokenizers that give the same ids; xxh3-128 in hexadecimal."""
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+        backend.encode_special_tokens = True  # in text they are ordinary characters
         self._backend = backend
+
+    def __reduce__(
+        self,
+    ) -> tuple[type["Tokenizer"], tuple[tokenizers.Tokenizer, Mapping[str, int]]]:
+        """By the constructor: a pickled backend forgets that text makes no special tokens."""
+        return Tokenizer, (self._backend, self._special)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; ``<|im_end|>`` and the like in it are read as ordinary characters.

@@ -20,7 +20,6 @@ reads whole datasets, shards too, and names every file that is not as it was pre
 import argparse
 import json
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -101,6 +100,23 @@ def parse_args(args: Sequence[str]) -> argparse.Namespace:
         default=256,
         help="megabytes of images after which a new shard is begun (default: 256)",
     )
+    parser.add_argument(
+        "--processes", type=_positive, default=1, help="that work at once (default: 1)"
+    )
+    parser.add_argument(
+        "--part",
+        type=_part,
+        default=(1, 1),
+        metavar="I/N",
+        help="prepare the I-th of N shares only, on any machine that sees the folder of --output; "
+        "the same command without --part then puts all together",
+    )
+    parser.add_argument(
+        "--block-mb",
+        type=_positive,
+        help="megabytes of input that one process does at a time, and that a kill costs; decides "
+        "where shards end (default: 8)",
+    )
     return parser.parse_args(args)
 
 
@@ -118,6 +134,14 @@ def _positive(text: str) -> int:
     if not (text.isdecimal() and int(text)):
         raise argparse.ArgumentTypeError(f"{text} must be a whole number of at least 1")
     return int(text)
+
+
+def _part(text: str) -> tuple[int, int]:
+    """Such as 3/64."""
+    number, _, total = text.partition("/")
+    if not (number.isdecimal() and total.isdecimal() and 1 <= int(number) <= int(total)):
+        raise argparse.ArgumentTypeError(f"{text} must be I/N with 1 <= I <= N, as 3/64")
+    return int(number), int(total)
 
 
 def _reading(options: argparse.Namespace) -> dict[str, object]:
@@ -147,7 +171,8 @@ def main(args: Sequence[str]) -> None:
         verify(options.verify)
         return
     # Late: --help does not pay for torch.
-    from triptych.data.prepare.build_dataset import OnBad, ReadingOptions, build_dataset
+    from triptych.data.prepare.build_block import OnBad, ReadingOptions
+    from triptych.data.prepare.build_dataset import BLOCK_SIZE, build_dataset
     from triptych.data.prepare.foreign import Allowed
     from triptych.data.tokenizer import load_tokenizer
 
@@ -165,8 +190,18 @@ def main(args: Sequence[str]) -> None:
             options.line_end_is_target,
         ),
         shard_size=options.shard_mb * 1_000_000,
+        block_size=options.block_mb * 1_000_000 if options.block_mb else BLOCK_SIZE,
+        num_processes=options.processes,
+        part=options.part,
         report=progress,
     )
+    progress.end()
+    if manifest is None:
+        print(
+            f"part {options.part[0]} of {options.part[1]} is there: {progress.last.num_samples} "
+            "samples  -> when all are, the same command without --part puts them together"
+        )
+        return
     print(
         f"{options.output}: {manifest.num_samples} samples, {manifest.num_media} images, "
         f"{manifest.num_tokens} text tokens of which {manifest.num_targets} are targets; "
@@ -180,28 +215,34 @@ def main(args: Sequence[str]) -> None:
 
 
 class ProgressLine:
-    """Prints the rate and the time left; every second on a terminal, every 30 s into a file."""
+    """A bar over the bytes of input, with the rate and the time left."""
 
     def __init__(self) -> None:
-        self._on_terminal = sys.stderr.isatty()
-        self._interval_s = 1.0 if self._on_terminal else 30.0
-        self._next = time.monotonic() + self._interval_s
+        from tqdm import tqdm
+
+        self._bar = tqdm(
+            total=100.0,
+            unit="%",
+            bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}",
+            mininterval=1.0 if sys.stderr.isatty() else 30.0,
+            disable=False,
+            delay=1.0,
+        )
 
     def __call__(self, progress: "BuildProgress") -> None:
-        """Called after every sample."""
+        """Called after every sample or block."""
         self.last = progress
-        if time.monotonic() < self._next:
-            return
-        self._next = time.monotonic() + self._interval_s
-        rate = (progress.num_samples + progress.num_skipped) / progress.elapsed_s
-        left_s = progress.elapsed_s * (1 - progress.done) / progress.done
-        print(
-            f"{progress.done:4.0%}  {progress.num_samples} samples  {rate:.0f}/s  "
-            f"{progress.num_skipped} bad  {left_s:.0f} s left",
-            file=sys.stderr,
-            end="\r" if self._on_terminal else "\n",
-            flush=True,
+        num_read = progress.num_samples + progress.num_skipped
+        rate = num_read / max(progress.elapsed_s, 1e-9)
+        self._bar.set_postfix_str(
+            f"{progress.num_samples} samples, {rate:.0f}/s, {progress.num_skipped} bad",
+            refresh=False,
         )
+        self._bar.update(100 * progress.done - self._bar.n)
+
+    def end(self) -> None:
+        """The bar goes."""
+        self._bar.close()
 
 
 if __name__ == "__main__":

@@ -238,6 +238,21 @@ def write_manifest(manifest: DatasetManifest, file: Path) -> None:
     file.write_text(yaml.safe_dump(content, sort_keys=False))
 
 
+def read_manifest(path: Path) -> DatasetManifest:
+    """The manifest of a dataset folder.
+
+    Raises:
+        DataError: it is missing, damaged or of another version.
+    """
+    file = path / "dataset.yaml"
+    if not file.is_file():
+        raise DataError(
+            f"{path} is no dataset: {file.name} is missing"
+            "  -> write it with launch/prepare.py --output"
+        )
+    return _parse_manifest(file.read_bytes(), file)
+
+
 def _parse_manifest(data: bytes, file: Path) -> DatasetManifest:
     try:
         content: dict[str, Any] = yaml.safe_load(data)

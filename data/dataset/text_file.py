@@ -98,14 +98,23 @@ class TextWriter:
     def close(self) -> None:
         """Completes the ids and writes the index."""
         self._ids.close()
-        lengths = np.array(self._lengths, dtype=np.int32)
-        ends = 4 * np.cumsum(lengths, dtype=np.int64)
-        num_samples = len(lengths)
-        with self._index.open("wb") as file:
-            file.write(_HEADER.pack(_MAGIC, 1, _INT32, num_samples, num_samples + 1))
-            file.write(lengths.astype("<i4").tobytes())
-            file.write((ends - 4 * lengths).astype("<i8").tobytes())
-            file.write(np.arange(num_samples + 1, dtype="<i8").tobytes())
+        write_index(self._index, np.array(self._lengths, dtype=np.int32))
+
+
+def write_index(file: Path, lengths: NDArray[np.int32]) -> None:
+    """Writes ``text.idx`` for samples of so many tokens, one after the other."""
+    ends = 4 * np.cumsum(lengths, dtype=np.int64)
+    num_samples = len(lengths)
+    with file.open("wb") as index:
+        index.write(_HEADER.pack(_MAGIC, 1, _INT32, num_samples, num_samples + 1))
+        index.write(lengths.astype("<i4").tobytes())
+        index.write((ends - 4 * lengths).astype("<i8").tobytes())
+        index.write(np.arange(num_samples + 1, dtype="<i8").tobytes())
+
+
+def read_lengths(file: Path, num_samples: int) -> NDArray[np.int32]:
+    """(num_samples,) tokens of each sample of a ``text.idx``."""
+    return np.fromfile(file, dtype="<i4", count=num_samples, offset=_HEADER.size)
 
 
 def check_size(file: Path, expected: int) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from triptych.data.digits.texts import (
     text_part,
     texts_of,
 )
+from triptych.data.end_with_parent import end_with_parent
 from triptych.data.prepare.build_dataset import build_dataset
 from triptych.data.tokenizer import SYSTEM_PROMPT, Tokenizer, train_tokenizer
 from triptych.errors import DataError
@@ -169,7 +170,7 @@ def _worker_map(num_processes: int, count: Any) -> Iterator[Map]:
 
 def _begin_worker(count: Any) -> None:
     _count_in(count)
-    _watch_parent()
+    end_with_parent()
 
 
 def _count_in(count: Any) -> None:
@@ -180,18 +181,6 @@ def _count_in(count: Any) -> None:
 def _one_more(_: object = None) -> None:
     with _count.get_lock():
         _count.value += 1
-
-
-def _watch_parent() -> None:
-    """A pool's process waits for work for ever, also when its parent was killed: end it then."""
-    parent = parent_process()
-    assert parent is not None, "not the child of a pool"
-
-    def end_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def _make(

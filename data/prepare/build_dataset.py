@@ -1,62 +1,42 @@
-"""Inputs and the media they name to a dataset folder, in one pass and in constant memory.
+"""Inputs and the media they name to a dataset folder, by any number of processes.
 
 The folder is written under a temporary name and renamed when it is complete, so a folder with its
-final name is never half a dataset.
+final name is never half a dataset. What is finished of it lies in ``.NAME.parts`` until then, and
+a command that is typed again goes on from there. Any processes give the same bytes.
 """
 
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from enum import Enum
-from itertools import islice
+from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
 
 from triptych.data.dataset.dataset import Dataset, DatasetManifest
-from triptych.data.parts import Encoded
-from triptych.data.prepare.foreign import NOTHING, Allowed, check_record
-from triptych.data.prepare.inputs.raw_sample import RawSample
-from triptych.data.prepare.inputs.readers import container_of, read_inputs
-from triptych.data.prepare.inputs.record_formats import convert
+from triptych.data.end_with_parent import end_with_parent
+from triptych.data.prepare.blocks import Block, plan_blocks
+from triptych.data.prepare.build_block import (
+    AS_IT_STANDS,
+    QUARANTINE,
+    BlockBuilder,
+    OnBad,
+    ReadingOptions,
+    block_folder,
+)
 from triptych.data.prepare.media_files import MediaFolders
-from triptych.data.prepare.spelled import special_in, with_places
+from triptych.data.prepare.merge import merge_datasets
 from triptych.data.prepare.tally import Tally
-from triptych.data.prepare.writer import DatasetWriter, MediaFile
 from triptych.data.tokenizer import Tokenizer
-from triptych.data.tokens import encode_record
 from triptych.errors import DataError
 
 SHARD_SIZE = 256 << 20
 """Bytes. Small enough to copy again, large enough for a parallel file system."""
-QUARANTINE = "quarantine.jsonl"
-LOOK_AHEAD = 100
-"""Records that are tried after a bad first one, to see whether any is good."""
-
-
-class OnBad(Enum):
-    """What happens to a sample that cannot be used. It is never repaired or cut."""
-
-    fail = "fail"
-    skip = "skip"
-
-
-class ReadingOptions(NamedTuple):
-    """How records are understood."""
-
-    allowed: Allowed = NOTHING
-    """What else would make a sample a bad one."""
-    format: str | None = None
-    """One of ``inputs.record_formats.FORMATS``; None for what each record looks like."""
-    parse_grounding: bool = False
-    """Places that text spells out become parts."""
-    line_end_is_target: bool = False
-    """So is the line end after what the assistant says."""
-
-
-AS_IT_STANDS = ReadingOptions()
+BLOCK_SIZE = 8 << 20
+"""Bytes of input: what is done again after a kill, and what one process does at a time."""
+WHOLE = (1, 1)
 
 
 @dataclass(slots=True)
@@ -69,7 +49,7 @@ class BuildProgress:
     """Share of the input bytes."""
     elapsed_s: float
     tally: Tally
-    """Of what kinds the samples are."""
+    """Of what kinds the samples are, of the blocks that are finished."""
 
 
 def build_dataset(
@@ -81,8 +61,11 @@ def build_dataset(
     on_bad: OnBad = OnBad.fail,
     reading: ReadingOptions = AS_IT_STANDS,
     shard_size: int = SHARD_SIZE,
+    block_size: int = BLOCK_SIZE,
+    num_processes: int = 1,
+    part: tuple[int, int] = WHOLE,
     report: Callable[[BuildProgress], None] | None = None,
-) -> DatasetManifest:
+) -> DatasetManifest | None:
     """Writes a dataset folder; media are stored byte for byte, or left in webdataset's shards.
 
     Args:
@@ -93,21 +76,127 @@ def build_dataset(
         on_bad: ``skip`` leaves a bad sample out whole, and writes it to ``quarantine.jsonl``.
         reading: how records are understood.
         shard_size: bytes after which a new shard is begun.
-        report: is called after every sample.
+        block_size: bytes of input in a block; decides where shards end.
+        num_processes: that prepare blocks at once.
+        part: (i, n): only the i-th of n shares of the blocks, counted from 1, and no merging.
+        report: is called after every sample, or block of one of several processes.
+    Returns:
+        What was written; None for a part.
     Raises:
         DataError: the output exists, an input cannot be read, no sample is usable, or one is bad
             and ``on_bad`` is ``fail``; names file and number.
     """
     if output.exists():
         raise DataError(f"{output} exists already  -> remove it, or choose another --output")
-    for path in inputs:
-        container_of(path)
-    samples = _Samples(tokenizer, MediaFolders(images), reading)
-    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
+    work = output.with_name(f".{output.name}.parts")
+    options = {
+        "tokenizer": tokenizer.fingerprint,
+        "images": [str(folder) for folder in images],
+        "reading": {
+            **reading._asdict(),
+            "allowed": [*sorted(reading.allowed.keys), reading.allowed.spelled_media],
+        },
+        "shard_size": shard_size,
+    }
+    blocks = plan_blocks(work, inputs, options, block_size)
+    builder = BlockBuilder(tokenizer, MediaFolders(images), reading, on_bad, shard_size)
+    progress = _Progress(blocks, report)
     try:
-        manifest = _write(inputs, partial, samples, on_bad, shard_size, report)
-        Dataset.open(partial, output.name).verify()
+        mine = range(part[0] - 1, len(blocks), part[1])
+        _build_blocks(builder, work, blocks, mine, num_processes, progress)
+        if part != WHOLE:
+            return None
+    except BaseException:
+        if not any(block_folder(work, number).exists() for number in range(len(blocks))):
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+    if progress.state.num_samples:
+        manifest = _merge(work, len(blocks), output)
+        shutil.rmtree(work)
+        return manifest
+    told = _none_usable(work, inputs, progress.state.num_skipped)
+    shutil.rmtree(work)
+    raise DataError(told)
+
+
+class _Progress:
+    """Adds up what the blocks tell."""
+
+    def __init__(
+        self, blocks: Sequence[Block], report: Callable[[BuildProgress], None] | None
+    ) -> None:
+        self.state = BuildProgress(
+            num_samples=0, num_skipped=0, done=0.0, elapsed_s=0.0, tally=Tally()
+        )
+        self._report = report
+        self._started = time.monotonic()
+        self._num_bytes = max(1, sum(segment.size for block in blocks for segment in block))
+        self._done_bytes = 0
+
+    def sample(self, size: int, is_good: bool) -> None:
+        """A sample that this process has prepared."""
+        self._add(size, int(is_good), int(not is_good))
+
+    def block(self, block: Block, tally: Tally, *, counted: bool) -> None:
+        """A finished block; its samples are counted already where this process made it."""
+        self.state.tally.add(tally)
+        if not counted:
+            num_bad = sum(tally.rejects.values())
+            size = sum(segment.size for segment in block)
+            self._add(size, sum(tally.samples.values()), num_bad)
+
+    def _add(self, size: int, num_good: int, num_bad: int) -> None:
+        self._done_bytes += size
+        self.state.num_samples += num_good
+        self.state.num_skipped += num_bad
+        self.state.done = min(1.0, self._done_bytes / self._num_bytes)
+        self.state.elapsed_s = time.monotonic() - self._started
+        if self._report is not None:
+            self._report(self.state)
+
+
+def _build_blocks(
+    builder: BlockBuilder,
+    work: Path,
+    blocks: Sequence[Block],
+    numbers: Sequence[int],
+    num_processes: int,
+    progress: _Progress,
+) -> None:
+    """Prepares the blocks of these numbers that are not there yet."""
+    if num_processes == 1:
+        for number in numbers:
+            counted = not block_folder(work, number).exists()
+            tally = builder.build(work, number, blocks[number], progress.sample)
+            progress.block(blocks[number], tally, counted=counted)
+        return
+    # Spawned: a forked child may find a lock that a thread of its parent holds.
+    context = get_context("spawn")
+    with ProcessPoolExecutor(num_processes, context, initializer=end_with_parent) as pool:
+        futures = {
+            pool.submit(builder.build, work, number, blocks[number], _tell_nobody): number
+            for number in numbers
+        }
+        try:
+            for future in as_completed(futures):
+                progress.block(blocks[futures[future]], future.result(), counted=False)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _tell_nobody(size: int, is_good: bool) -> None:
+    """In a process of a pool: the block is told of when it is finished."""
+
+
+def _merge(work: Path, num_blocks: int, output: Path) -> DatasetManifest:
+    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        folders = [block_folder(work, number) for number in range(num_blocks)]
+        manifest = merge_datasets(folders, partial)
+        Dataset.open(partial, output.name)  # compares text and index with the hashes
         partial.rename(output)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -115,100 +204,12 @@ def build_dataset(
     return manifest
 
 
-class _Samples(NamedTuple):
-    """How what an input has becomes samples."""
-
-    tokenizer: Tokenizer
-    folders: MediaFolders
-    reading: ReadingOptions
-
-    def read(self, raw: RawSample, tally: Tally) -> tuple[Encoded, list[MediaFile]]:
-        """Encodes a sample and reads its media, each of which must decode."""
-        found, record = convert(raw.read(), self.reading.format, self.reading.allowed.keys)
-        tally.formats[found] += 1
-        if self.reading.parse_grounding and isinstance(record, Mapping):
-            record = with_places(record)
-        check_record(record, self.reading.allowed)
-        encoded = encode_record(
-            record, self.tokenizer, line_end_is_target=self.reading.line_end_is_target
-        )
-        media = [self.folders.read(item) for item in encoded.media]
-        tally.good(record, encoded)
-        tally.spelled.update(special_in(record))
-        return encoded, media
-
-    def is_good(self, raw: RawSample) -> bool:
-        """It can be read."""
-        try:
-            self.read(raw, Tally())
-        except DataError:
-            return False
-        return True
-
-
-def _write(
-    inputs: Sequence[Path],
-    folder: Path,
-    samples: _Samples,
-    on_bad: OnBad,
-    shard_size: int,
-    report: Callable[[BuildProgress], None] | None,
-) -> DatasetManifest:
-    started = time.monotonic()
-    total_bytes = sum(path.stat().st_size for path in inputs)
-    progress = BuildProgress(num_samples=0, num_skipped=0, done=0.0, elapsed_s=0.0, tally=Tally())
-    done_bytes, first_bad = 0, ""
-    writer = DatasetWriter(folder, samples.tokenizer, shard_size)
-    raws = read_inputs(inputs)
-    for raw in raws:
-        try:
-            encoded, media = samples.read(raw, progress.tally)
-        except DataError as error:
-            if on_bad is OnBad.fail:
-                some_good = progress.num_samples > 0
-                raise DataError(_refusal(raw, error, samples, raws, some_good)) from error
-            progress.tally.bad(str(error))
-            _quarantine(folder / QUARANTINE, raw, str(error))
-            first_bad = first_bad or f"; the first is {raw.where}: {error}"
-            progress.num_skipped += 1
-        else:
-            copied = any(item.place is None for item in media)
-            writer.add(encoded, media, raw.shown() if copied else b"")
-            progress.num_samples += 1
-        done_bytes += raw.size
-        progress.done = min(1.0, done_bytes / total_bytes)
-        progress.elapsed_s = time.monotonic() - started
-        if report is not None:
-            report(progress)
-    if not progress.num_samples:
-        raise DataError(
-            f"{', '.join(map(str, inputs)) or 'no input'}: no usable sample, "
-            f"{progress.num_skipped} bad ones{first_bad}  -> check the files given as --input"
-        )
-    return writer.close(progress.num_skipped)
-
-
-def _refusal(
-    raw: RawSample, error: DataError, samples: _Samples, rest: Iterator[RawSample], some_good: bool
-) -> str:
-    """What is wrong; and that such samples can be left out, where there are others."""
-    tried = 1
-    for following in islice(rest, 0 if some_good else LOOK_AHEAD):
-        tried += 1
-        some_good = samples.is_good(following)
-        if some_good:
-            break
-    told = f"{raw.where}: {error}"
-    has_remedy = "  -> " in told
-    if some_good:
-        joint = "; or" if has_remedy else "  -> mend it, or"
-        return f"{told}{joint} leave such samples out: --on-bad skip"
-    joint = ";" if has_remedy else "  -> mend the input:"
-    return f"{told}{joint} of its first {tried} records none can be used"
-
-
-def _quarantine(file: Path, raw: RawSample, reason: str) -> None:
-    with file.open("a") as lines:
-        lines.write(
-            json.dumps({"file": str(raw.file), "line": raw.number, "reason": reason}) + "\n"
-        )
+def _none_usable(work: Path, inputs: Sequence[Path], num_skipped: int) -> str:
+    first = ""
+    for file in sorted(work.glob(f"*/{QUARANTINE}"))[:1]:
+        bad = json.loads(file.open().readline())
+        first = f"; the first is {bad['file']}:{bad['line']}: {bad['reason']}"
+    return (
+        f"{', '.join(map(str, inputs)) or 'no input'}: no usable sample, {num_skipped} bad ones"
+        f"{first}  -> check the files given as --input"
+    )

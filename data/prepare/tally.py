@@ -41,6 +41,16 @@ class Tally:
         """Count a reject; what differs from sample to sample is left out of its reason."""
         self.rejects[_VARYING.sub("…", reason.partition("  -> ")[0])] += 1
 
+    def add(self, other: "Tally") -> None:
+        """Count what another has counted."""
+        for f in fields(self):
+            getattr(self, f.name).update(getattr(other, f.name))
+
+    @classmethod
+    def of_content(cls, content: dict[str, dict[str, int]]) -> "Tally":
+        """The inverse of ``content``."""
+        return cls(**{name: Counter(counts) for name, counts in content.items()})
+
     def lines(self) -> Iterator[str]:
         """The report."""
         yield f"read as {_counts(self.formats)}"

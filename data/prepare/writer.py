@@ -46,14 +46,18 @@ class MediaFile:
 class DatasetWriter:
     """The files of a dataset, which grow together."""
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer, shard_size: int) -> None:
+    def __init__(
+        self, folder: Path, tokenizer: Tokenizer, shard_size: int, prefix: str = ""
+    ) -> None:
         """Opens the files.
 
         Args:
             folder: exists, and is empty.
             tokenizer: that samples are encoded with.
             shard_size: bytes after which a shard is closed.
+            prefix: of the keys of its samples.
         """
+        self._prefix = prefix
         self._folder = folder
         self._manifest = DatasetManifest(
             tokenizer=tokenizer.fingerprint,
@@ -78,7 +82,7 @@ class DatasetWriter:
             source: the JSON it came from; kept beside the media, for people.
         """
         sample = self._manifest.num_samples
-        for item in self._shards.add(f"{sample:09d}", media, source):
+        for item in self._shards.add(f"{self._prefix}{sample:09d}", media, source):
             self._media.write(media_row(sample, item).tobytes())
         self._text.append(encoded.input_ids)
         self._targets.write(encoded.targets.tobytes())

@@ -13,8 +13,9 @@ from pyarrow import parquet
 
 from triptych.data.dataset.dataset import Dataset
 from triptych.data.parts import MediaBytes
-from triptych.data.prepare.build_dataset import OnBad, ReadingOptions, build_dataset
-from triptych.data.prepare.inputs.readers import container_of, read_inputs
+from triptych.data.prepare.build_block import OnBad, ReadingOptions
+from triptych.data.prepare.build_dataset import BLOCK_SIZE, build_dataset
+from triptych.data.prepare.inputs.readers import container_of, read_segments
 from triptych.data.prepare.inputs.record_formats import convert
 from triptych.data.prepare.spelled import special_in, with_places
 from triptych.data.tokenizer import train_tokenizer
@@ -194,6 +195,10 @@ def work(tmp_path):
     return tmp_path
 
 
+def read_file(path: Path):
+    return read_segments(container_of(path).split(path, BLOCK_SIZE))
+
+
 def shard(path: Path, members: dict[str, bytes]) -> Path:
     with tarfile.open(path, "w") as archive:
         for name, content in members.items():
@@ -284,7 +289,7 @@ def test_a_damaged_shard_loses_no_sample_in_silence(work, damage):
     file = write_tar(work / "in.tar", work)
     file.write_bytes(cut(file.read_bytes())[damage])
     with pytest.raises(DataError, match=r"in\.tar (is cut within|is damaged at|cannot be read)"):
-        list(read_inputs([file]))
+        list(read_file(file))
 
 
 MEMBERS = {
@@ -298,7 +303,7 @@ MEMBERS = {
 
 @pytest.mark.parametrize(("members", "message"), MEMBERS.values(), ids=MEMBERS)
 def test_members_that_are_no_pair_are_a_bad_sample(work, members, message):
-    (raw,) = read_inputs([shard(work / "in.tar", members)])
+    (raw,) = read_file(shard(work / "in.tar", members))
     with pytest.raises(DataError, match=message):
         raw.read()
 
@@ -315,14 +320,14 @@ def test_a_column_of_another_type_is_named(work):
     parquet.write_table(table, work / "in")
     message = "column image is of type int64.* column text is of type int64, not string; column me"
     with pytest.raises(DataError, match=message):
-        list(read_inputs([work / "in"]))
+        list(read_file(work / "in"))
 
 
 def test_rows_may_hold_chats_and_lists_of_pictures(work):
     picture = {"bytes": b"x", "path": None}
     table = {"messages": [ASKED], "images": [[picture, {"bytes": None, "path": "b.png"}]]}
     parquet.write_table(arrow.table(table), work / "in")
-    (raw,) = read_inputs([work / "in"])
+    (raw,) = read_file(work / "in")
     name, record = convert(raw.read(), None, frozenset())
     assert name == "ms-swift"
     parts = record["messages"][0]["content"]
@@ -334,16 +339,16 @@ def test_a_damaged_parquet_file_is_named(work):
     file = write_parquet(work / "in", work)
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(DataError, match="cannot be read as Parquet"):
-        list(read_inputs([file]))
+        list(read_file(file))
 
 
 def test_a_long_array_is_read_in_pieces(work):
     records = [{"text": f"{i} " * 5000} for i in range(300)]
     (work / "in").write_text(json.dumps(records))
-    assert [raw.read() for raw in read_inputs([work / "in"])] == records
+    assert [raw.read() for raw in read_file(work / "in")] == records
     (work / "in").write_text(json.dumps(records)[:-9])
     with pytest.raises(DataError, match="element 300 of the array is not JSON"):
-        list(read_inputs([work / "in"]))
+        list(read_file(work / "in"))
 
 
 def test_the_report_says_what_was_read(work, tokenizer, capsys):

@@ -12,7 +12,8 @@ from PIL import Image
 
 from triptych.data.dataset.dataset import Dataset
 from triptych.data.media.kinds import ImageKind
-from triptych.data.prepare.build_dataset import OnBad, build_dataset
+from triptych.data.prepare.build_block import OnBad
+from triptych.data.prepare.build_dataset import build_dataset
 from triptych.data.tokenizer import train_tokenizer
 from triptych.errors import ConfigError, DataError
 from triptych.launch import prepare

@@ -1,6 +1,7 @@
 """Chat and document encoding, loss targets, placeholders, and the tokenizer folder."""
 
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -79,6 +80,12 @@ def test_ids_equal_those_of_transformers_and_decode_to_the_text(tokenizer, oracl
     assert ids == oracle(value, add_special_tokens=False, split_special_tokens=True).input_ids
     assert all(i >= len(SPECIAL_TOKENS) for i in ids)
     assert tokenizer.encode(tokenizer.decode(ids)) == ids
+
+
+def test_text_makes_no_special_token_in_another_process_either(tokenizer):
+    copied = pickle.loads(pickle.dumps(tokenizer))
+    assert copied.encode("a <|im_end|>") == tokenizer.encode("a <|im_end|>")
+    assert copied.fingerprint == tokenizer.fingerprint
 
 
 def test_each_digit_is_one_token(tokenizer):
@@ -238,7 +245,7 @@ def test_missing_special_tokens_are_listed(folder, tmp_path):
     for token in gone:
         del content["model"]["vocab"][token]
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(ConfigError, match=r"lacks 2 .*<\|vision_end\|> <\|image_pad\|>"):
+    with pytest.raises(ConfigError, match=r"lacks 2 .*<\|vision_end\|> .*<\|image_pad\|> "):
         load_tokenizer(tmp_path)
 
 

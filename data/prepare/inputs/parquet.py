@@ -12,7 +12,7 @@ import pyarrow as arrow
 from pyarrow.parquet import ParquetFile
 
 from triptych.data.parts import MediaBytes
-from triptych.data.prepare.inputs.raw_sample import RawSample
+from triptych.data.prepare.inputs.raw_sample import FileSegment, RawSample
 from triptych.errors import DataError
 
 BATCH_ROWS = 64
@@ -22,24 +22,50 @@ LISTS = ("messages", "conversations", "content", "images", "texts", "videos")
 """Columns by what they must be."""
 
 
-def read_parquet(path: Path) -> Iterator[RawSample]:
-    """The rows of a file as records.
+def split_parquet(path: Path, num_bytes: int) -> Iterator[FileSegment]:
+    """Row groups, as many together as have about so many bytes.
 
     Raises:
         DataError: the file is damaged, or a column is of a type that no record has there.
     """
+    file = _open(path)
+    groups = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
+    per_row = path.stat().st_size / max(sum(groups), 1)
+    start = number = rows = 0
+    for i, num_rows in enumerate(groups):
+        rows += num_rows
+        if rows * per_row >= num_bytes or i + 1 == len(groups):
+            yield FileSegment(str(path), start, i + 1, number, int(rows * per_row))
+            start, number, rows = i + 1, number + rows, 0
+
+
+def read_parquet(segment: FileSegment) -> Iterator[RawSample]:
+    """The rows of some row groups as records.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    path = Path(segment.file)
+    file = _open(path)
+    size = path.stat().st_size // max(file.metadata.num_rows, 1)
+    number = segment.number
     try:
-        file = ParquetFile(path)
-        _check_columns(path, file.schema_arrow)
-        num_rows = file.metadata.num_rows
-        size = path.stat().st_size // max(num_rows, 1)
-        number = 0
-        for batch in file.iter_batches(batch_size=BATCH_ROWS):
+        row_groups = range(segment.start, segment.end)
+        for batch in file.iter_batches(batch_size=BATCH_ROWS, row_groups=row_groups):
             for row in batch.to_pylist():
                 number += 1
                 yield RawSample(path, number, size, partial(_record, row))
     except (arrow.ArrowException, OSError) as error:
         raise DataError(f"{path} cannot be read as Parquet: {error}") from error
+
+
+def _open(path: Path) -> ParquetFile:
+    try:
+        file = ParquetFile(path)
+    except (arrow.ArrowException, OSError) as error:
+        raise DataError(f"{path} cannot be read as Parquet: {error}") from error
+    _check_columns(path, file.schema_arrow)
+    return file
 
 
 def _record(row: dict[str, Any]) -> dict[str, Any]:

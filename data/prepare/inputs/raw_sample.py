@@ -4,10 +4,23 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from triptych.data.parts import MediaBytes
 from triptych.errors import DataError
+
+
+class FileSegment(NamedTuple):
+    """Samples of one file that follow each other."""
+
+    file: str
+    start: int
+    """Bytes of JSONL, row groups of Parquet; nothing of what is read whole."""
+    end: int
+    number: int
+    """Lines or rows of the file before it."""
+    size: int
+    """Bytes of the file that it takes, about."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,14 +1,14 @@
 """Opens an input by its first bytes: JSONL, a JSON array, Parquet or a webdataset shard."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from stat import S_ISREG
 from typing import NamedTuple
 
 from triptych.data.prepare.foreign import HEADS, refuse
-from triptych.data.prepare.inputs.parquet import read_parquet
-from triptych.data.prepare.inputs.raw_sample import RawSample, of_json
+from triptych.data.prepare.inputs.parquet import read_parquet, split_parquet
+from triptych.data.prepare.inputs.raw_sample import FileSegment, RawSample, of_json
 from triptych.data.prepare.inputs.tar_pairs import read_tar
 from triptych.errors import DataError
 
@@ -22,19 +22,41 @@ class Container(NamedTuple):
     name: str
     is_it: Callable[[bytes], bool]
     """Of the first 512 bytes."""
-    read: Callable[[Path], Iterator[RawSample]]
+    split: Callable[[Path, int], Iterator[FileSegment]]
+    """Of a file, into segments of about so many bytes."""
+    read: Callable[[FileSegment], Iterator[RawSample]]
 
 
-def _read_lines(path: Path) -> Iterator[RawSample]:
-    """Blank lines are left out."""
+def _split_lines(path: Path, num_bytes: int) -> Iterator[FileSegment]:
+    start = number = 0
     with path.open("rb") as file:
-        for number, content in enumerate(file, start=1):
+        while content := file.read(num_bytes):
+            content += file.readline()
+            end = start + len(content)
+            yield FileSegment(str(path), start, end, number, len(content))
+            start, number = end, number + content.count(b"\n")
+
+
+def _read_lines(segment: FileSegment) -> Iterator[RawSample]:
+    """Blank lines are left out."""
+    path, left = Path(segment.file), segment.end - segment.start
+    with path.open("rb") as file:
+        file.seek(segment.start)
+        for number, content in enumerate(file, start=segment.number + 1):
             if content.strip():
                 yield of_json(path, number, content)
+            left -= len(content)
+            if left <= 0:
+                return
 
 
-def _read_array(path: Path) -> Iterator[RawSample]:
+def _whole(path: Path, num_bytes: int) -> Iterator[FileSegment]:
+    yield FileSegment(str(path), 0, 0, 0, path.stat().st_size)
+
+
+def _read_array(segment: FileSegment) -> Iterator[RawSample]:
     """Elements as they come, so that a large array is never in memory whole."""
+    path = Path(segment.file)
     decode = json.JSONDecoder().raw_decode
     with path.open(encoding="utf-8") as file:
         rest = file.read(CHUNK).lstrip()[1:]
@@ -59,10 +81,10 @@ def _read_array(path: Path) -> Iterator[RawSample]:
 
 
 CONTAINERS = (
-    Container("Parquet", lambda head: head.startswith(b"PAR1"), read_parquet),
-    Container("webdataset", lambda head: head[257:262] == b"ustar", read_tar),
-    Container("JSON array", lambda head: head.lstrip().startswith(b"["), _read_array),
-    Container("JSONL", lambda head: True, _read_lines),
+    Container("Parquet", lambda head: head.startswith(b"PAR1"), split_parquet, read_parquet),
+    Container("webdataset", lambda head: head[257:262] == b"ustar", _whole, read_tar),
+    Container("JSON array", lambda head: head.lstrip().startswith(b"["), _whole, _read_array),
+    Container("JSONL", lambda head: True, _split_lines, _read_lines),
 )
 """The first that fits."""
 
@@ -84,15 +106,16 @@ def container_of(path: Path) -> Container:
     return next(container for container in CONTAINERS if container.is_it(head))
 
 
-def read_inputs(files: Sequence[Path]) -> Iterator[RawSample]:
-    """The samples of all files in order.
+def read_segments(segments: Iterable[FileSegment]) -> Iterator[RawSample]:
+    """The samples of some segments in order.
 
     Raises:
         DataError: a file cannot be read.
     """
-    for path in files:
+    for segment in segments:
+        path = Path(segment.file)
         try:
-            yield from container_of(path).read(path)
+            yield from container_of(path).read(segment)
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror}") from error
         except UnicodeDecodeError as error:

@@ -14,7 +14,7 @@ from typing import Any
 
 from triptych.data.media.kinds import KINDS
 from triptych.data.parts import MediaBytes
-from triptych.data.prepare.inputs.raw_sample import RawSample
+from triptych.data.prepare.inputs.raw_sample import FileSegment, RawSample
 from triptych.errors import DataError
 
 IMAGES = frozenset("jpg jpeg png webp gif bmp tif tiff avif jp2 ppm".split())
@@ -26,13 +26,13 @@ BESIDES = frozenset({"cls", "url", "json"})
 """Members that may stand beside a pair, and are passed over."""
 
 
-def read_tar(path: Path) -> Iterator[RawSample]:
+def read_tar(segment: FileSegment) -> Iterator[RawSample]:
     """The samples of one shard.
 
     Raises:
         DataError: the shard is cut or damaged between its members, so samples would be lost.
     """
-    path = path.resolve()
+    path = Path(segment.file).resolve()
     for number, (key, members) in enumerate(groupby(_members(path), key=_key), start=1):
         group = list(members)
         size = sum(member.size for member in group)
