@@ -7,9 +7,10 @@ compared, and averaged where they differ, together with their optimizer state. S
 one copy of each, is also what the run goes on with.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -48,39 +49,35 @@ def reduce_replicas(
     if mesh.dims.tp == 1:
         return Drift(0.0, "")
     optimizer.gather_weights()
-    state = optimizer.state_by_param(set(replicas))
-    drifts = {name: _average_weight(p, mesh) for name, p in replicas.items()}
-    drifted = set()
-    for name, tensors in state.items():
-        apart = max([_average(tensor, mesh) for tensor in tensors.values()])
-        drifts[name] = max(drifts[name], apart)
-        if drifts[name] > 0:
-            drifted.add(name)
-            replicas[name].data.copy_(tensors["master"])
-    optimizer.load_state_by_param({name: state[name] for name in drifted}, optimizer.num_updates)
-    name = max(drifts, key=lambda name: drifts[name], default="")
-    mine = Drift(drifts[name], name) if name and drifts[name] > 0 else Drift(0.0, "")
-    everyone: list[Drift] = mesh.world.all_gather(mine)
+    copies = list(_copies(replicas, optimizer))
+    spans = [_span(tensor, mesh) for _, tensor in copies]
+    measured = torch.stack(spans).tolist() if spans else []  # the host waits once for all
+    drifts = {"": 0.0}
+    for (name, tensor), (apart, largest) in zip(copies, measured, strict=True):
+        if apart > 0:
+            drifts[name] = max(drifts.get(name, 0.0), apart / largest)
+            mean = tensor.float()
+            dist.all_reduce(mean, group=mesh.tp_group)
+            tensor.copy_(mean / mesh.dims.tp)
+    worst = max(drifts, key=lambda name: drifts[name])
+    everyone: list[Drift] = mesh.world.all_gather(Drift(drifts[worst], worst))
     return max(everyone, key=lambda drift: drift.largest)
 
 
-def _average_weight(parameter: nn.Parameter, mesh: Mesh) -> float:
-    """``_average`` in fp32, as most weights are bf16."""
-    weight = parameter.detach().float()
-    drift = _average(weight, mesh)
-    if drift > 0:
-        parameter.data.copy_(weight)
-    return drift
+def _copies(
+    replicas: Mapping[str, nn.Parameter], optimizer: ShardedOptimizer
+) -> Iterator[tuple[str, Tensor]]:
+    """Weights, and what this rank has of their state: the same ranges on every tp rank."""
+    for name, parameter in replicas.items():
+        yield name, parameter.detach()
+    for name, (_, tensors) in optimizer.state_shards().items():
+        if name in replicas:
+            yield from ((name, tensor) for tensor in tensors.values())
 
 
-def _average(tensor: Tensor, mesh: Mesh) -> float:
-    """Average in place over the tp ranks where they differ; returns by how much, relatively."""
-    mean = tensor.to(mesh.device, copy=True)
-    low, high = mean.clone(), mean.clone()
-    dist.all_reduce(low, op=dist.ReduceOp.MIN, group=mesh.tp_group)
-    dist.all_reduce(high, op=dist.ReduceOp.MAX, group=mesh.tp_group)
-    apart = float((high - low).max())
-    if apart > 0:
-        dist.all_reduce(mean, group=mesh.tp_group)
-        tensor.copy_(mean / mesh.dims.tp)
-    return apart / max(float(high.abs().max()), float(low.abs().max())) if apart else 0.0
+def _span(tensor: Tensor, mesh: Mesh) -> Tensor:
+    """(2,) on the device: the largest difference of two copies, and the largest element of any."""
+    ends = torch.stack([tensor.float(), -tensor.float()])
+    dist.all_reduce(ends, op=dist.ReduceOp.MAX, group=mesh.tp_group)
+    high, low = ends[0], -ends[1]
+    return torch.stack([(high - low).max(), ends.max()])

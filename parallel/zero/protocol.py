@@ -1,7 +1,7 @@
 """What training asks of an optimizer that is sharded over the data-parallel ranks (ZeRO-1)."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,7 +14,6 @@ from triptych.parallel.data_parallel import DataParallelModel
 from triptych.parallel.device import HAS_CUDA
 from triptych.parallel.dtypes import DTYPES
 from triptych.parallel.mesh import Mesh
-from triptych.parallel.zero.gather import gather_whole
 
 FUSED = HAS_CUDA
 """Whether torch's AdamW, where it is the one, updates all weights in one kernel."""
@@ -22,9 +21,6 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 """Adam's state, as torch and apex name it."""
 STATE_KINDS = ("master", *MOMENTS)
 """fp32 weight and moments; checkpoints name them so."""
-ParamState = dict[str, Tensor]
-"""By kind: fp32 in host memory, each of the shape of this rank's parameter. 12 bytes per element,
-which a device has no room for."""
 
 
 class StateShard(NamedTuple):
@@ -32,7 +28,7 @@ class StateShard(NamedTuple):
 
     start: int
     """In the flat parameter."""
-    tensors: ParamState
+    tensors: dict[str, Tensor]
     """By kind: (end - start,) fp32, where the optimizer has it. Whoever writes to it changes it."""
 
 
@@ -88,34 +84,6 @@ class ShardedOptimizer(ABC):
     @abstractmethod
     def take_over_updates(self, names: Iterable[str], num_updates: Mapping[str, int]) -> None:
         """Go on counting where whoever had the state of ``names`` stood; for their parts only."""
-
-    def state_by_param(self, names: Container[str] | None = None) -> dict[str, ParamState]:
-        """Optimizer state by name, whole over dp, for what trains, or for ``names`` only.
-
-        Every rank of ``dp_group`` must call this.
-        """
-        shards = self.state_shards()
-        wanted = {n: p for n, p in self._trained.items() if names is None or n in names}
-        whole = gather_whole(
-            (
-                (parameter, shards[name].tensors[kind], shards[name].start)
-                if name in shards
-                else (parameter, None, 0)
-                for name, parameter in wanted.items()
-                for kind in STATE_KINDS
-            ),
-            self._mesh,
-        )
-        return {name: {kind: next(whole) for kind in STATE_KINDS} for name in wanted}
-
-    def load_state_by_param(
-        self, state: Mapping[str, ParamState], num_updates: Mapping[str, int]
-    ) -> None:
-        """Take over the whole state of the named parameters; that of the others stays."""
-        self.take_over_updates(state, num_updates)
-        for name, (start, shard) in self.state_shards().items():
-            for kind, values in shard.items() if name in state else ():
-                values.copy_(state[name][kind].flatten()[start : start + len(values)])
 
     @abstractmethod
     def gather_weights(self) -> None:

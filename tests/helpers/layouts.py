@@ -38,6 +38,7 @@ from triptych.models.sharding import TensorSharding, full_shape, shard, unshard
 from triptych.parallel.mesh import Mesh, build_mesh
 from triptych.tests.helpers.limits import HANG_S
 from triptych.tests.helpers.reference import TOKENS, TOWERS, conversation, small_model
+from triptych.tests.helpers.whole_state import whole_state
 from triptych.train.engine import Engine, build_engine
 from triptych.train.step import count, sum_losses, train_step
 
@@ -230,7 +231,7 @@ def _measure(case: LayoutCase, mesh: Mesh, num_steps: int) -> RankOutcome:
             for name, p in engine.parameters.items()
             if p.grad is not None or hasattr(p, "main_grad")
         },
-        with_state=set(engine.optimizer.state_by_param()),
+        with_state=set(whole_state(engine)),
     )
 
 

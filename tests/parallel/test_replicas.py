@@ -12,6 +12,7 @@ from triptych.tests.helpers.layouts import (
     engine_of,
     make_step,
 )
+from triptych.tests.helpers.whole_state import whole_state
 from triptych.train.engine import Engine
 from triptych.train.step import train_step
 
@@ -33,7 +34,7 @@ def tensors(engine: Engine) -> dict[str, torch.Tensor]:
     """Weights and optimizer state of this rank, by name and kind."""
     engine.optimizer.gather_weights()
     found = {f"weight {name}": p.detach().clone() for name, p in engine.parameters.items()}
-    for name, state in engine.optimizer.state_by_param().items():
+    for name, state in whole_state(engine).items():
         found |= {f"{kind} {name}": tensor.clone() for kind, tensor in state.items()}
     return found
 
@@ -51,13 +52,12 @@ def plant_and_reduce(zero: str, by: float) -> tuple[Drift, Drift, dict, dict]:
     """Move one tensor's weight, master and first moment on tp rank 1 by ``by`` of themselves."""
     engine = trained_engine(zero, LAYOUT)
     if engine.mesh.tp_rank == 1:
-        state = engine.optimizer.state_by_param({PLANTED})
-        for kind in ("master", "exp_avg"):
-            state[PLANTED][kind] *= 1 + by
-        engine.optimizer.load_state_by_param(state, engine.optimizer.num_updates)
-        engine.parameters[PLANTED].data.copy_(state[PLANTED]["master"])
-    else:
-        engine.optimizer.state_by_param({PLANTED})  # a collective of dp_group only; kept in step
+        weight = engine.parameters[PLANTED].data
+        moved = weight * (1 + by)
+        shard = engine.optimizer.state_shards().get(PLANTED)
+        for tensor in [] if shard is None else map(shard.tensors.get, ("master", "exp_avg")):
+            tensor *= 1 + by
+        weight.copy_(moved)  # in fp32 a part of it is the master weight itself
     before = tensors(engine)
     drift = reduce(engine)
     return drift, reduce(engine), before, tensors(engine)

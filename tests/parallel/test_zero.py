@@ -22,6 +22,7 @@ from triptych.tests.helpers.layouts import (
     engine_of,
     make_step,
 )
+from triptych.tests.helpers.whole_state import load_whole_state, whole_state
 from triptych.train.engine import Engine
 from triptych.train.step import count, sum_losses, train_step
 
@@ -82,13 +83,13 @@ def run_fused(
 
 def taken_over(old: Engine, case: LayoutCase, zero: Zero) -> Engine:
     """A new engine with the other optimizer, weights and optimizer state carried over."""
-    state, num_updates = old.optimizer.state_by_param(), old.optimizer.num_updates
+    state, num_updates = whole_state(old), old.optimizer.num_updates
     new = engine_of(replace(case, zero=zero.name))
     with torch.no_grad():
         for name, parameter in new.parameters.items():
             parameter.copy_(old.parameters[name])
     new.optimizer.refresh_master_weights()
-    new.optimizer.load_state_by_param(state, num_updates)
+    load_whole_state(new, state, num_updates)
     return new
 
 
