@@ -1,11 +1,12 @@
-r"""Let a trained model read images.
+r"""Let a trained model read images, or answer about text alone.
 
     python launch/sample.py --checkpoint runs/demo/stage3 --tokenizer runs/demo/data/tokenizer \
-        --image scan.png --prompt "Read the digits."
+        --image scan.png --prompt "Read the digits."    # without --image, about text alone
     python launch/sample.py --checkpoint runs/demo/stage3 --tokenizer runs/demo/data/tokenizer \
         --digits 400 --output runs/demo    # composed from handwritten digits kept out of training
 
-Answers are greedy. One process holds the whole model, on the GPU where there is one.
+Answers are greedy; one to a question is written as it comes. One process holds the whole model, on
+the GPU where there is one.
 """
 
 import argparse
@@ -21,13 +22,13 @@ except ModuleNotFoundError as missing:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Answer one question about one image, or read the digits that are kept for evaluation."""
+    """Answer one question, or read the digits that are kept for evaluation."""
     parser = _parser()
     options = parser.parse_args(argv)
-    if (options.digits is None) == (options.image is None):
-        parser.error("give either --image FILE --prompt TEXT, or --digits NUMBER --output FOLDER")
     if options.image is not None and options.prompt is None:
         parser.error("--image needs --prompt TEXT")
+    if (options.digits is None) == (options.prompt is None):
+        parser.error("give either --prompt TEXT, with or without --image FILE, or --digits NUMBER")
     if options.digits is not None and options.output is None:
         parser.error("--digits needs --output FOLDER")
     from triptych.launch.inference.answering import (  # late: --help does not pay for torch
@@ -36,9 +37,11 @@ def main(argv: Sequence[str]) -> None:
     )
 
     answerer = Answerer.load(options.checkpoint, options.tokenizer)
-    if options.image is not None:
-        question = Question(options.image.read_bytes(), options.prompt, str(options.image))
-        print(answerer.read([question], max_new_tokens=options.max_new_tokens)[0])
+    if options.prompt is not None:
+        image = None if options.image is None else options.image.read_bytes()
+        question = Question(image, options.prompt, str(options.image))
+        answerer.stream(question, max_new_tokens=options.max_new_tokens, write=_write)
+        print()
         return
     from triptych.launch.digits import evaluate, plots
 
@@ -50,6 +53,10 @@ def main(argv: Sequence[str]) -> None:
     print(plots.contact_sheet(readings, options.output, seed=options.seed))
     if options.curves:
         print(plots.loss_curves(options.curves, options.output))
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from triptych.data.partition import Partition
 from triptych.models.kernels import Kernel
+from triptych.models.kv_cache import KeyValueCache
 from triptych.parallel.device import is_deterministic
 
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -37,8 +38,14 @@ class Segments(PackedSeqParams):
     stay per token, and T stays the first dimension of (T, 1, ...).
     """
 
-    def __init__(self, segments: Partition, windows: Partition | None = None) -> None:
-        """Take the segments, and the windows, if some layers see those instead."""
+    def __init__(
+        self,
+        segments: Partition,
+        windows: Partition | None = None,
+        *,
+        cache: KeyValueCache | None = None,
+    ) -> None:
+        """Take the segments; windows, if some layers see those; what prompts are continued from."""
         cu_seqlens = segments.cu_seqlens
         longest = max(end - start for start, end in pairwise(segments.bounds))
         super().__init__(
@@ -48,7 +55,7 @@ class Segments(PackedSeqParams):
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
         )
-        self.bounds = segments.bounds
+        self.bounds, self.cache = segments.bounds, cache
         self.windows = Segments(windows) if windows else None
 
 
@@ -106,7 +113,13 @@ class PackedCoreAttention(MegatronModule):
             segments = segments.windows
         assert segments is not None, "packed attention needs the pack's segments"
         q_TND, k_TKD, v_TKD = (x.squeeze(1) for x in (query, key, value))
-        out_TND = self.attend(q_TND, k_TKD, v_TKD, segments, self.causal, self.scale)
+        cache = segments.cache
+        if cache is not None and cache.has(self):
+            out_TND = cache.attend(self, q_TND, k_TKD, v_TKD, self.scale)
+        else:
+            out_TND = self.attend(q_TND, k_TKD, v_TKD, segments, self.causal, self.scale)
+            if cache is not None:
+                cache.keep(self, k_TKD, v_TKD, segments.bounds)
         return out_TND.reshape(query.size(0), 1, -1)
 
 

@@ -1,6 +1,6 @@
 """A trained model that answers questions about images: what sample.py and the demo ask."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +33,8 @@ from triptych.parallel.mesh import build_mesh, init_distributed
 TIMEOUT_S = 600
 BATCH = 32
 """Questions that go through the model together."""
+INCOMPLETE = "\ufffd"
+"""What the bytes of half a character decode to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +104,25 @@ class Answerer:
                 max_new_tokens=max_new_tokens,
             )
         return answers
+
+    def stream(
+        self, question: Question, *, max_new_tokens: int, write: Callable[[str], None]
+    ) -> None:
+        """Answer one question, and ``write`` the text as it comes."""
+        ids: list[int] = []
+        written = 0
+
+        def tell(_: int, token: int) -> None:
+            nonlocal written
+            ids.append(token)
+            text = self.tokenizer.decode(ids)
+            if not text.endswith(INCOMPLETE):
+                write(text[written:])
+                written = len(text)
+
+        prompt = self.prompt(question)
+        greedy(self.model, [prompt], self.config, max_new_tokens=max_new_tokens, tell=tell)
+        write(self.tokenizer.decode(ids)[written:])
 
     def read(self, questions: Sequence[Question], *, max_new_tokens: int) -> list[str]:
         """The answers as text."""

@@ -16,6 +16,7 @@ from PIL import Image
 from triptych.checkpoints.hf.export_problems import file_problems, weight_problems
 from triptych.checkpoints.locate import locate
 from triptych.configs.schema import Precision
+from triptych.data.loading.collate import collate
 from triptych.data.media.image import decode_image, normalize_patches
 from triptych.errors import CheckpointError
 from triptych.launch.inference.answering import TIMEOUT_S, Answerer, Question
@@ -93,7 +94,9 @@ def _compare_answers(exported: Path, folder: Path, report: Report) -> None:
             report.told.append(line)
             if apart > 0 and backend == "Pillow":
                 report.problems.append(line)
-        wanted = next_logits(ours.model, [mine], ours.config)[0]
+        wanted = next_logits(ours.model, collate([mine], ours.config, pad_to=1, with_pixels=True))[
+            0
+        ]
         with torch.no_grad():
             found = theirs(**prompt).logits[0, -1]
         apart = float((found - wanted).abs().max() / wanted.abs().max())

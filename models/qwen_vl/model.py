@@ -20,6 +20,7 @@ from triptych.data.patch_layout import PatchLayout
 from triptych.data.types import Batch
 from triptych.models.attention import Segments
 from triptych.models.kernels import KernelTable
+from triptych.models.kv_cache import KeyValueCache
 from triptych.models.parameters import mark_sharding
 from triptych.models.qwen_vl.language import LanguageModel
 from triptych.models.qwen_vl.layers import language_block
@@ -91,13 +92,16 @@ class Qwen2VL(MegatronModule):
         weight: Tensor | None = self.language.shared_embedding_or_output_weight()
         return weight
 
-    def forward(self, batch: Batch, *, with_loss: bool = True) -> Tensor:
+    def forward(
+        self, batch: Batch, *, with_loss: bool = True, cache: KeyValueCache | None = None
+    ) -> Tensor:
         """Run this chunk.
 
         Args:
             batch: on the device; ``pixel_values`` is needed by the first chunk only, ``labels`` by
                 the last only.
             with_loss: False gives logits.
+            cache: of prompts that are being continued.
 
         Returns:
             Last chunk: 0-d float64, the summed loss of the tokens that count, or
@@ -109,7 +113,7 @@ class Qwen2VL(MegatronModule):
             position_ids=batch.position_ids.unsqueeze(1),
             attention_mask=None,
             decoder_input=self._embed(batch) if self.pre_process else None,
-            packed_seq_params=Segments(Partition(batch.segments, batch.cu_seqlens)),
+            packed_seq_params=Segments(Partition(batch.segments, batch.cu_seqlens), cache=cache),
         )
         if not self.post_process:
             return hidden_T1H

@@ -205,7 +205,7 @@ def handles(pid: int, number: signal.Signals) -> bool:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "give either --image"),
+        ([], "give either --prompt"),
         (["--image", "a.png"], "--image needs --prompt"),
         (["--digits", "4"], "--digits needs --output"),
     ],

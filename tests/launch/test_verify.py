@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from triptych.checkpoints.hf.tensor_files import SINGLE
 from triptych.data.tokenizer import CHAT_TEMPLATE
 from triptych.errors import CheckpointError
-from triptych.launch import convert
+from triptych.launch import convert, sample
+from triptych.launch.inference.answering import Answerer, Question
 from triptych.tests.helpers.runs import Runs
 
 pytestmark = pytest.mark.distributed
@@ -93,6 +95,30 @@ def printed(words: list[str]) -> str:
     with contextlib.redirect_stdout(output):
         convert.main(words)
     return output.getvalue()
+
+
+def test_an_answer_is_written_as_it_comes_with_an_image_or_without(exported, runs, pool, tmp_path):
+    image = tmp_path / "a.png"
+    Image.radial_gradient("L").resize((180, 130)).convert("RGB").save(image)
+    (answers,) = pool(1).run(
+        streamed_and_whole, checkpoint=runs.dir("three"), tokenizer=exported, image=image
+    )
+    assert [streamed for streamed, _ in answers] == [f"{whole}\n" for _, whole in answers]
+    assert any(whole for _, whole in answers)
+
+
+def streamed_and_whole(checkpoint: Path, tokenizer: Path, image: Path) -> list[tuple[str, str]]:
+    """What sample.py prints, and the answer at once: about an image, then about text alone."""
+    answerer, answers = Answerer.load(checkpoint, tokenizer), []
+    words = ["--checkpoint", str(checkpoint), "--tokenizer", str(tokenizer)]
+    words += ["--prompt", "What is this?", "--max-new-tokens", "5"]
+    for more, content in ((["--image", str(image)], image.read_bytes()), ([], None)):
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output):
+            sample.main([*words, *more])
+        question = Question(content, "What is this?", str(image))
+        answers.append((output.getvalue(), answerer.read([question], max_new_tokens=5)[0]))
+    return answers
 
 
 # --- planted faults

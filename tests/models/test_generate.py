@@ -1,15 +1,16 @@
 """Greedy decoding: the answers of transformers, prompt by prompt, although ours are packed."""
 
-import itertools
+import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from triptych.configs.model_schema import ModelConfig
-from triptych.data.loading.collate import Segment
+from triptych.data.loading.collate import Segment, collate
 from triptych.data.types import SampleId
-from triptych.models.generate import greedy
+from triptych.models.generate import greedy, next_logits
 from triptych.tests.helpers.reference import (
     TOKENS,
     conversations,
@@ -73,6 +74,48 @@ def test_an_answer_is_cut_at_the_limit(answers):
     assert cut == [answer[:1] for answer in ours]
 
 
+@pytest.mark.parametrize(("kv_heads", "tied"), [(2, False), (4, True)])
+def test_kept_keys_and_values_change_no_token(kv_heads, tied, tmp_path):
+    """Of prompts of several lengths, with images and without; printed: CPU-seconds."""
+    config = small_model(heads=4, kv_heads=kv_heads, tied=tied)
+    save_reference(transformers_model(config, seed=4), tmp_path)
+    samples = [sample for seed in range(3) for sample in conversations(seed)]
+    told: list[tuple[int, int]] = []
+    with alone() as mesh:
+        ours, prompts = load_ours(tmp_path, config, mesh).eval(), segments_of(samples)
+        start = time.process_time()
+        kept = greedy(
+            ours, prompts, config, max_new_tokens=32, tell=lambda *token: told.append(token)
+        )
+        middle = time.process_time()
+        whole = whole_again_for_each_token(ours, prompts, config, 32)
+        end = time.process_time()
+    print(
+        f"32 tokens of {len(prompts)}: {middle - start:.2f} with cache, {end - middle:.2f} without"
+    )
+    assert [answer[: len(other)] for answer, other in zip(kept, whole, strict=True)] == whole
+    assert max(map(len, whole)) == 32
+    for i, answer in enumerate(kept):
+        assert [token for number, token in told if number == i] == answer
+
+
+def whole_again_for_each_token(model, prompts, config, max_new_tokens):
+    """Greedy decoding by the forward pass of training alone, one prompt at a time."""
+    answers = []
+    for prompt in prompts:
+        ids = prompt.input_ids.tolist()
+        for _ in range(max_new_tokens):
+            targets = np.zeros(len(ids), np.uint8)
+            extended = replace(prompt, input_ids=np.array(ids, np.int32), targets=targets)
+            batch = collate([extended], config, pad_to=1, with_pixels=True)
+            token = int(next_logits(model, batch).argmax())
+            if token in (TOKENS.im_end, TOKENS.endoftext, TOKENS.image_pad, TOKENS.video_pad):
+                break  # a placeholder that it says is no image
+            ids.append(token)
+        answers.append(ids[len(prompt.input_ids) :])
+    return answers
+
+
 class Scripted(torch.nn.Module):
     """Says after each segment what the script names for its length."""
 
@@ -81,12 +124,13 @@ class Scripted(torch.nn.Module):
         self.script, self.weight = script, torch.nn.Parameter(torch.zeros(1))
         self.calls = []
 
-    def forward(self, batch, *, with_loss):
+    def forward(self, batch, *, with_loss, cache):
         bounds = batch.segments
         self.calls.append(len(bounds) - 1)
         logits = torch.zeros(1, bounds[-1], 64)
-        for start, end in itertools.pairwise(bounds):
-            logits[0, end - 1, self.script[end - start]] = 1.0
+        for end in bounds[1:]:
+            length = int(batch.position_ids[0, end - 1]) + 1
+            logits[0, end - 1, self.script[length]] = 1.0
         return logits
 
 
