@@ -203,7 +203,8 @@ def main(args: Sequence[str]) -> None:
         )
         return
     print(
-        f"{options.output}: {manifest.num_samples} samples, {manifest.num_media} images, "
+        f"{options.output}: {manifest.num_samples} samples, "
+        f"{manifest.num_media} images and videos, "
         f"{manifest.num_tokens} text tokens of which {manifest.num_targets} are targets; "
         f"{manifest.num_skipped} bad samples left out"
     )
