@@ -187,6 +187,8 @@ class SourceConfig:
     """One dataset folder."""
 
     path: str = MISSING
+    shards: str | None = None
+    """Where its shards lie, as oss://bucket/prefix; null: in the folder."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -241,6 +243,9 @@ class DataConfig:
     accept_new_plan: bool = False
     """Resume although the plan of the data is another than the checkpoint's: the data start anew,
     and the checkpoint records where."""
+    requests_per_s: int = 1500
+    """To one bucket, by the whole job: OSS gives 2,000 to keys of one prefix, 10,000 to an account;
+    above, it refuses. Each node takes its part."""
     max_unreadable: float = 0.001
     """Share of the run's samples that may be unreadable, of at least 10,000; above, it stops."""
     max_unreadable_in_a_row: int = 100

@@ -29,6 +29,9 @@ try:
 except ModuleNotFoundError as missing:
     sys.exit(f"{missing.name} is not installed -> make install && source .venv/bin/activate")
 
+VERIFY_PER_S = 100.0
+"""Requests of 16 MiB to an object storage, beside those of runs."""
+
 if TYPE_CHECKING:
     from triptych.data.prepare.build_dataset import BuildProgress
 
@@ -126,6 +129,9 @@ def _parse_verify(args: Sequence[str]) -> argparse.Namespace:
         description="Reads datasets whole, and compares every file with what was prepared.",
     )
     parser.add_argument("verify", nargs="+", type=Path, metavar="DATASET", help="dataset folders")
+    parser.add_argument(
+        "--shards", metavar="URL", help="where the shards of a dataset lie, if not in its folder"
+    )
     return parser.parse_args(args)
 
 
@@ -150,14 +156,16 @@ def _reading(options: argparse.Namespace) -> dict[str, object]:
     return {name: getattr(options, name) for name in (*names, "allow_spelled_media")}
 
 
-def verify(folders: Sequence[Path]) -> None:
+def verify(folders: Sequence[Path], shards: str | None) -> None:
     """Compares every file of some datasets with what was prepared, and says that all are well."""
     from tqdm import tqdm
 
     from triptych.data.dataset.dataset import Dataset
+    from triptych.data.stores.media_store import open_store
 
     for folder in folders:
-        dataset = Dataset.open(folder, folder.name)
+        store = open_store(shards, VERIFY_PER_S) if shards else None
+        dataset = Dataset.open(folder, folder.name, store=store)
         num_bytes = sum(file.size for file in dataset.manifest.files.values())
         with tqdm(total=num_bytes, unit="B", unit_scale=True, disable=None, leave=False) as bar:
             dataset.verify(bar.update)
@@ -168,7 +176,7 @@ def main(args: Sequence[str]) -> None:
     """Prepares, and prints what was made; or verifies."""
     options = parse_args(args)
     if "verify" in options:
-        verify(options.verify)
+        verify(options.verify, options.shards)
         return
     # Late: --help does not pay for torch.
     from triptych.data.prepare.build_block import OnBad, ReadingOptions

@@ -15,6 +15,7 @@ from triptych.data.loading.reader import BatchFormat
 from triptych.data.plan.order import Cursor, Plan
 from triptych.data.plan.passes import remember_in
 from triptych.data.plan.plan_sources import plan_sources
+from triptych.data.stores.media_store import open_store
 from triptych.data.tokenizer import load_tokenizer
 from triptych.data.types import PixelLimits, Step
 from triptych.errors import ConfigError
@@ -50,7 +51,7 @@ class Mixture:
                 "  -> take the tokenizer that the model was made with"
             )
         fallback = Path(config.run.dir) / SIZES
-        sources = [Dataset.open(config.data.sources[name].path, name, fallback) for name in weights]
+        sources = [_open(config, name, fallback) for name in weights]
         for source in sources:
             source.check_tokens(config.model.tokens, tokenizer.fingerprint)
         num_samples = sum(len(source) for source in sources)
@@ -102,6 +103,12 @@ class Mixture:
             for source, num_fitting in zip(self.plan.sources, self.plan.num_fitting, strict=True)
         )
         return f"{listed}; plan {self.plan.hash[:12]}"
+
+
+def _open(config: Config, name: str, fallback: Path) -> Dataset:
+    source = config.data.sources[name]
+    store = open_store(source.shards, config.data.requests_per_s) if source.shards else None
+    return Dataset.open(source.path, name, fallback, store)
 
 
 def generate_samples(config: Config, mesh: Mesh) -> None:

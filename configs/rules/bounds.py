@@ -45,6 +45,7 @@ AT_LEAST = {
         "data.image_patches",
         "data.window",
         "data.max_unreadable_in_a_row",
+        "data.requests_per_s",
         "data.num_workers",
         "cluster.timeout_s",
         "cluster.gpus",
@@ -93,6 +94,7 @@ AT_MOST = {
     ),
     65_536: ("train.global_batch_size", "data.video.min_frames", "data.video.max_frames"),
     1_048_576: (
+        "data.requests_per_s",
         "model.vision.hidden_size",
         "model.vision.intermediate_size",
         "model.vision.window_size",

@@ -2,12 +2,15 @@
 
     /mnt/data/chat/shards           a folder of a local or parallel file system
     file:///mnt/data/chat/shards    the same
+    oss://bucket/prefix             Alibaba Cloud OSS; docs/object-storage.md
 
 A new place is a class with ``read`` and a row in ``_PLACES``. What any place needs, as waiting for
 one that is gone, wraps a store and is one.
 """
 
+import os
 from collections.abc import Callable
+from math import inf
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote, urlsplit
@@ -30,20 +33,26 @@ class Store(Protocol):
         """
 
 
-def open_store(url: str) -> Store:
+def open_store(url: str, requests_per_s: float = inf) -> Store:
     """The store of a folder; nothing is read yet.
 
     Args:
         url: a path, or a URL of a scheme that is known.
+        requests_per_s: to an object storage, of all processes of the job.
 
     Raises:
         ConfigError: the scheme is not known; names those that are.
     """
     scheme, separator, _ = url.partition("://")
+    if scheme == "oss":
+        from triptych.data.stores.oss import OssStore  # late: others do not pay for its client
+
+        # Nodes share no file that is fast enough: each gets its part. torchrun says how many.
+        return OssStore(url, requests_per_s / int(os.environ.get("GROUP_WORLD_SIZE", "1")))
     if not separator:
         return RetryingStore(LocalStore(Path(url)))
     if scheme not in _PLACES:
-        known = ", ".join(f"{known}://" for known in _PLACES)
+        known = ", ".join(f"{known}://" for known in [*_PLACES, "oss"])
         raise ConfigError(
             f"{url}: {scheme}:// is no place that data are read from; known are paths and {known}"
             "  -> copy the data to a file system, and name the folder"

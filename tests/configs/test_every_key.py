@@ -182,6 +182,7 @@ SHOWN_ELSEWHERE = {
     "log.wandb_name": "tests/train/test_hooks.py",
     "log.wandb_group": "tests/train/test_hooks.py",
     "log.wandb_tags": "tests/train/test_hooks.py",
+    "data.requests_per_s": "tests/data/test_oss.py",
     "data.max_unreadable": "tests/train/test_unreadable_budget.py",
     "data.max_unreadable_in_a_row": "tests/train/test_unreadable_budget.py",
     "data.num_workers": "tests/data/test_loader.py",

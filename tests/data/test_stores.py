@@ -27,7 +27,10 @@ def test_a_file_that_ends_before_is_refused_at_once(shards):
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("s3://bucket/shards", r"s3:// is no place .* known are paths and file://  -> copy"),
+        (
+            "s3://bucket/shards",
+            r"s3:// is no place .* known are paths and file://, oss://  -> copy",
+        ),
         ("file://server/shards", "names a file on the host server"),
     ],
 )

@@ -1,0 +1,65 @@
+"""What a limit on requests per second costs: ``python benchmarks/oss_requests.py``.
+
+Two processes of 16 threads read a shard in small ranges, through the real client, from a server on
+the loopback that refuses more than 150 requests in any second. Their own limit is set to a share of
+that. Prints what failed, requests per object, and the share of the allowed rate that was used.
+"""
+
+import multiprocessing
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+from triptych.data.stores.media_store import open_store
+from triptych.errors import TriptychError
+from triptych.tests.helpers.oss_server import KEY, SECRET, serving
+
+PROCESSES, THREADS, OBJECTS = 2, 16, 3000
+LIMIT, SHARE = 150, 0.95
+
+
+def read(number: int) -> int:
+    """In a process of its own; returns how many reads failed."""
+    store = open_store("oss://bucket", LIMIT * SHARE)
+
+    def one(i: int) -> int:
+        try:
+            return int(store.read("000000.tar", i, 1000) != bytes(1000))
+        except TriptychError:
+            return 1
+
+    with ThreadPoolExecutor(THREADS) as threads:
+        return sum(threads.map(one, range(number)))
+
+
+def warm_up(_: int) -> None:
+    """In each process: imports are not measured."""
+    read(1)
+    time.sleep(1.0)  # the other process takes the other call
+
+
+def main() -> None:
+    """Measure, and print one line."""
+    with serving() as server:
+        server.objects["bucket/000000.tar"] = bytes(100_000)
+        server.per_second = LIMIT
+        environment = {"ENDPOINT": server.endpoint, "ACCESS_KEY_ID": KEY}
+        environment["ACCESS_KEY_SECRET"] = SECRET
+        os.environ |= {f"OSS_{name}": value for name, value in environment.items()}
+        started, cpu_s = time.monotonic(), time.process_time()
+        with multiprocessing.get_context("spawn").Pool(PROCESSES) as pool:
+            pool.map(warm_up, range(PROCESSES), chunksize=1)
+            server.asked.clear()
+            started = time.monotonic()
+            failed = sum(pool.map(read, [OBJECTS // PROCESSES] * PROCESSES, chunksize=1))
+        seconds = time.monotonic() - started
+        print(
+            f"limit {LIMIT}/s: {OBJECTS} reads in {seconds:.1f} s, {failed} failed, "
+            f"{len(server.asked) / OBJECTS:.3f} requests per object, "
+            f"{OBJECTS / seconds / LIMIT:.1%} of the allowed rate; "
+            f"server {time.process_time() - cpu_s:.1f} CPU-seconds"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""Shards in Alibaba Cloud OSS, by its client oss2, with the patience that a long run needs.
+
+    oss://bucket/prefix       OSS_ENDPOINT names the endpoint, OSS_REGION (cn-hangzhou) chooses
+                              signature V4, which newer accounts need; V1 without it
+    OSS_ACCESS_KEY_ID, OSS_ACCESS_KEY_SECRET, OSS_SESSION_TOKEN (of STS)
+
+Each request waits for its turn (``request_rate``). What may pass is tried again with full jitter
+for ``PATIENCE_S``; a body that breaks off goes on where it ended, of the same version of the object
+(If-Match). oss2 itself neither retries a GET nor compares what it got; hashes are the caller's.
+"""
+
+import logging
+import os
+import random
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+from urllib.parse import urlsplit
+
+import urllib3
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay
+
+from triptych.data.stores.request_rate import RequestRate
+from triptych.errors import ConfigError, DataError, StorageError
+
+PATIENCE_S = 300.0
+"""How long one read is tried. Below the 600 s that other ranks wait in a collective."""
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.2, 20.0
+TIMEOUTS_S = (5.0, 20.0)
+"""To connect; between two arrivals of bytes."""
+SLOW_AFTER_S, SLOW_BYTES_PER_S = 20.0, 16_384
+"""A body that comes in slower, after so long, is asked for anew."""
+MAX_CONNECTIONS = 64
+_TOO_LATE = "  -> bring it back and type the command again: training resumes"
+_REFUSALS = {
+    "InvalidAccessKeyId": "there is no such key  -> set OSS_ACCESS_KEY_ID",
+    "SignatureDoesNotMatch": "the key's secret is wrong  -> set OSS_ACCESS_KEY_SECRET",
+    "SecurityTokenExpired": "the token of STS has expired  -> set OSS_SESSION_TOKEN, and its keys",
+    "InvalidSecurityToken": "the token of STS is wrong  -> set OSS_SESSION_TOKEN, and its keys",
+    "RequestTimeTooSkewed": "the clock of this node is wrong  -> set it, as by NTP",
+    "AccessDenied": "the key may not read it  -> grant oss:GetObject on it",
+    "NoSuchKey": "there is no such object  -> copy the shard there, or set data.sources.*.shards",
+    "NoSuchBucket": "there is no such bucket  -> set data.sources.*.shards",
+}
+"""Code of an answer that waiting does not change -> what it means, and what to do."""
+
+
+class _TransientError(Exception):
+    """It may pass."""
+
+    def __init__(self, told: str, wait_s: float = 0.0) -> None:
+        super().__init__(told)
+        self.wait_s = wait_s
+
+
+@dataclass(slots=True)
+class _Got:
+    """What there is of a range, and of which version of the object."""
+
+    body: bytearray = field(default_factory=bytearray)
+    version: str = ""
+
+
+class OssStore:
+    """Objects below a prefix of a bucket (``data.stores.media_store.Store``)."""
+
+    def __init__(self, url: str, requests_per_s: float) -> None:
+        """Asks nothing yet.
+
+        Args:
+            url: ``oss://bucket/prefix``.
+            requests_per_s: of all processes of this node together.
+
+        Raises:
+            ConfigError: endpoint or keys are not set.
+        """
+        parts = urlsplit(url)
+        self._bucket_name, self._prefix = parts.netloc, parts.path.strip("/")
+        needed = ("OSS_ENDPOINT", "OSS_ACCESS_KEY_ID", "OSS_ACCESS_KEY_SECRET")
+        if missing := [name for name in needed if not os.environ.get(name)]:
+            raise ConfigError(
+                f"{url} cannot be read: the environment has no {', '.join(missing)}"
+                f"  -> export {missing[0]}=..."
+            )
+        self._endpoint = os.environ["OSS_ENDPOINT"]
+        self._rate = RequestRate(f"{self._endpoint}/{self._bucket_name}", requests_per_s)
+        self._lock, self._client, self._pid = threading.Lock(), None, 0
+
+    def path(self, name: str) -> str:
+        """The object's URL."""
+        return f"oss://{self._bucket_name}/{self._key(name)}"
+
+    def read(self, name: str, offset: int, size: int) -> bytes:
+        """``size`` bytes of an object from ``offset`` on.
+
+        Raises:
+            DataError: the object ends before, or was replaced meanwhile.
+            StorageError: it is refused, or cannot be reached and waiting did not help.
+        """
+        got = _Got()
+        try:
+            for attempt in Retrying(
+                stop=stop_after_delay(PATIENCE_S),
+                wait=_wait_s,
+                retry=retry_if_exception_type(_TransientError),
+                reraise=True,
+            ):
+                with attempt:
+                    if len(got.body) < size:
+                        self._read_on(name, offset, size, got)
+        except _TransientError as error:
+            raise StorageError(f"{self.path(name)} cannot be read: {error}{_TOO_LATE}") from None
+        return bytes(got.body)
+
+    def _read_on(self, name: str, offset: int, size: int, got: _Got) -> None:
+        """Ask once for what is missing."""
+        from oss2.exceptions import RequestError, ServerError
+
+        self._rate.take()
+        had = len(got.body)
+        wanted = {"x-oss-range-behavior": "standard"}  # or a range outside brings the whole object
+        if got.version:
+            wanted["If-Match"] = got.version
+        span = (offset + had, offset + size - 1)
+        try:
+            answer = self._bucket().get_object(self._key(name), byte_range=span, headers=wanted)
+        except ServerError as error:
+            self._answer(name, offset, size, error)
+        except RequestError as error:
+            raise _TransientError(f"no answer ({type(error.exception).__name__})") from None
+        got.version = answer.headers.get("ETag", "")
+        response = answer.resp.response
+        if answer.status != 206 or answer.content_length != size - had:
+            response.close()
+            self._cut(name, offset, size)
+        try:
+            _fill(got.body, size, response.raw)
+        except (urllib3.exceptions.HTTPError, OSError, EOFError) as error:
+            told = f"after {len(got.body)} of {size} bytes ({type(error).__name__})"
+            raise _TransientError(f"its body broke off {told}") from None
+        finally:
+            if len(got.body) < size:
+                response.close()
+        response.raw.drain_conn()  # nothing is left: the connection is free for others
+
+    def _answer(self, name: str, offset: int, size: int, error: Any) -> NoReturn:
+        """What an answer that is no object means."""
+        url, code = self.path(name), error.code or f"HTTP {error.status}"
+        if error.status >= 500 or error.status == 429:
+            delay_ms = error.headers.get("x-oss-qos-delay-time", "0")
+            wait_s = int(delay_ms) / 1000 if delay_ms.isdecimal() else 0.0
+            if wait_s:
+                self._rate.hold(wait_s)
+            raise _TransientError(f"{code} (request {error.request_id})", wait_s) from None
+        if error.status == 412:
+            raise DataError(
+                f"{url} was replaced while it was read"
+                "  -> copy the shard again, and let nobody write there during a run"
+            ) from None
+        if error.status == 416:
+            self._cut(name, offset, size)
+        told = _REFUSALS.get(code, "OSS refuses it  -> the request's id tells its support why")
+        raise StorageError(
+            f"{url} cannot be read: {code} (request {error.request_id}): {told}"
+        ) from None
+
+    def _cut(self, name: str, offset: int, size: int) -> NoReturn:
+        raise DataError(
+            f"{self.path(name)} ends before the {size} bytes from {offset} on: it was cut"
+            "  -> copy it again"
+        ) from None
+
+    def _key(self, name: str) -> str:
+        return f"{self._prefix}/{name}" if self._prefix else name
+
+    def _bucket(self) -> Any:
+        """The client of this process: connections do not outlive a fork."""
+        with self._lock:
+            if self._pid != os.getpid():
+                import oss2
+                from oss2.credentials import EnvironmentVariableCredentialsProvider
+
+                logging.getLogger("oss2").setLevel(logging.CRITICAL)  # it logs signed headers
+                region = os.environ.get("OSS_REGION")
+                auth = oss2.ProviderAuthV4 if region else oss2.ProviderAuth
+                self._client = oss2.Bucket(
+                    auth(EnvironmentVariableCredentialsProvider()),
+                    self._endpoint,
+                    self._bucket_name,
+                    region=region,
+                    connect_timeout=TIMEOUTS_S,
+                    session=oss2.Session(pool_size=MAX_CONNECTIONS),
+                )
+                self._pid = os.getpid()
+            return self._client
+
+
+def _fill(body: bytearray, size: int, raw: Any) -> None:
+    """Read until there are ``size`` bytes.
+
+    Raises:
+        EOFError: the body ends before.
+        TimeoutError: it drips.
+    """
+    started, had = time.monotonic(), len(body)
+    while len(body) < size:
+        chunk = raw.read1(min(1 << 16, size - len(body)))
+        if not chunk:
+            raise EOFError
+        body += chunk
+        elapsed_s = time.monotonic() - started
+        if elapsed_s > SLOW_AFTER_S and len(body) - had < elapsed_s * SLOW_BYTES_PER_S:
+            raise TimeoutError
+
+
+def _wait_s(state: RetryCallState) -> float:
+    """Full jitter, after what the server has asked for."""
+    longest = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** (state.attempt_number - 1))
+    error = state.outcome.exception() if state.outcome else None
+    asked_s = error.wait_s if isinstance(error, _TransientError) else 0.0
+    return asked_s + random.uniform(0, longest)

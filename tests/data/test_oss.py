@@ -1,0 +1,259 @@
+"""OSS through its real client, against a server on the loopback that does everything wrong."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from triptych.data.dataset.dataset import Dataset
+from triptych.data.prepare.build_dataset import build_dataset
+from triptych.data.stores import oss, request_rate
+from triptych.data.stores.media_store import open_store
+from triptych.data.tokenizer import train_tokenizer
+from triptych.errors import ConfigError, DataError, StorageError
+from triptych.launch.prepare import main
+from triptych.tests.helpers.oss_server import KEY, REGION, SECRET, TOKEN, serving
+
+NAME = "bucket/some shards/000000.tar"
+URL = "oss://bucket/some shards"
+CONTENT = np.random.default_rng(0).bytes(300_000)
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    """One that has an object; its keys are in the environment, waits are short."""
+    monkeypatch.setattr(oss, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(request_rate.tempfile, "gettempdir", lambda: str(tmp_path))
+    with serving() as server:
+        server.objects[NAME] = CONTENT
+        monkeypatch.setenv("OSS_ENDPOINT", server.endpoint)
+        monkeypatch.setenv("OSS_ACCESS_KEY_ID", KEY)
+        monkeypatch.setenv("OSS_ACCESS_KEY_SECRET", SECRET)
+        yield server
+
+
+def read(offset=1000, size=200_000) -> bytes:
+    return open_store(URL, 1000).read("000000.tar", offset, size)
+
+
+@pytest.mark.parametrize("region", [None, REGION], ids=["V1", "V4"])
+@pytest.mark.parametrize("token", [None, TOKEN])
+def test_ranges_are_read_under_both_signatures(region, token, server, monkeypatch):
+    for name, value in {"OSS_REGION": region, "OSS_SESSION_TOKEN": token}.items():
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert read() == CONTENT[1000:201_000]
+    assert read(299_999, 1) == CONTENT[-1:]
+    assert read(0, 300_000) == CONTENT
+    assert server.asked[0] == "bytes=1000-200999"
+
+
+def half(body: bytes) -> bytes:
+    return body[: len(body) // 2]
+
+
+@pytest.mark.parametrize(
+    ("fault", "ranges"),
+    [
+        (lambda h: h.refuse(503, "ServiceUnavailable") or 1, ["1000-", "1000-"]),
+        (lambda h: h.refuse(429, "Throttled") or 1, ["1000-", "1000-"]),
+        (lambda h: h.refuse(503, "Qps", x_oss_qos_delay_time="50") or 1, ["1000-", "1000-"]),
+        (lambda h: h.reset() or 1, ["1000-", "1000-"]),
+        (lambda h: h.answer(NAME, half), ["1000-", "101000-"]),
+        (lambda h: h.answer(NAME, half) and (h.reset() or 1), ["1000-", "101000-"]),
+        (lambda h: time.sleep(0.6) or 1, ["1000-", "1000-"]),
+        (lambda h: h.answer(NAME, pauses=(0.0, 0.6)), ["1000-", "101000-"]),
+        (lambda h: h.answer(NAME, pauses=(0.0, *[0.1] * 19)), ["1000-", "some later byte"]),
+    ],
+    ids=[
+        "503",
+        "429",
+        "qos delay",
+        "reset",
+        "short",
+        "broken off",
+        "stall",
+        "stalls inside",
+        "drip",
+    ],
+)
+def test_what_may_pass_is_tried_again_from_where_it_ended(fault, ranges, server, monkeypatch):
+    monkeypatch.setattr(oss, "TIMEOUTS_S", (1.0, 0.3))
+    monkeypatch.setattr(oss, "SLOW_AFTER_S", 0.15)
+    monkeypatch.setattr(oss, "SLOW_BYTES_PER_S", 400_000)
+    server.faults.append(fault)
+    assert read() == CONTENT[1000:201_000]
+    starts = [asked.removeprefix("bytes=").split("-")[0] + "-" for asked in server.asked]
+    if ranges[1] == "some later byte":
+        assert starts[0] == ranges[0]
+        assert len(starts) > 1
+        assert 1000 < int(starts[1][:-1]) < 201_000
+    else:
+        assert starts == ranges
+
+
+def test_a_server_that_is_away_for_a_while_is_waited_for(server, monkeypatch):
+    """Twelve refusals in a row."""
+    monkeypatch.setattr(oss, "LONGEST_WAIT_S", 0.05)
+    server.faults.extend([lambda h: h.refuse(503, "ServiceUnavailable") or 1] * 12)
+    assert read() == CONTENT[1000:201_000]
+    assert len(server.asked) == 13
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "told"),
+    [
+        (lambda s, e: e("OSS_ACCESS_KEY_ID", "x"), StorageError, "AccessKeyId .*no such key"),
+        (lambda s, e: e("OSS_ACCESS_KEY_SECRET", "x"), StorageError, "DoesNotMatch .*secret is"),
+        (
+            lambda s, e: (e("OSS_SESSION_TOKEN", TOKEN), setattr(s, "token_is_valid", False)),
+            StorageError,
+            "SecurityTokenExpired .*has expired  -> set OSS_SESSION_TOKEN",
+        ),
+        (lambda s, e: setattr(s, "clock_s", 9999.0), StorageError, "TooSkewed .*clock of this"),
+        (
+            lambda s, e: s.faults.append(lambda h: h.refuse(403, "AccessDenied") or 1),
+            StorageError,
+            "may not read it",
+        ),
+        (lambda s, e: s.objects.clear(), StorageError, "NoSuchKey .*no such object"),
+        (lambda s, e: s.objects.update({NAME: CONTENT[:500]}), DataError, "it was cut"),
+        (lambda s, e: s.objects.update({NAME: CONTENT[:5000]}), DataError, "it was cut"),
+        (
+            lambda s, e: s.faults.extend([lambda h: h.reset() or 1] * 999),
+            StorageError,
+            "no answer .*again",
+        ),
+        (
+            lambda s, e: s.faults.append(
+                lambda h: h.answer(NAME, half) and (s.objects.update({NAME: CONTENT[::-1]}) or 1)
+            ),
+            DataError,
+            "was replaced while it was read",
+        ),
+    ],
+    ids=["key", "secret", "token", "clock", "403", "404", "cut", "cut inside", "gone", "replaced"],
+)
+def test_what_does_not_pass_is_told_at_once_and_without_secrets(
+    spoil, error, told, server, monkeypatch, caplog
+):
+    caplog.set_level("DEBUG")
+    monkeypatch.setattr(oss, "PATIENCE_S", 0.5)
+    spoil(server, monkeypatch.setenv)
+    with pytest.raises(error, match=f"^oss://bucket/some shards/000000.tar .*{told}") as caught:
+        read()
+    chain, text = caught.value, caplog.text
+    while chain is not None:
+        text, chain = text + str(chain), None if chain.__suppress_context__ else chain.__context__
+    assert SECRET not in text
+    assert TOKEN not in text
+    assert "Signature=" not in text
+    assert len(server.asked) <= 2 or "no answer" in told
+
+
+def test_an_environment_without_keys_is_refused(monkeypatch):
+    monkeypatch.delenv("OSS_ENDPOINT", raising=False)
+    with pytest.raises(ConfigError, match=r"the environment has no OSS_ENDPOINT.*  -> export OSS"):
+        open_store(URL, 10)
+
+
+def test_a_fork_has_connections_of_its_own(server):
+    """Parent and child read at the same time, through one store."""
+    store = open_store(URL, 1000)
+    assert store.read("000000.tar", 0, 10) == CONTENT[:10]
+    if (child := os.fork()) == 0:
+        wrong = sum(store.read("000000.tar", i, 1000) != CONTENT[i : i + 1000] for i in range(30))
+        os._exit(wrong)
+    for i in range(30):
+        assert store.read("000000.tar", 500 + i, 1000) == CONTENT[500 + i : 1500 + i]
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def ask_many(number: int) -> int:
+    """In a process of its own: this many small reads by 8 threads, how many failed."""
+    store = open_store(URL, 60)
+
+    def one(i: int) -> int:
+        return int(store.read("000000.tar", i, 10) != CONTENT[i : i + 10])
+
+    with ThreadPoolExecutor(8) as threads:
+        return sum(threads.map(one, range(number)))
+
+
+def test_processes_keep_one_limit_together(server):
+    """requests_per_s is of all of them; benchmarks/oss_requests.py measures more."""
+    started = time.monotonic()
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        assert pool.map(ask_many, [60, 60]) == [0, 0]
+    assert len(server.asked) == 120
+    assert time.monotonic() - started > 110 / 60
+
+
+def test_a_limit_is_divided_by_the_nodes_of_the_job(server, monkeypatch):
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "4")
+    store = open_store(URL, 80)
+    started = time.monotonic()
+    for _ in range(14):
+        store.read("000000.tar", 0, 1)
+    assert time.monotonic() - started > (14 - 1 - request_rate.BURST) / 20
+
+
+def test_a_server_that_asks_for_a_pause_pauses_all_threads(server):
+    server.faults.append(lambda h: h.refuse(503, "Qps", x_oss_qos_delay_time="700") or 1)
+    store = open_store(URL, 1000)
+    first = threading.Thread(target=store.read, args=("000000.tar", 0, 1))
+    first.start()
+    while not server.asked:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    started = time.monotonic()
+    store.read("000000.tar", 0, 1)
+    assert time.monotonic() - started > 0.3
+    first.join()
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prepared")
+    tokenizer = train_tokenizer(["some words"], folder / "tokenizer", 300)
+    Image.fromarray(np.random.default_rng(1).integers(0, 256, (60, 60, 3), dtype=np.uint8)).save(
+        folder / "a.png"
+    )
+    line = {"content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "noise"}]}
+    (folder / "in.jsonl").write_text(json.dumps(line) + "\n")
+    build_dataset([folder / "in.jsonl"], folder / "set", tokenizer, images=[folder])
+    return folder / "set"
+
+
+def test_every_range_is_compared_with_the_index(prepared, server, tmp_path, capsys):
+    """A bit that flips on its way is asked for again; one that stays is a damaged image."""
+    shutil.copytree(prepared, tmp_path / "set")
+    shard = tmp_path / "set/shards/000000.tar"
+    content = shard.read_bytes()
+    server.objects["bucket/mine/000000.tar"] = content
+    shutil.rmtree(shard.parent)
+    dataset = Dataset.open(tmp_path / "set", "mine", store=open_store("oss://bucket/mine", 1000))
+    [media] = dataset.sample(0).media
+    wanted = content[media.offset : media.offset + media.size]
+    flipped = bytearray(content)
+    flipped[media.offset + 7] ^= 1
+
+    def on_its_way(handler):
+        return handler.answer("bucket/mine/000000.tar", lambda b: bytes([b[0] ^ 1]) + b[1:])
+
+    server.faults.append(on_its_way)
+    assert dataset.read_media(media) == wanted
+    main(["verify", str(tmp_path / "set"), "--shards", "oss://bucket/mine"])
+    assert "all 5 files are as they were prepared" in capsys.readouterr().out
+    server.objects["bucket/mine/000000.tar"] = bytes(flipped)
+    with pytest.raises(DataError, match="is damaged: its xxh3-128"):
+        dataset.read_media(media)
+    with pytest.raises(DataError, match=r"000000\.tar is damaged"):
+        main(["verify", str(tmp_path / "set"), "--shards", "oss://bucket/mine"])

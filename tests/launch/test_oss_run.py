@@ -1,0 +1,46 @@
+"""A whole run of launch/pretrain.py whose shards lie in OSS."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from triptych.tests.helpers.oss_server import KEY, REGION, SECRET, serving
+from triptych.tests.helpers.runs import Runs, losses
+
+PRETRAIN = str(Path(__file__).parents[2] / "launch" / "pretrain.py")
+
+
+@pytest.mark.slow
+@pytest.mark.torchrun
+def test_a_run_reads_its_shards_from_object_storage(pool, digits, tmp_path):
+    """On two ranks; the losses are those of the shards in the folder, which are not there."""
+    root = tmp_path / "data"
+    shutil.copytree(digits, root)
+    runs = Runs(pool, root, tmp_path)
+    words = ("train.num_steps=3", "data.generate=false")
+    runs.train("local", "dp2", *words)
+    with serving() as server:
+        sources = ("strings", "captions", "text")
+        for name in sources:
+            for shard in (root / name / "shards").iterdir():
+                server.objects[f"bucket/{name}/{shard.name}"] = shard.read_bytes()
+            shutil.rmtree(root / name / "shards")
+        places = [f"data.sources.{name}.shards=oss://bucket/{name}" for name in sources]
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "OSS_ENDPOINT": server.endpoint,
+            "OSS_REGION": REGION,
+            "OSS_ACCESS_KEY_ID": KEY,
+            "OSS_ACCESS_KEY_SECRET": SECRET,
+        }
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command = [*torchrun, "--nproc-per-node=2", PRETRAIN, *runs.words("oss", "dp2", *words)]
+        subprocess.run([*command, *places], env=environment, check=True)
+        assert server.asked
+    assert losses(runs.dir("oss")) == losses(runs.dir("local"))
