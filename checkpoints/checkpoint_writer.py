@@ -1,11 +1,11 @@
 """One checkpoint on its way from an empty folder to a commit; saving and importing both take it.
 
-``CheckpointStore.begin`` makes folder and writer; the ranks write their shards; ``describe`` says
-what they are of; ``commit`` makes the folder a checkpoint. Until then it bears a name that nothing
-takes for one.
+``CheckpointStore.begin`` makes folder and writer; the ranks write their shards; ``record``
+and ``publish`` make the folder a checkpoint. Until then it bears a name that nothing takes for one.
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,83 +18,61 @@ from triptych.checkpoints.manifest import (
     write_manifest,
     write_synced,
 )
-from triptych.checkpoints.model_file import write_model
-from triptych.configs.compose import save_config
-from triptych.configs.model_schema import ModelConfig
-from triptych.configs.schema import Config
 from triptych.errors import CheckpointError
 from triptych.parallel.agree import Ranks, on_every_rank, on_rank_0
 
 
 class CheckpointWriter:
-    """Describes and commits what the ranks write into ``folder``.
+    """Records and commits what the ranks write into ``folder``.
 
     A file belongs to the rank in its name, ``rank_00003.bin``, which must have written it; any
-    other file belongs to rank 0. Every rank must call every method.
+    other file belongs to rank 0.
     """
 
     def __init__(self, folder: CheckpointFolder, ranks: Ranks) -> None:
         self.folder = folder
         """Temporary; the name changes with the commit."""
         self.committed: Path | None = None
-        """The checkpoint, once it is one."""
+        """The checkpoint, once it is one; known to rank 0."""
         self._ranks = ranks
 
-    def describe(self, model: ModelConfig, config: Config | None = None) -> None:
-        """Write what the weights are of.
-
-        Args:
-            model: of the weights.
-            config: of the run that saves, if one does.
+    def record(self) -> dict[str, SavedFile]:
+        """Hash what this rank wrote; it is on disk afterwards. No collective.
 
         Raises:
-            CheckpointError: on every rank, if it cannot be written.
+            OSError: it cannot be read back.
         """
+        return record_files(self.folder.path, self._ranks.rank)
 
-        def describe() -> None:
-            write_model(self.folder.model, model)
-            if config is not None:
-                save_config(config, self.folder.config)
-
-        on_rank_0(self._ranks, describe, os_error=CheckpointError)
-
-    def commit(self, info: dict[str, Any]) -> Path:
-        """Make what the ranks wrote a checkpoint; returns its final path.
+    def publish(self, files: Mapping[str, SavedFile], info: Mapping[str, Any]) -> Path:
+        """Make what the ranks wrote a checkpoint; returns its final path. On rank 0, no collective.
 
         Args:
+            files: what every rank has recorded.
             info: goes into the manifest as it is: plan hash, stage, layout. Plain JSON.
-
-        Raises:
-            CheckpointError: on every rank, if any rank failed; the folder then stays temporary.
         """
-        files = self._record()
-        step = parse_step(self.folder.path.name)
-        manifest = CheckpointManifest(step=step.step, attempt=step.attempt, info=info, files=files)
-        self.committed = on_rank_0(
-            self._ranks, lambda: self._publish(manifest), os_error=CheckpointError
-        )
-        return self.committed
-
-    def _record(self) -> dict[str, SavedFile]:
-        """Hash every file, each by the rank that wrote it; all are on disk afterwards."""
-        self._ranks.all_gather(None)  # no rank still writes
-        shares = on_every_rank(
-            self._ranks,
-            lambda: record_files(self.folder.path, self._ranks.rank),
-            os_error=CheckpointError,
-        )
-        return {path: record for share in shares for path, record in sorted(share.items())}
-
-    def _publish(self, manifest: CheckpointManifest) -> Path:
-        """On rank 0: the commit itself, and the hint to it."""
         temporary = self.folder.path
-        write_manifest(self.folder, manifest)
-        final = temporary.with_name(str(parse_step(temporary.name)))
+        step = parse_step(temporary.name)
+        write_manifest(
+            self.folder, CheckpointManifest(step.step, step.attempt, dict(info), dict(files))
+        )
+        final = temporary.with_name(str(step))
         rename(temporary, final)
         hint = final.with_name(f"{LATEST}.tmp")
         write_synced(hint, f"{final.name}\n".encode())
         rename(hint, final.with_name(LATEST))
+        self.committed = final
         return final
+
+    def commit(self, info: Mapping[str, Any]) -> Path:
+        """Record and publish, while all ranks wait. Every rank must call this.
+
+        Raises:
+            CheckpointError: on every rank, if any rank failed; the folder then stays temporary.
+        """
+        shares = on_every_rank(self._ranks, self.record, os_error=CheckpointError)
+        files = {path: record for share in shares for path, record in sorted(share.items())}
+        return on_rank_0(self._ranks, lambda: self.publish(files, info), os_error=CheckpointError)
 
 
 def rename(old: Path, new: Path) -> None:

@@ -6,7 +6,6 @@ the hash of the manifest. A folder without a matching ``COMMIT`` is not a checkp
 
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -54,9 +53,9 @@ def record_files(folder: Path, rank: int) -> dict[str, SavedFile]:
     """Hash and sync to disk the files that ``rank`` wrote, and the folders they lie in."""
     records = {}
     parents = {folder}
-    for path in _files(folder):
+    for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if writer_of(name) != rank:
+        if writer_of(name) != rank or not path.is_file():  # by name first: others have thousands
             continue
         records[name] = SavedFile(**asdict(hash_file(path, sync=True)), writer=rank)
         parents.add(path.parent)
@@ -157,10 +156,6 @@ def _check(folder: Path, name: str, record: SavedFile) -> str | None:
     if digest != record.xxh3_128:
         return f"{name} has xxh3-128 {digest}, {MANIFEST} says {record.xxh3_128}"
     return None
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in sorted(folder.rglob("*")) if path.is_file())
 
 
 def write_synced(path: Path, content: bytes) -> None:

@@ -8,6 +8,7 @@ tensors, ``….gate`` and ``….up``. A tied head is its embedding.
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from triptych.checkpoints.boxes import Box, boxes_of_range, split_range
@@ -17,6 +18,8 @@ from triptych.parallel.mesh import Mesh
 
 Tensors = Mapping[str, Tensor]
 HALVES = ("gate", "up")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""Of stored tensors, by name."""
 
 
 class Piece(NamedTuple):

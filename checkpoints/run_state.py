@@ -4,7 +4,7 @@ Weights, optimizer state, random states and a few numbers, saved and loaded toge
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,16 @@ from torch import nn
 
 from triptych.checkpoints.environment import write_environment
 from triptych.checkpoints.layout import CheckpointFolder
-from triptych.checkpoints.model_file import differences
+from triptych.checkpoints.model_file import differences, write_model
 from triptych.checkpoints.pieces import Piece, own_part, stored_keys
 from triptych.checkpoints.shard_file import Snapshot
 from triptych.checkpoints.stored_tensors import StoredTensors
 from triptych.checkpoints.tensor_problems import tensor_problems
+from triptych.configs.compose import save_config
 from triptych.configs.model_schema import ModelConfig
+from triptych.configs.schema import Config
 from triptych.errors import CheckpointError
 from triptych.models.sharding import ShardingTable
-from triptych.parallel.agree import on_every_rank
 from triptych.parallel.device import HAS_CUDA, random_states, set_random_states
 from triptych.parallel.mesh import Mesh
 from triptych.parallel.zero.protocol import STATE_KINDS, ShardedOptimizer, StateShard
@@ -59,46 +60,56 @@ def weights_to_save(run: RunTensors) -> Iterator[Piece]:
     yield from own_part(WEIGHTS, run.parameters, run.mesh)
 
 
-def save_state(folder: CheckpointFolder, run: RunTensors, numbers: Mapping[str, Any]) -> None:
-    """Write everything into a folder that the store has begun. Every rank must call this.
+class RunSnapshot:
+    """A run's state at one moment, in host memory: a rank's part, and on rank 0 what is of all.
 
-    Args:
-        folder: of a ``CheckpointWriter``.
-        run: the tensors.
-        numbers: plain JSON; comes back from ``load_numbers``.
-
-    Raises:
-        CheckpointError: on every rank alike, where some could not write; names them.
+    The memory, the size of this rank's part, stays for the next snapshot.
     """
-    snapshot = Snapshot()
-    snapshot.take(pieces_to_save(run), run.mesh, run.sharding)
-    random_state = _random_state()
 
-    def write() -> None:
-        snapshot.write(folder.shards, run.mesh.rank)
-        folder.random_state(run.mesh.rank).write_bytes(random_state)
-        if run.mesh.is_main:
-            num_updates = {} if run.optimizer is None else run.optimizer.num_updates
-            content = json.dumps({**numbers, "num_updates": num_updates}, indent=1)
-            folder.numbers.write_text(content + "\n")
-            write_environment(folder.environment, run.mesh)
+    def __init__(self, run: RunTensors, config: Config) -> None:
+        self._run, self._config = run, config
+        self._shards = Snapshot()
+        self._random_state: bytes | None = None
+        self._numbers: dict[str, Any] = {}
 
-    on_every_rank(run.mesh.world, write, os_error=CheckpointError)
+    @property
+    def num_bytes(self) -> int:
+        """What it will take on disk, but for small files."""
+        return self._shards.num_bytes
 
+    def take(self, numbers: Mapping[str, Any]) -> None:
+        """Copy all that a run needs to go on. Every rank must call this.
 
-def save_weights(folder: CheckpointFolder, run: RunTensors) -> None:
-    """Write the weights only, as ``save_state`` does. Every rank must call this.
+        Args:
+            numbers: plain JSON; comes back from ``load_numbers``.
+        """
+        run = self._run
+        self._shards.take(pieces_to_save(run), run.mesh, run.sharding)
+        self._random_state = _random_state()
+        num_updates = {} if run.optimizer is None else dict(run.optimizer.num_updates)
+        self._numbers = {**numbers, "num_updates": num_updates}
 
-    Raises:
-        CheckpointError: on every rank alike, where some could not write; names them.
-    """
-    snapshot = Snapshot()
-    snapshot.take(weights_to_save(run), run.mesh, run.sharding)
-    on_every_rank(
-        run.mesh.world,
-        lambda: snapshot.write(folder.shards, run.mesh.rank),
-        os_error=CheckpointError,
-    )
+    def take_weights(self) -> None:
+        """Copy the weights only. Every rank must call this."""
+        self._shards.take(weights_to_save(self._run), self._run.mesh, self._run.sharding)
+
+    def write(self, folder: CheckpointFolder, go_on: Callable[[], None] = lambda: None) -> None:
+        """Write it into a folder that the store has begun; no collective.
+
+        Raises:
+            CheckpointError: a number is not finite.
+            OSError: it cannot be written.
+        """
+        mesh = self._run.mesh
+        self._shards.write(folder.shards, mesh.rank, go_on)
+        if self._random_state is not None:
+            folder.random_state(mesh.rank).write_bytes(self._random_state)
+        if mesh.is_main:
+            write_model(folder.model, self._config.model)
+            save_config(self._config, folder.config)
+            if self._random_state is not None:
+                folder.numbers.write_text(json.dumps(self._numbers, indent=1) + "\n")
+                write_environment(folder.environment, mesh)
 
 
 def load_numbers(folder: Path) -> dict[str, Any]:

@@ -8,7 +8,8 @@ there: nothing is gathered, and no rank has more of the state than its own part.
 """
 
 import json
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor
 
 from triptych.checkpoints.layout import ShardFiles
-from triptych.checkpoints.pieces import Piece, is_copy, placed_boxes, stored_shape
+from triptych.checkpoints.pieces import DTYPES, Piece, is_copy, placed_boxes, stored_shape
+from triptych.errors import CheckpointError
 from triptych.models.sharding import ShardingTable
 from triptych.parallel.device import HostBuffer
 from triptych.parallel.mesh import Mesh
@@ -95,22 +97,43 @@ class Snapshot:
         copies = list(self._index.place(pieces))
         self._buffer.fill(copies, self._index.num_bytes)
 
-    def write(self, folder: Path, rank: int) -> None:
-        """Write both files.
+    def write(self, folder: Path, rank: int, go_on: Callable[[], None] = lambda: None) -> None:
+        """Write both files, if every number is finite. Reads all of them first.
+
+        Args:
+            folder: of the shards.
+            rank: whose.
+            go_on: called before each block of ``WRITE_BYTES``; may end it by an error.
 
         Raises:
+            CheckpointError: a number is not finite.
             OSError: it cannot be written.
         """
         assert self._index is not None, "nothing was taken"
+        self._refuse_what_is_not_finite(self._index)
         files = ShardFiles(folder, rank)
         with files.content.open("wb", buffering=0) as file:
-            _write_all(file, self._buffer.content)
+            _write_all(file, self._buffer.content, go_on)
         self._index.write(files)
 
+    def _refuse_what_is_not_finite(self, index: ShardIndex) -> None:
+        for key, tensor in index.tensors.items():
+            dtype = DTYPES[tensor["dtype"]]
+            for offset, _, _, num_rows, num_columns in tensor["boxes"]:
+                extremes = self._buffer.view(offset, num_rows * num_columns, dtype).aminmax()
+                if not all(math.isfinite(extreme) for extreme in extremes):
+                    raise CheckpointError(
+                        f"{key} is not finite: such a model is never saved  -> resume from a "
+                        "checkpoint of before, with a lower learning rate or other data"
+                    )
 
-def _write_all(file: IO[bytes], flat: Tensor) -> None:
+
+def _write_all(
+    file: IO[bytes], flat: Tensor, go_on: Callable[[], None] = lambda: None
+) -> None:
     content = memoryview(flat.numpy())  # type: ignore[arg-type]  # numpy's types lack it
     while len(content) > 0:
+        go_on()
         content = content[write_block(file, content[:WRITE_BYTES]) :]
 
 

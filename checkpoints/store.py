@@ -23,6 +23,8 @@ from triptych.checkpoints.manifest import DamagedError, read_manifest, verify
 from triptych.errors import CheckpointError
 from triptych.parallel.agree import Ranks, on_every_rank, on_rank_0
 
+SMALL_FILES_BYTES = 1 << 20
+"""Manifest, indices, random states and configuration, about."""
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
@@ -40,13 +42,18 @@ class CheckpointStore:
         self._attempt: int | None = None
         self._writer: CheckpointWriter | None = None
 
-    def begin(self, step: int) -> CheckpointWriter:
+    def begin(self, step: int, num_bytes: int = 0) -> CheckpointWriter:
         """A new temporary folder, for all ranks to write into.
 
+        Args:
+            step: of the checkpoint.
+            num_bytes: that this rank is going to write.
+
         Raises:
-            CheckpointError: it cannot be made, or a rank does not see it.
+            CheckpointError: there is no room, it cannot be made, or a rank does not see it.
         """
-        folder = self._on_rank_0(lambda: self._claim(step))
+        [total] = self._ranks.add_up([num_bytes])
+        folder = self._on_rank_0(lambda: self._claim(step, total))
 
         def see() -> None:
             if not folder.path.is_dir():
@@ -87,28 +94,25 @@ class CheckpointStore:
             )
         return None
 
-    def retain(self, keep: int) -> list[Path]:
+    def retain(self, keep: int | None) -> list[Path]:
         """Delete all but the ``keep`` newest checkpoints; returns what was deleted.
 
-        Deletes nothing unless the newest is what this process has just committed, whose bytes are
-        thus known to be good: the only good checkpoint is never deleted.
+        On rank 0, nothing on others; no collective. The newest that is proven stays as well: after
+        it the loss was known to be finite. Deletes nothing unless the newest is what this process
+        has just committed, whose bytes are thus known to be good.
+
+        Raises:
+            OSError: one cannot be deleted.
         """
-        assert keep >= 1, "run.keep is validated"
-
-        def delete() -> list[Path]:
-            folders = step_folders(self.root)
-            if self._writer is None or folders[:1] != [self._writer.committed]:
-                return []
-            for folder in folders[keep:]:
-                _delete(folder)
-            return folders[keep:]
-
-        return self._on_rank_0(delete)
+        newest = step_folders(self.root)[:1]
+        if keep is None or self._writer is None or newest != [self._writer.committed]:
+            return []
+        return delete(to_retire(self.root, keep))
 
     def _on_rank_0(self, action: Callable[[], T]) -> T:
         return on_rank_0(self._ranks, action, os_error=CheckpointError)
 
-    def _claim(self, step: int) -> CheckpointFolder:
+    def _claim(self, step: int, num_bytes: int) -> CheckpointFolder:
         self.root.mkdir(parents=True, exist_ok=True)
         if self._attempt is None:
             self._attempt = next_attempt(self.root)
@@ -117,9 +121,23 @@ class CheckpointStore:
         final, temporary = self.root / name, self.root / f"{name}.tmp"
         if temporary.exists() or final.exists():
             raise CheckpointError(f"step {step} was already saved as {final}")
+        self._refuse_without_room(num_bytes)
         folder = CheckpointFolder(temporary)
         folder.make()
         return folder
+
+    def _refuse_without_room(self, num_bytes: int) -> None:
+        """Before anything is written: a full disk may stop other things than a save."""
+        free = shutil.disk_usage(self.root).free
+        if num_bytes + SMALL_FILES_BYTES <= free:
+            return
+        sizes = {folder: size_of(folder) for folder in step_folders(self.root)[1:]}
+        older = "".join(f"\n  rm -r {f}  # {size:,} bytes" for f, size in reversed(sizes.items()))
+        raise CheckpointError(
+            f"a checkpoint needs {num_bytes + SMALL_FILES_BYTES:,} bytes, {self.root} has {free:,} "
+            "left: nothing was written  -> make room"
+            + (f"; checkpoints that a newer one replaces, oldest first:{older}" if older else "")
+        )
 
     def _tidy(self) -> None:
         """Finish or remove what a run that died left behind, half written or half deleted."""
@@ -133,6 +151,33 @@ class CheckpointStore:
                 rename(folder, folder.with_suffix(""))
         for name in step_names(self.root, ".deleted"):
             shutil.rmtree(self.root / name)
+
+
+def to_retire(root: Path, keep: int) -> list[Path]:
+    """All but the ``keep`` newest checkpoints under ``root`` and the newest that is proven."""
+    folders = step_folders(root)
+    proven = next((folder for folder in folders if is_proven(folder)), None)
+    return [folder for folder in folders[keep:] if folder != proven]
+
+
+def delete(folders: list[Path]) -> list[Path]:
+    """Delete checkpoints, such that a part of one is never taken for it; returns them."""
+    for folder in folders:
+        _delete(folder)
+    return folders
+
+
+def is_proven(folder: Path) -> bool:
+    """Whether the loss of the step after it was finite, before it was committed."""
+    try:
+        return read_manifest(folder).info.get("proven", False) is True
+    except (OSError, CheckpointError):
+        return False
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files in it."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _delete(folder: Path) -> None:

@@ -11,14 +11,13 @@ from torch import Tensor
 
 from triptych.checkpoints.boxes import Box
 from triptych.checkpoints.layout import ShardFiles
-from triptych.checkpoints.pieces import Piece, Tensors, own_part, placed_boxes
+from triptych.checkpoints.pieces import DTYPES, Piece, Tensors, own_part, placed_boxes
 from triptych.errors import CheckpointError
 from triptych.models.sharding import ShardingTable
 from triptych.parallel.agree import Ranks, on_rank_0
 from triptych.parallel.mesh import Mesh
 from triptych.parallel.zero.gather import gather_whole
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 READ_NUMEL = 1 << 22
 """Elements that are read at once, where a row is not longer."""
 

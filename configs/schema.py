@@ -348,7 +348,7 @@ class RunConfig:
     checkpoint_every: int = 500
     """Steps between checkpoints; one is always written at the end."""
     keep: int = 3
-    """Newest checkpoints that are kept."""
+    """Newest checkpoints that are kept; the newest after which a loss was finite stays as well."""
     weights_every: int = 0
     """Steps between checkpoints of weights only, in ``run.dir/weights``: a seventh of a whole one
     in bf16, a quarter in fp32. All are kept; 0 saves none."""

@@ -19,7 +19,7 @@ from triptych.checkpoints.hf.name_table import name_table
 from triptych.checkpoints.hf.origin import Origin, licence_of, origin_of
 from triptych.checkpoints.layout import CHECKPOINTS, CheckpointFolder, step_folders
 from triptych.checkpoints.locate import locate
-from triptych.checkpoints.model_file import read_model
+from triptych.checkpoints.model_file import read_model, write_model
 from triptych.checkpoints.pieces import Piece, own_part
 from triptych.checkpoints.run_state import WEIGHTS
 from triptych.checkpoints.shard_file import write_streamed
@@ -82,12 +82,13 @@ def import_hf(source: Path, output: Path) -> Path:
                 yield from own_part(WEIGHTS, {name: reader.read(name, mesh.tp_rank, tp)}, mesh)
 
     writer = CheckpointStore(root, mesh.world).begin(0)
-    on_every_rank(
-        mesh.world,
-        lambda: write_streamed(writer.folder.shards, pieces(), mesh, sharding_table(model)),
-        os_error=CheckpointError,
-    )
-    writer.describe(model)
+
+    def write() -> None:
+        write_streamed(writer.folder.shards, pieces(), mesh, sharding_table(model))
+        if mesh.is_main:
+            write_model(writer.folder.model, model)
+
+    on_every_rank(mesh.world, write, os_error=CheckpointError)
     info = {"stage": "imported", "from": source.name, "licence": licence_of(source)}
     return writer.commit(info)
 

@@ -533,7 +533,7 @@ class BlindRank1(ThreadRanks):
 
     def all_gather(self, value: Any) -> list[Any]:
         values = super().all_gather(value)
-        if self.rank == 1 and isinstance(values[0].result, CheckpointFolder):
+        if self.rank == 1 and isinstance(getattr(values[0], "result", None), CheckpointFolder):
             elsewhere = CheckpointFolder(Path("/nonexistent"))
             return [values[0]._replace(result=elsewhere), *values[1:]]
         return values

@@ -29,6 +29,8 @@ from triptych.data.digits.make import make_digits
 from triptych.errors import CheckpointError, ConfigError, DataError
 from triptych.launch import cli, prepare
 from triptych.parallel.agree import SingleProcess
+from triptych.parallel.replicas import Drift
+from triptych.parallel.zero.protocol import ShardedOptimizer
 from triptych.tests.helpers.runs import Runs, checkpoint_names, losses, refusal
 
 SENSELESS = ("nan", "abc", "{a: 1}", "${oc.env:HOME}")
@@ -269,6 +271,43 @@ def test_a_full_disk_on_one_rank_fails_the_save_on_all_and_loses_nothing(target,
     runs.train("run", "dp2", "train.num_steps=4")
     assert checkpoint_names(runs.dir("run")) == ["step_000000002.0", "step_000000004.1"]
     assert len(losses(runs.dir("run"))) == 4
+
+
+@pytest.mark.distributed
+def test_ruined_weights_are_never_committed(runs):
+    """They used to be the only checkpoint left: what ruins them shows in the step after."""
+    options = ("run.checkpoint_every=1", "run.keep=1")
+    runs.train("run", "dp2", *options, "train.num_steps=2")
+    rates = [f"stage.{part}.lr=1e30" for part in ("vit", "adapter", "llm")]
+    message = runs.refusal("run", "dp2", *options, *rates, "train.num_steps=9")
+    assert message.startswith("TrainingError: step 4: ")
+    kept = ["step_000000001.0", "step_000000002.0", "step_000000003.1.tmp"]
+    assert checkpoint_names(runs.dir("run")) == kept
+    assert "step_000000002.0, step 2" in runs.train("run", "dp2", *options, "train.num_steps=4")
+    assert checkpoint_names(runs.dir("run")) == ["step_000000003.1", "step_000000004.1"]
+
+
+@pytest.mark.distributed
+def test_a_model_that_is_not_finite_is_never_committed(runs):
+    """Not even at the end of a run, where no step follows to show it."""
+    runs.train("run", "dp2", "train.num_steps=1")
+    messages = runs.call(refusal_of_a_ruined_model, "run", "dp2", "train.num_steps=2")
+    assert len(set(messages)) == 1, messages
+    assert "linear_fc2.weight is not finite: such a model is never saved  -> resume" in messages[0]
+    assert checkpoint_names(runs.dir("run")) == ["step_000000001.0", "step_000000002.1.tmp"]
+
+
+def refusal_of_a_ruined_model(config: Config) -> str:
+    """``refusal``, with one weight of every rank infinite when it is saved."""
+
+    def ruin(replicas: object, optimizer: ShardedOptimizer, mesh: object) -> Drift:
+        shards = optimizer.state_shards().items()
+        shard = next(shard for name, shard in shards if name.endswith("linear_fc2.weight"))
+        shard.tensors["exp_avg_sq"][0] = float("inf")
+        return Drift(0.0, "")
+
+    with mock.patch("triptych.train.hooks.checkpoint.reduce_replicas", ruin):
+        return refusal(config)
 
 
 def refusal_on_full_disk(config: Config, target: str) -> str:

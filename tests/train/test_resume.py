@@ -35,8 +35,8 @@ pytestmark = pytest.mark.distributed
 
 PRETRAIN = Path(__file__).parents[2] / "launch" / "pretrain.py"
 PROGRESS = "triptych.train.hooks.progress.Progress.after_step"
-SAVE_STATE = "triptych.train.hooks.checkpoint.save_state"
-COMMIT = "triptych.checkpoints.checkpoint_writer.CheckpointWriter.commit"
+WRITE = "triptych.checkpoints.run_state.RunSnapshot.write"
+RECORD = "triptych.checkpoints.checkpoint_writer.CheckpointWriter.record"
 
 
 @pytest.fixture
@@ -57,8 +57,8 @@ def test_killed_run_goes_on_bit_for_bit(layout, runs):
     runs.train("whole", layout, *options)
     runs.kill("killed", layout, *options, target=PROGRESS, call=7)
     assert [line["step"] for line in metrics(runs.dir("killed"))] == [1, 2, 3, 4, 5, 6, 7]
-    runs.kill("killed", layout, *options, target=SAVE_STATE, call=1)
-    runs.kill("killed", layout, *options, target=COMMIT, call=1)
+    runs.kill("killed", layout, *options, target=WRITE, call=1)
+    runs.kill("killed", layout, *options, target=RECORD, call=1)
     assert checkpoint_names(runs.dir("killed")) == ["step_000000004.0", "step_000000008.1.tmp"]
     told = runs.train("killed", layout, *options)
     assert "resumed from" in told

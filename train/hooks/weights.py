@@ -4,10 +4,10 @@ A seventh of a whole checkpoint in bf16, a quarter in fp32: to evaluate, to expo
 No run resumes from one, so they lie in a folder of their own.
 """
 
-from triptych.checkpoints.run_state import save_weights
+from triptych.checkpoints.background_save import BackgroundSave
+from triptych.checkpoints.run_state import RunSnapshot
 from triptych.checkpoints.store import CheckpointStore
 from triptych.configs.schema import Config
-from triptych.errors import CheckpointError
 from triptych.train.console import say
 from triptych.train.engine import Engine
 from triptych.train.hooks.hook import Hook, StepEvent
@@ -17,24 +17,28 @@ WEIGHTS = "weights"
 
 
 class WeightsOnly(Hook):
-    """On every rank: each writes its share, rank 0 commits."""
+    """On every rank: each writes its share beside training, rank 0 commits."""
 
     def __init__(self, config: Config, engine: Engine, store: CheckpointStore) -> None:
-        self._config, self._engine, self._store = config, engine, store
+        self._config = config
+        self._save = BackgroundSave(store, engine.mesh.world, keep=None)
+        self._snapshot = RunSnapshot(engine.tensors, config)
 
     def after_step(self, event: StepEvent) -> None:
-        """Save where it is time to; training's numbers stay as they are."""
+        """Go on with the save in flight; begin one where it is time to."""
         step = event.state.step
-        if step % self._config.run.weights_every:
-            return
-        try:
-            writer = self._store.begin(step)
-            save_weights(writer.folder, self._engine.tensors)
-            writer.describe(self._config.model, self._config)
-            final = writer.commit({"stage": self._config.stage.name})
-        except CheckpointError as error:
-            raise CheckpointError(
-                f"weights of step {step} could not be saved in {self._store.root}:\n{error}\n"
-                "  -> mend the cause and type the command again: the run resumes"
-            ) from error
-        say(f"weights: {final}")
+        is_due = step % self._config.run.weights_every == 0
+        self._advance(wait=is_due or event.is_last)
+        if is_due:
+            self._snapshot.take_weights()
+            self._save.begin(step, self._snapshot, {"stage": self._config.stage.name})
+            if event.is_last:
+                self._advance(wait=True)
+
+    def close(self) -> None:
+        """Leave nothing running."""
+        self._save.close()
+
+    def _advance(self, *, wait: bool) -> None:
+        if self._save.step is not None and (final := self._save.poll(wait=wait)):
+            say(f"weights: {final}")
