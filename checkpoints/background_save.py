@@ -41,8 +41,12 @@ class Savable(Protocol):
 class BackgroundSave:
     """The save in flight, if there is one. Every rank must call every method but ``close``."""
 
-    def __init__(self, store: CheckpointStore, ranks: Ranks, keep: int | None) -> None:
-        self._store, self._ranks, self._keep = store, ranks, keep
+    def __init__(
+        self, store: CheckpointStore, ranks: Ranks, keep: int | None, keep_every: int = 0
+    ) -> None:
+        """Begin with none; ``keep`` None keeps all, else as ``CheckpointStore.retain``."""
+        self._store, self._ranks = store, ranks
+        self._keep, self._keep_every = keep, keep_every
         self._executor = futures.ThreadPoolExecutor(1, thread_name_prefix="save")
         self._given_up = threading.Event()
         self._step = 0
@@ -128,7 +132,7 @@ class BackgroundSave:
         assert self._writer is not None
         final = self._writer.publish(files, info)
         try:
-            self._store.retain(self._keep)
+            self._store.retain(self._keep, self._keep_every)
         except OSError as error:
             _log.warning("%s is saved; an older checkpoint could not be deleted: %s", final, error)
         return final

@@ -128,9 +128,7 @@ class Snapshot:
                     )
 
 
-def _write_all(
-    file: IO[bytes], flat: Tensor, go_on: Callable[[], None] = lambda: None
-) -> None:
+def _write_all(file: IO[bytes], flat: Tensor, go_on: Callable[[], None] = lambda: None) -> None:
     content = memoryview(flat.numpy())  # type: ignore[arg-type]  # numpy's types lack it
     while len(content) > 0:
         go_on()

@@ -16,6 +16,7 @@ from triptych.checkpoints.layout import (
     StepName,
     free_name,
     next_attempt,
+    parse_step,
     step_folders,
     step_names,
 )
@@ -94,12 +95,13 @@ class CheckpointStore:
             )
         return None
 
-    def retain(self, keep: int | None) -> list[Path]:
+    def retain(self, keep: int | None, keep_every: int = 0) -> list[Path]:
         """Delete all but the ``keep`` newest checkpoints; returns what was deleted.
 
-        On rank 0, nothing on others; no collective. The newest that is proven stays as well: after
-        it the loss was known to be finite. Deletes nothing unless the newest is what this process
-        has just committed, whose bytes are thus known to be good.
+        What stays beside them, ``to_retire`` says.
+
+        On rank 0, nothing on others; no collective. Deletes nothing unless the newest is what this
+        process has just committed, whose bytes are thus known to be good.
 
         Raises:
             OSError: one cannot be deleted.
@@ -107,7 +109,7 @@ class CheckpointStore:
         newest = step_folders(self.root)[:1]
         if keep is None or self._writer is None or newest != [self._writer.committed]:
             return []
-        return delete(to_retire(self.root, keep))
+        return delete(to_retire(self.root, keep, keep_every))
 
     def _on_rank_0(self, action: Callable[[], T]) -> T:
         return on_rank_0(self._ranks, action, os_error=CheckpointError)
@@ -153,11 +155,18 @@ class CheckpointStore:
             shutil.rmtree(self.root / name)
 
 
-def to_retire(root: Path, keep: int) -> list[Path]:
-    """All but the ``keep`` newest checkpoints under ``root`` and the newest that is proven."""
+def to_retire(root: Path, keep: int, keep_every: int) -> list[Path]:
+    """All checkpoints under ``root`` but the ``keep`` newest and the newest that is proven.
+
+    And but those of steps that are multiples of ``keep_every``, where it is not 0.
+    """
     folders = step_folders(root)
     proven = next((folder for folder in folders if is_proven(folder)), None)
-    return [folder for folder in folders[keep:] if folder != proven]
+    return [
+        folder
+        for folder in folders[keep:]
+        if folder != proven and not (keep_every and parse_step(folder.name).step % keep_every == 0)
+    ]
 
 
 def delete(folders: list[Path]) -> list[Path]:

@@ -349,6 +349,8 @@ class RunConfig:
     """Steps between checkpoints; one is always written at the end."""
     keep: int = 3
     """Newest checkpoints that are kept; the newest after which a loss was finite stays as well."""
+    keep_every: int = 0
+    """Checkpoints of steps that are multiples of this are kept for ever; 0 keeps none so."""
     weights_every: int = 0
     """Steps between checkpoints of weights only, in ``run.dir/weights``: a seventh of a whole one
     in bf16, a quarter in fp32. All are kept; 0 saves none."""

@@ -5,7 +5,8 @@
     python launch/checkpoints.py prune runs/mine --keep 1
 
 A proven checkpoint was committed after a later step whose loss was finite. ``prune`` deletes all
-but the newest ``--keep`` and the newest proven, once it has seen that the newest of these is good.
+but the newest ``--keep``, the newest proven and those that ``run.keep_every`` keeps, once it has
+seen that the newest of these is good.
 Neither command renames or mends anything.
 """
 
@@ -18,6 +19,7 @@ from triptych.checkpoints.layout import CHECKPOINTS, CheckpointFolder, step_fold
 from triptych.checkpoints.locate import locate
 from triptych.checkpoints.manifest import read_manifest, verify
 from triptych.checkpoints.store import delete, is_proven, size_of, to_retire
+from triptych.configs.compose import read_config
 from triptych.errors import CheckpointError, ConfigError
 from triptych.launch.cli import run
 from triptych.parallel.agree import SingleProcess
@@ -75,7 +77,9 @@ def _verify(folders: list[Path]) -> None:
 
 
 def _prune(root: Path, keep: int) -> None:
-    retired = to_retire(root, keep)
+    config = CheckpointFolder(step_folders(root)[0]).config  # an imported checkpoint has none
+    keep_every = read_config(config).run.keep_every if config.exists() else 0
+    retired = to_retire(root, keep, keep_every)
     if retired:
         locate(root, SingleProcess())  # raises where the newest is damaged
     for folder in retired:

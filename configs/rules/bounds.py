@@ -57,6 +57,7 @@ AT_LEAST = {
     0: (
         "model.vision.window_size",
         "train.validate_every",
+        "run.keep_every",
         "run.weights_every",
         "seed",
         "data.prefetch_steps",
@@ -125,6 +126,7 @@ AT_MOST = {
         "train.validate_every",
         "run.checkpoint_every",
         "run.keep",
+        "run.keep_every",
         "run.weights_every",
         "log.every",
     ),

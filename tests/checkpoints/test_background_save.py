@@ -23,7 +23,7 @@ from triptych.tests.helpers.limits import HANG_S
 from triptych.tests.helpers.thread_ranks import ThreadRanks, on_ranks
 
 
-class Part:
+class BytesOfStep:
     """A rank's part: 3,000 bytes that say the step; before them, whatever ``meanwhile`` does."""
 
     num_bytes = 3000
@@ -46,7 +46,7 @@ def saves(root: Path, ranks: Ranks | None = None, keep: int = 2) -> BackgroundSa
 
 
 def save(background: BackgroundSave, step: int, *, proven: bool = True) -> Path:
-    background.begin(step, Part(step), {})
+    background.begin(step, BytesOfStep(step), {})
     final = background.poll(wait=True, proven=proven)
     assert final is not None
     return final
@@ -59,7 +59,7 @@ def names(root: Path) -> list[str]:
 def test_it_is_told_when_it_is_committed_and_not_before(tmp_path):
     written = threading.Event()
     background = saves(tmp_path)
-    background.begin(7, Part(7, meanwhile=lambda: written.wait(HANG_S)), {"stage": 2})
+    background.begin(7, BytesOfStep(7, meanwhile=lambda: written.wait(HANG_S)), {"stage": 2})
     for _ in range(3):
         assert background.poll() is None
         assert background.step == 7
@@ -79,7 +79,7 @@ def test_ranks_commit_when_the_last_of_them_is_done(tmp_path):
     def run(ranks: ThreadRanks) -> list[Path | None]:
         background = saves(tmp_path, ranks)
         slow = (lambda: last.wait(HANG_S)) if ranks.rank == 2 else (lambda: None)
-        background.begin(1, Part(1, ranks.rank, slow), {})
+        background.begin(1, BytesOfStep(1, ranks.rank, slow), {})
         told = [background.poll() for _ in range(3)]
         last.set()
         told.append(background.poll(wait=True))
@@ -107,7 +107,7 @@ def test_a_failure_of_one_rank_surfaces_on_all_at_the_next_step(rank, tmp_path):
             never.wait(0.2)
 
         try:
-            background.begin(3, Part(3, ranks.rank, write), {})
+            background.begin(3, BytesOfStep(3, ranks.rank, write), {})
             if ranks.rank == rank:
                 failed.wait(HANG_S)
             background.poll(wait=ranks.rank == rank)
@@ -130,7 +130,7 @@ def test_what_is_in_flight_is_given_up_when_the_run_ends_by_an_error(tmp_path):
         begun.set()
         closing.wait(HANG_S)
 
-    background.begin(2, Part(2, meanwhile=write), {})
+    background.begin(2, BytesOfStep(2, meanwhile=write), {})
     begun.wait(HANG_S)
     background._given_up.set()
     closing.set()
@@ -152,6 +152,14 @@ def test_the_newest_that_is_proven_is_never_deleted(tmp_path):
     assert names(tmp_path) == ["step_000000005.0"]
 
 
+def test_every_nth_step_is_kept(tmp_path):
+    ranks = SingleProcess()
+    background = BackgroundSave(CheckpointStore(tmp_path, ranks), ranks, keep=1, keep_every=4)
+    for step in range(2, 13, 2):
+        save(background, step)
+    assert names(tmp_path) == [f"step_{step:09d}.0" for step in (4, 8, 12)]
+
+
 def test_without_room_nothing_is_written_and_it_says_what_to_delete(tmp_path, monkeypatch):
     background = saves(tmp_path, keep=3)
     for step in (1, 2, 3):
@@ -160,7 +168,7 @@ def test_without_room_nothing_is_written_and_it_says_what_to_delete(tmp_path, mo
     monkeypatch.setattr("triptych.checkpoints.store.shutil.disk_usage", lambda root: free)
     before = names(tmp_path)
     with pytest.raises(CheckpointError) as error:
-        background.begin(4, Part(4), {})
+        background.begin(4, BytesOfStep(4), {})
     assert "a checkpoint needs 1,051,576 bytes" in str(error.value)
     assert "has 1,000,000 left: nothing was written  -> make room" in str(error.value)
     lines = [line.split() for line in str(error.value).splitlines() if "rm -r" in line]

@@ -13,6 +13,7 @@ from triptych.checkpoints.run_state import load_optimizer, load_weights, pieces_
 from triptych.checkpoints.shard_file import Snapshot
 from triptych.configs.compose import load_config
 from triptych.configs.schema import Config
+from triptych.models.init import init_parameters
 from triptych.parallel.mesh import build_mesh, init_distributed
 from triptych.tests.helpers.limits import HANG_S
 from triptych.tests.helpers.plain_shards import whole_tensors
@@ -157,6 +158,8 @@ def memory_of_a_save(config: Config) -> tuple[int, int, int]:
     folder = Path(config.run.dir)
     folder.mkdir(exist_ok=True)
     engine = engine_of(config)
+    init_parameters(engine.bare_chunks, engine.sharding, engine.mesh, config.seed)
+    engine.optimizer.refresh_master_weights()
     with torch.no_grad():
         engine.optimizer.state_shards()  # the moments are there from the first update on
         snapshot = Snapshot()

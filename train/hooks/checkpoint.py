@@ -20,7 +20,9 @@ class Checkpointing(Hook):
 
     def __init__(self, config: Config, engine: Engine, store: CheckpointStore) -> None:
         self._config, self._engine = config, engine
-        self._save = BackgroundSave(store, engine.mesh.world, config.run.keep)
+        self._save = BackgroundSave(
+            store, engine.mesh.world, config.run.keep, config.run.keep_every
+        )
         self._snapshot = RunSnapshot(engine.tensors, config)
         self._replicas = {
             name: parameter
