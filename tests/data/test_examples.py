@@ -57,4 +57,5 @@ def test_an_example_has_its_ids_and_targets(dataset, folder, name):
     lengths = [len(oracle(piece).input_ids) for piece in pieces]
     targets = np.repeat(np.arange(len(pieces)) % 2, lengths)
     assert sample.targets.tolist() == targets.tolist()
-    assert len(sample.media) == GOLDEN[name].count("<|image_pad|>")
+    shown = [item.kind.name.lower() for item in sample.media]
+    assert shown == re.findall(r"<\|(image|video)_pad\|>", GOLDEN[name])

@@ -21,10 +21,15 @@ from triptych.data.prepare.spelled import special_in, with_places
 from triptych.data.tokenizer import train_tokenizer
 from triptych.errors import DataError
 from triptych.launch import prepare
+from triptych.tests.helpers.videos import video
 
 
 def image(path: object = "a.png") -> dict[str, object]:
     return {"type": "image", "image": path}
+
+
+def clip(path: object = "a.mp4") -> dict[str, object]:
+    return {"type": "video", "video": path}
 
 
 def text(value: str) -> dict[str, str]:
@@ -72,6 +77,26 @@ RECORDS = {
             ]
         },
     ),
+    "ms-swift video": (
+        {
+            "messages": [turn("user", "<video><image>Is <video> like it?"), ASKED[1]],
+            "images": ["a.png"],
+            "videos": ["a.mp4", "b.mp4"],
+        },
+        {
+            "messages": [
+                turn("user", [clip(), image(), text("Is "), clip("b.mp4"), text(" like it?")]),
+                ASKED[1],
+            ]
+        },
+    ),
+    "sharegpt video": (
+        {
+            "video": "a.mp4",
+            "conversations": [said("human", "<video>\nWhat?"), said("gpt", "A cat.")],
+        },
+        {"messages": [turn("user", [clip(), text("\nWhat?")]), ASKED[1]]},
+    ),
     "sharegpt": (
         {
             "id": "7",
@@ -87,6 +112,20 @@ RECORDS = {
         {"texts": ["One ", None, " two"], "images": [None, "a.png", None]},
         {"content": [text("One "), image(), text(" two")]},
     ),
+    "interleaved video": (
+        {
+            "id": "7",
+            "texts": [None, "One", None],
+            "images": ["a.png", None, None],
+            "videos": [None, None, "a.mp4"],
+        },
+        {"id": "7", "content": [image(), text("One"), clip()]},
+    ),
+    "interleaved video only": (
+        {"texts": [None, "One"], "videos": [{"path": "a.mp4"}, None]},
+        {"content": [clip(), text("One")]},
+    ),
+    "pair video": ({"video": "a.mp4", "text": "A cat."}, {"content": [clip(), text("A cat.")]}),
     "pair": ({"image": "a.png", "caption": "A cat."}, {"content": [image(), text("A cat.")]}),
     "triptych": ({"text": "plain", "id": 5}, {"text": "plain", "id": 5}),
 }
@@ -128,7 +167,16 @@ BAD = {
     "speaker": ({"conversations": [said("cat", "a")]}, "is from 'cat'; known are human"),
     "call": ({"messages": [turn("tool_call", "tap")]}, "must be JSON with name and arguments"),
     "lengths": ({"texts": ["a"], "images": []}, "lists of one length"),
-    "both": ({"texts": ["a"], "images": ["b.png"]}, r"texts\[0\] and images\[0\]"),
+    "none": ({"texts": ["a"], "image": "b.png"}, "lists of one length"),
+    "both": (
+        {"texts": ["a"], "images": ["b.png"], "videos": [None]},
+        r"images\[0\], videos\[0\], texts\[0\]: all but one .* must be null; 2 are not",
+    ),
+    "nothing": ({"texts": [None], "videos": [None]}, "must be null; 0 are not"),
+    "videos too short": (
+        {"texts": ["a", None], "images": [None, "b.png"], "videos": []},
+        "lists of one length",
+    ),
     "two captions": ({"image": "a.png", "text": "a", "caption": "b"}, "one image or video and one"),
 }
 
@@ -254,6 +302,30 @@ def test_every_container_gives_the_same_samples(work, tokenizer, name):
         assert dataset.read_media(media) == (work / picture).read_bytes()
         assert tokenizer.decode(sample.input_ids.tolist()).endswith("A cat.<|endoftext|>")
     assert file.read_bytes() == before
+
+
+def test_a_video_comes_by_any_format_and_container(work, tokenizer):
+    content = video(4)
+    (work / "a.mp4").write_bytes(content)
+    chat = [turn("user", "<video>What?"), turn("assistant", "A cat.")]
+    records = [
+        {"messages": chat, "videos": ["a.mp4"]},
+        {"texts": [None, "A cat."], "images": [None, None], "videos": ["a.mp4", None]},
+        {"video": "a.mp4", "conversations": [said("human", "<video>?"), said("gpt", "A cat.")]},
+    ]
+    lines = work / "in.jsonl"
+    lines.write_text("".join(json.dumps(record) + "\n" for record in records))
+    rows = work / "in.parquet"
+    pairs = {"video": [{"bytes": content, "path": "a.mp4"}], "caption": ["A cat."]}
+    parquet.write_table(arrow.table(pairs), rows)
+    tar = shard(work / "in.tar", {"0.mp4": content, "0.txt": b"A cat."})
+    build_dataset([lines, rows, tar], work / "out", tokenizer, images=[work])
+    dataset = Dataset.open(work / "out", "out")
+    assert len(dataset) == 5
+    for sample in map(dataset.sample, range(5)):
+        (media,) = sample.media
+        assert (media.kind, media.frames, dataset.read_media(media)) == (1, 4, content)
+        assert tokenizer.decode(sample.input_ids.tolist()).count("<|video_pad|>") == 1
 
 
 def test_shards_are_indexed_where_they_lie(work, tokenizer):

@@ -81,16 +81,26 @@ def _from_pair(record: Record) -> Record:
 
 
 def _from_interleaved(record: Record) -> Record:
-    """``texts`` and ``images`` of one length, each with nulls where the other has something."""
-    texts, images = record.get("texts"), record.get("images")
-    if not isinstance(texts, list) or not isinstance(images, list) or len(texts) != len(images):
-        raise DataError("texts and images must be lists of one length, null where the other is not")
+    """``texts``, ``images`` and ``videos`` of one length; all but one are null at each place."""
+    columns = {kind: record[keys[1]] for kind, keys in MEDIA.items() if keys[1] in record}
+    columns["text"] = record.get("texts")
+    if not columns.keys() & MEDIA.keys() or not all(
+        isinstance(column, list) and len(column) == len(columns["text"] or ())
+        for column in columns.values()
+    ):
+        raise DataError(
+            "texts, and images or videos, must be lists of one length, null where another is not"
+        )
     content = []
-    for i, (text, image) in enumerate(zip(texts, images, strict=True)):
-        if (text is None) == (image is None):
-            raise DataError(f"texts[{i}] and images[{i}]: one of them must be null, and only one")
-        content.append(_part("image", image) if text is None else {"type": "text", "text": text})
-    return {**_without(record, "texts"), "content": content}
+    for i, items in enumerate(zip(*columns.values(), strict=True)):
+        row = dict(zip(columns, items, strict=True))
+        there = [_part(kind, item) for kind, item in row.items() if item is not None]
+        if len(there) != 1:
+            places = ", ".join(f"{kind}s[{i}]" for kind in columns)
+            raise DataError(f"{places}: all but one of them must be null; {len(there)} are not")
+        content += there
+    read = {f"{kind}s" for kind in columns}
+    return {key: value for key, value in record.items() if key not in read} | {"content": content}
 
 
 FORMATS = {
