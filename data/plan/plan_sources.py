@@ -127,7 +127,7 @@ def fitting_share(
             f"{sizes.num_patches[misfit]} patches, but a pack takes train.seq_len={seq_len} "
             f"and data.max_patches={max_patches}"
         )
-        remedy = "raise them, or lower data.max_pixels"
+        remedy = "raise them, or lower data.max_pixels, for videos data.video.max_tokens"
         if not num_fitting:
             raise DataError(f"no sample fits into a pack, as {found}  -> {remedy}")
         raise DataError(f"{found}  -> {remedy}, or data.oversize=skip")

@@ -125,7 +125,7 @@ IS_REFUSED = {
     "data.video.max_frames": "3",
     "data.video.min_pixels": "30000",
     "data.video.max_pixels": "783",
-    "data.video.max_tokens": "255",
+    "data.video.max_tokens": "7",
     "init.checkpoint": "nowhere",
     "init.language": "nowhere",
     "init.vision": "nowhere",
