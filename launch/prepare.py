@@ -15,6 +15,10 @@ any order and number, or written as ms-swift, LLaVA and others do. docs/data-for
     python launch/prepare.py verify datasets/chats datasets/web
 
 reads whole datasets, shards too, and names every file that is not as it was prepared.
+
+    python launch/prepare.py inspect datasets/chats --sample 0,17
+
+draws samples as the model gets them; inspect --help has more.
 """
 
 import argparse
@@ -173,7 +177,12 @@ def verify(folders: Sequence[Path], shards: str | None) -> None:
 
 
 def main(args: Sequence[str]) -> None:
-    """Prepares, and prints what was made; or verifies."""
+    """Prepares, and prints what was made; or verifies, or draws."""
+    if args[:1] == ["inspect"]:
+        from triptych.launch.inspection.command import inspect
+
+        inspect(args[1:])
+        return
     options = parse_args(args)
     if "verify" in options:
         verify(options.verify, options.shards)

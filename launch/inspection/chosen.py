@@ -1,0 +1,75 @@
+"""Samples of a dataset, or a pack of a run's plan, read as training reads them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from triptych.configs.schema import Config
+from triptych.data.dataset.dataset import Dataset
+from triptych.data.loading.reader import BatchFormat, Reader
+from triptych.data.tokenizer import Tokenizer, load_tokenizer
+from triptych.data.types import Batch, Pack, PixelLimits, SampleId, UnreadableSample
+from triptych.errors import DataError
+from triptych.train.data import Mixture
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """One batch, whose segments are the samples."""
+
+    batch: Batch
+    titles: list[str]
+    """Of each segment: source and number of its sample."""
+    unreadable: list[UnreadableSample]
+    """Their pixels are zeros."""
+    tokenizer: Tokenizer
+
+
+def read_samples(folder: Path, numbers: Sequence[int], config: Config) -> Chosen:
+    """Some samples of a dataset, one after the other.
+
+    Raises:
+        DataError: the folder is no dataset, is damaged, of another model or tokenizer, or has no
+            such sample.
+    """
+    dataset = Dataset.open(folder, folder.name)
+    dataset.check_tokens(config.model.tokens, load_tokenizer(config.data.tokenizer).fingerprint)
+    if beyond := [number for number in numbers if number >= len(dataset)]:
+        raise DataError(f"{folder} has samples 0 to {len(dataset) - 1}; there is no {beyond[0]}")
+    sizes = dataset.sizes(PixelLimits.of(config.data), config.model.vision)
+    pack = Pack(
+        number=0,
+        samples=tuple(SampleId(0, number) for number in numbers),
+        num_tokens=int(sizes.num_tokens[list(numbers)].sum()),
+        num_patches=int(sizes.num_patches[list(numbers)].sum()),
+    )
+    return _read([dataset], pack, config)
+
+
+def read_pack(number: int, config: Config) -> Chosen:
+    """A pack of the mixture of a stage, counted from 0; plans all before it.
+
+    Raises:
+        ConfigError: tokenizer or weights cannot be used.
+        DataError: a dataset is missing, damaged, or of another tokenizer.
+    """
+    mixture = Mixture.open(config, config.data.mixtures[config.stage.name])
+    return _read(mixture.sources, mixture.plan.first_packs(number + 1)[number], config)
+
+
+def _read(sources: Sequence[Dataset], pack: Pack, config: Config) -> Chosen:
+    form = BatchFormat(
+        model=config.model,
+        limits=PixelLimits.of(config.data),
+        pad_to=1,
+        read_pixels=True,
+        pin_memory=False,
+    )
+    reader = Reader(sources, form, num_workers=config.data.num_workers)
+    try:
+        step = reader.read([[pack]])
+    finally:
+        reader.close()
+    titles = [f"{sources[i.source].name}, sample {i.index}" for i in pack.samples]
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    return Chosen(step.microbatches[0], titles, step.unreadable, tokenizer)
