@@ -210,6 +210,16 @@ class VideoConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class CacheConfig:
+    """Frames that stay decoded, for runs that see images and videos more than once."""
+
+    folder: str | None = None
+    """On a local disk of each node; its runs may share it. null keeps none."""
+    max_gb: float = 100.0
+    """10^9 bytes on disk, at most; the oldest frames make way."""
+
+
+@dataclass(kw_only=True, slots=True)
 class DataConfig:
     """Dataset folders, their mixture in each stage, and how samples become packs."""
 
@@ -230,6 +240,7 @@ class DataConfig:
     max_pixels: int = 16384 * 28 * 28
     """Larger images are reduced to this many pixels."""
     video: VideoConfig = field(default_factory=VideoConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
     max_patches: int = 32768
     """ViT patches in a pack, at most; bounds the memory of stage 0."""
     vision_share: float = 0.5

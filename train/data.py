@@ -12,6 +12,7 @@ from triptych.data.dataset.dataset import SIZES, Dataset
 from triptych.data.digits.make import have_digits, make_digits
 from triptych.data.loading.loader import Loader, validation_step
 from triptych.data.loading.reader import BatchFormat
+from triptych.data.media.cache import FrameCache
 from triptych.data.plan.order import Cursor, Plan
 from triptych.data.plan.passes import remember_in
 from triptych.data.plan.plan_sources import plan_sources
@@ -126,10 +127,13 @@ def _too_long(count: int) -> str:
 
 
 def _form(config: Config, mesh: Mesh) -> BatchFormat:
+    cache = config.data.cache
+    max_bytes = int(cache.max_gb * 1e9)
     return BatchFormat(
         model=config.model,
         limits=PixelLimits.of(config.data),
         pad_to=config.parallel.tp,
         read_pixels=mesh.reads_media,
         pin_memory=mesh.device.type == "cuda",
+        cache=None if cache.folder is None else FrameCache(Path(cache.folder), max_bytes),
     )

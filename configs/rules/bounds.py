@@ -119,6 +119,7 @@ AT_MOST = {
         "data.max_patches",
         "data.image_patches",
     ),
+    10**9: ("data.cache.max_gb",),
     10**15: (
         "data.max_unreadable_in_a_row",
         "stage.token_budget",
@@ -136,6 +137,7 @@ Far above, a typing error would end in a traceback, in a full memory, or in hour
 
 ABOVE_0 = {
     "data.video.fps": "2.0",
+    "data.cache.max_gb": "100.0",
     "optimizer.eps": "1e-8",
     "cluster.peak_tflops": "989",
     "cluster.efficiency.vit": "1.0",

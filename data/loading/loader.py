@@ -65,7 +65,7 @@ class Loader:
 
     @property
     def num_decoded(self) -> int:
-        """Media decoded so far, those read ahead included."""
+        """Media decoded so far, those read ahead included and those of a cache not."""
         return self._reader.num_decoded
 
     def __iter__(self) -> "Loader":

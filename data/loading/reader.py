@@ -1,5 +1,6 @@
 """Packs to batches: text by index, media decoded in threads, what cannot be read reported."""
 
+import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from triptych.configs.model_schema import ModelConfig
 from triptych.data.loading.collate import Segment, collate
+from triptych.data.media.cache import FrameCache
+from triptych.data.media.image import cut_patches
 from triptych.data.media.kinds import kind_of
 from triptych.data.tokens import expand
 from triptych.data.types import (
@@ -40,6 +43,8 @@ class BatchFormat:
     """Whether this rank reads media; the others only need to know their sizes."""
     pin_memory: bool
     """Whether batches lie in memory that a device copies from while the host goes on."""
+    cache: FrameCache | None = None
+    """Where decoded frames are kept; what it has is not even read from its shard."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +53,12 @@ class _Read:
 
     segment: Segment
     problems: list[tuple[Media, Unreadable, str]]
+    decode_s: list[float]
+    """Seconds that each of its media took that was decoded for it."""
+
+
+class _UndecodableError(DataError):
+    """The bytes are those that were prepared, but do not decode."""
 
 
 class Reader:
@@ -62,7 +73,7 @@ class Reader:
             num_workers: threads; the result does not depend on it.
         """
         self.num_decoded = 0
-        """Media decoded so far."""
+        """Media decoded so far; a cache decodes some of them for us."""
         self._sources, self._form = sources, form
         self._workers = ThreadPoolExecutor(num_workers, thread_name_prefix="read-media")
 
@@ -88,7 +99,7 @@ class Reader:
                     unreadable.append(
                         UnreadableSample(number, position, cause, media.shard, media.offset, reason)
                     )
-            self.num_decoded += sum(len(segment.pixels) for segment in segments)
+            self.num_decoded += sum(len(sample.decode_s) for sample in samples)
         numbers = tuple(pack.number for packs in microbatches for pack in packs)
         return Step(microbatches=batches, packs=numbers, unreadable=unreadable)
 
@@ -110,22 +121,40 @@ class Reader:
         self._check_ids(input_ids, f"{source.name}, sample {sample_id.index}")
         pixels: list[NDArray[np.uint8]] = []
         problems: list[tuple[Media, Unreadable, str]] = []
+        decode_s: list[float] = []
         for number, media in enumerate(sample.media if form.read_pixels else ()):
-            kind = kind_of(media.kind)
-            where = f"{source.name}, sample {sample_id.index}, {kind.name} {number}"
-            cause = Unreadable.damaged
+            where = f"{source.name}, sample {sample_id.index}, {kind_of(media.kind).name} {number}"
             try:
-                data = source.read_media(media)
-                cause = Unreadable.undecodable
-                pixels.append(kind.patches(data, media, limits, vision, where))
+                pixels.append(cut_patches(self._frames(source, media, where, decode_s), vision))
             except DataError as error:
+                undecodable = isinstance(error, _UndecodableError)
+                cause = Unreadable.undecodable if undecodable else Unreadable.damaged
                 told = str(error)
                 told = told if where in told else f"{where}: {told}"
                 problems.append((media, cause, told))
                 shape = (int(np.prod(grids[number])), vision.patch_dim)
                 pixels.append(np.zeros(shape, dtype=np.uint8))
         segment = Segment(sample_id, input_ids, targets, grid_thw, tuple(pixels))
-        return _Read(segment, problems)
+        return _Read(segment, problems, decode_s)
+
+    def _frames(
+        self, source: Source, media: Media, where: str, decode_s: list[float]
+    ) -> NDArray[np.uint8]:
+        """What is looked at of a medium, from the cache or decoded now; then ``decode_s`` grows."""
+        kind, form = kind_of(media.kind), self._form
+        shape = kind.shape(media, form.limits, form.model.vision)
+
+        def decode() -> NDArray[np.uint8]:
+            data = source.read_media(media)
+            started_s = time.perf_counter()
+            try:
+                return kind.frames(data, media, shape, where)
+            except DataError as error:
+                raise _UndecodableError(str(error)) from error
+            finally:
+                decode_s.append(time.perf_counter() - started_s)
+
+        return decode() if form.cache is None else form.cache.frames(media, shape, decode)
 
     def _check_length(self, batch: Batch, packs: Sequence[Pack]) -> None:
         """The plan counted what is there."""

@@ -2,7 +2,8 @@
 
 How large a patch is, and how many become a token, the model says (``VisionConfig``).
 
-    bytes --decode_image--> upright RGB --image_patches--> uint8 patches     in the loader
+    bytes --decode_image--> upright RGB --image_frames--> resized            in the loader
+    resized --cut_patches--> uint8 patches                                   in the loader
     uint8 patches --normalize_patches--> float32                             on the device
 
 What becomes of an unusual file: every image ends up as 8-bit RGB, or is refused.
@@ -196,10 +197,15 @@ def image_patches(
     Source: arXiv 2409.12191 §2.1; equals transformers' ``Qwen2VLImageProcessorPil``.
     """
     grid = image_grid(image.height, image.width, limits, vision)
-    size = (grid[2] * vision.patch_size, grid[1] * vision.patch_size)
-    if image.size != size:
-        image = image.resize(size, Image.Resampling.BICUBIC)
-    return cut_patches(np.asarray(image)[None], vision), grid
+    size = (grid[1] * vision.patch_size, grid[2] * vision.patch_size)
+    return cut_patches(image_frames(image, size), vision), grid
+
+
+def image_frames(image: Image.Image, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """The one frame of an 8-bit RGB image, resized to height and width: (1, height, width, 3)."""
+    if (image.height, image.width) != size:
+        image = image.resize(size[::-1], Image.Resampling.BICUBIC)
+    return np.asarray(image)[None]
 
 
 def cut_patches(frames: NDArray[np.uint8], vision: VisionConfig) -> NDArray[np.uint8]:

@@ -1,4 +1,4 @@
-"""The kinds of media: what each is measured by, and how its patches come about.
+"""The kinds of media: what each is measured by, and how its frames come about.
 
 Index, plan, tokens, reader and preparation ask the row of a kind; none of them knows an image from
 anything else.
@@ -16,18 +16,19 @@ from triptych.configs.model_schema import VisionConfig
 from triptych.data.media.decoder import borrowed_decoder
 from triptych.data.media.image import (
     check_shape,
-    cut_patches,
     decode_image,
+    image_frames,
     image_grid,
     image_grids,
-    image_patches,
 )
-from triptych.data.media.video import video_frames, video_grid, video_grids
+from triptych.data.media.video import video_frames, video_grid, video_grids, video_shape
 from triptych.data.types import Media, MediaKind, PixelLimits
 from triptych.errors import DataError
 
 Grid = tuple[int, int, int]
 """Frames, rows and columns of unmerged patches."""
+Shape = tuple[int, int, int, int]
+"""Of the frames that are looked at: how many, height, width and 3 colours."""
 
 
 class Extent(NamedTuple):
@@ -75,10 +76,17 @@ class Kind(Protocol):
     def grid(self, media: Media, limits: PixelLimits, vision: VisionConfig) -> Grid:
         """The grid of one item; the same as ``grids`` gives."""
 
-    def patches(
-        self, data: bytes, media: Media, limits: PixelLimits, vision: VisionConfig, where: str
-    ) -> NDArray[np.uint8]:
-        """Decode and cut, (num_patches, patch_dim) uint8; the patches of one token are neighbours.
+    def shape(self, media: Media, limits: PixelLimits, vision: VisionConfig) -> Shape:
+        """How many frames of one item are looked at, and how large; sides are whole grids."""
+
+    def frames(self, data: bytes, media: Media, shape: Shape, where: str) -> NDArray[np.uint8]:
+        """Decode and resize. Pixels follow from these arguments, this folder and its libraries.
+
+        Args:
+            data: the whole file.
+            media: what the dataset says of it.
+            shape: of the result.
+            where: names the file or sample in errors.
 
         Raises:
             DataError: the file cannot be decoded, or is not of the size that ``media`` says.
@@ -108,17 +116,20 @@ class ImageKind:
         """(1, rows, columns)."""
         return image_grid(media.height, media.width, limits, vision)
 
-    def patches(
-        self, data: bytes, media: Media, limits: PixelLimits, vision: VisionConfig, where: str
-    ) -> NDArray[np.uint8]:
-        """(rows * columns, patch_dim) uint8."""
+    def shape(self, media: Media, limits: PixelLimits, vision: VisionConfig) -> Shape:
+        """(1, height, width, 3)."""
+        _, rows, columns = self.grid(media, limits, vision)
+        return 1, rows * vision.patch_size, columns * vision.patch_size, 3
+
+    def frames(self, data: bytes, media: Media, shape: Shape, where: str) -> NDArray[np.uint8]:
+        """The one frame."""
         image = decode_image(data, where)
         if image.size != (media.width, media.height):
             raise DataError(
                 f"{where}: {image.width}x{image.height} pixels, but its dataset says "
                 f"{media.width}x{media.height}  -> prepare the dataset again"
             )
-        return image_patches(image, limits, vision)[0]
+        return image_frames(image, shape[1:3])
 
 
 class VideoKind:
@@ -152,11 +163,13 @@ class VideoKind:
         """(pairs of frames, rows, columns)."""
         return video_grid(media, limits.video, vision)
 
-    def patches(
-        self, data: bytes, media: Media, limits: PixelLimits, vision: VisionConfig, where: str
-    ) -> NDArray[np.uint8]:
-        """(pairs of frames * rows * columns, patch_dim) uint8."""
-        return cut_patches(video_frames(data, media, limits.video, vision, where), vision)
+    def shape(self, media: Media, limits: PixelLimits, vision: VisionConfig) -> Shape:
+        """(num_frames, height, width, 3)."""
+        return video_shape(media, limits.video, vision)
+
+    def frames(self, data: bytes, media: Media, shape: Shape, where: str) -> NDArray[np.uint8]:
+        """The frames that are looked at."""
+        return video_frames(data, media, shape, where)
 
 
 KINDS: dict[MediaKind, Kind] = {MediaKind.IMAGE: ImageKind(), MediaKind.VIDEO: VideoKind()}

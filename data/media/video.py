@@ -78,22 +78,28 @@ def video_grid(media: Media, limits: VideoLimits, vision: VisionConfig) -> tuple
     return t, rows, columns
 
 
+def video_shape(
+    media: Media, limits: VideoLimits, vision: VisionConfig
+) -> tuple[int, int, int, int]:
+    """Of the frames that are looked at: (num_frames, height, width, 3)."""
+    factor = vision.temporal_patch_size
+    count = int(num_frames(media.frames, media.duration_ms, limits, factor))
+    _, rows, columns = video_grid(media, limits, vision)
+    return count, rows * vision.patch_size, columns * vision.patch_size, 3
+
+
 def video_frames(
-    data: bytes, media: Media, limits: VideoLimits, vision: VisionConfig, where: str
+    data: bytes, media: Media, shape: tuple[int, int, int, int], where: str
 ) -> NDArray[np.uint8]:
-    """The frames that are looked at, resized, (num_frames, height, width, 3) uint8.
+    """The frames that are looked at, resized, of a ``video_shape``, uint8.
 
     Raises:
         DataError: the file cannot be decoded, or is not what ``media`` says.
     """
-    factor = vision.temporal_patch_size
-    count = int(num_frames(media.frames, media.duration_ms, limits, factor))
-    _, rows, columns = video_grid(media, limits, vision)
-    size = (rows * vision.patch_size, columns * vision.patch_size)
-    frames = np.empty((count, *size, 3), dtype=np.uint8)
+    frames = np.empty(shape, dtype=np.uint8)
     with borrowed_decoder() as decoder:
         wanted = {
-            "num_frames": count,
+            "num_frames": len(frames),
             "frames": media.frames,
             "duration_ms": media.duration_ms,
         }
@@ -103,7 +109,7 @@ def video_frames(
                     f"{where}: {frame.shape[1]}x{frame.shape[0]} pixels, but its dataset says "
                     f"{media.width}x{media.height}  -> prepare the dataset again"
                 )
-            frames[number] = _resized(frame, size)
+            frames[number] = _resized(frame, shape[1:3])
     return frames
 
 

@@ -187,6 +187,8 @@ SHOWN_ELSEWHERE = {
     "data.requests_per_s": "tests/data/test_oss.py",
     "data.max_unreadable": "tests/train/test_unreadable_budget.py",
     "data.max_unreadable_in_a_row": "tests/train/test_unreadable_budget.py",
+    "data.cache.folder": "tests/data/test_frame_cache.py",
+    "data.cache.max_gb": "tests/data/test_frame_cache.py",
     "data.num_workers": "tests/data/test_loader.py",
     "data.prefetch_steps": "tests/data/test_loader.py",
 }

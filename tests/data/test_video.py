@@ -17,8 +17,9 @@ from triptych.configs.model_schema import VisionConfig
 from triptych.configs.schema import DataConfig
 from triptych.data.media import decoder
 from triptych.data.media.decoder import VideoDecoder, borrowed_decoder
+from triptych.data.media.image import cut_patches
 from triptych.data.media.kinds import VideoKind
-from triptych.data.media.video import num_frames, video_frames, video_grids
+from triptych.data.media.video import num_frames, video_frames, video_grids, video_shape
 from triptych.data.media.video_file import frame_numbers
 from triptych.data.types import Media, MediaKind, PixelLimits
 from triptych.errors import ConfigError, DataError
@@ -41,7 +42,13 @@ def media_of(data: bytes) -> Media:
 
 
 def frames_of(data: bytes, limits=SMALL) -> np.ndarray:
-    return video_frames(data, media_of(data), limits.video, VISION, "x")
+    media = media_of(data)
+    return video_frames(data, media, video_shape(media, limits.video, VISION), "x")
+
+
+def patches_of(data: bytes, media: Media) -> np.ndarray:
+    shape = VideoKind().shape(media, SMALL, VISION)
+    return cut_patches(VideoKind().frames(data, media, shape, "x"), VISION)
 
 
 def all_frames(data: bytes) -> list[np.ndarray]:
@@ -209,7 +216,7 @@ def test_patches_equal_transformers(total, width, height, rate, tmp_path):
     media = media_of(file.read_bytes())
     theirs, their_grid = transformers_patches(file, SMALL.video, VISION, SMALL.video.max_pixels)
     kind = VideoKind()
-    ours = kind.patches(file.read_bytes(), media, SMALL, VISION, "x")
+    ours = patches_of(file.read_bytes(), media)
     assert list(kind.grid(media, SMALL, VISION)) == their_grid
     assert np.array_equal(ours, theirs.numpy())
 
@@ -218,7 +225,7 @@ def test_the_last_frame_fills_the_patch():
     data = video(1)
     media = media_of(data)
     assert VideoKind().grid(media, SMALL, VISION) == (1, 4, 4)
-    patches = VideoKind().patches(data, media, SMALL, VISION, "x").reshape(16, 3, 2, 14, 14)
+    patches = patches_of(data, media).reshape(16, 3, 2, 14, 14)
     assert np.array_equal(patches[:, :, 0], patches[:, :, 1])
 
 
@@ -307,7 +314,7 @@ def test_a_file_that_is_not_what_the_index_says_is_refused(change, message):
     data = video()
     media = replace(media_of(data), **change)
     with pytest.raises(DataError, match=message):
-        video_frames(data, media, LIMITS.video, VISION, "x")
+        video_frames(data, media, video_shape(media, LIMITS.video, VISION), "x")
 
 
 @settings(deadline=None, max_examples=15)
@@ -350,9 +357,10 @@ def test_a_decoder_that_dies_or_hangs_is_a_bad_sample(action, reason, monkeypatc
     monkeypatch.setattr(decoder, "CPU_S", 0.5)
     monkeypatch.setattr(decoder, "WALL_S", 2.0)
     media = media_of(GOOD)
+    shape = video_shape(media, LIMITS.video, VISION)
     for call in (
         lambda: VideoKind().measure(GOOD, "clip.mp4"),
-        lambda: video_frames(GOOD, media, LIMITS.video, VISION, "clip.mp4"),
+        lambda: video_frames(GOOD, media, shape, "clip.mp4"),
     ):
         decoder._idle.append(faulty(action))
         with pytest.raises(DataError, match=f"^clip.mp4: .*{reason}"):
