@@ -188,7 +188,7 @@ class SourceConfig:
 
     path: str = MISSING
     shards: str | None = None
-    """Where its shards lie, as oss://bucket/prefix; null: in the folder."""
+    """Where its shards lie, as oss://bucket/prefix, s3://, gs:// or az://; null: in the folder."""
 
 
 @dataclass(kw_only=True, slots=True)

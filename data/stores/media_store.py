@@ -3,6 +3,7 @@
     /mnt/data/chat/shards           a folder of a local or parallel file system
     file:///mnt/data/chat/shards    the same
     oss://bucket/prefix             Alibaba Cloud OSS; docs/object-storage.md
+    s3://, gs://, az://             S3, Google Cloud Storage, Azure; the same page
 
 A new place is a class with ``read`` and a row in ``_PLACES``. What any place needs, as waiting for
 one that is gone, wraps a store and is one.
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
+from triptych.data.stores.cloud import SCHEMES, CloudStore
 from triptych.data.stores.local import LocalStore
 from triptych.data.stores.retrying import RetryingStore
 from triptych.errors import ConfigError
@@ -44,15 +46,18 @@ def open_store(url: str, requests_per_s: float = inf) -> Store:
         ConfigError: the scheme is not known; names those that are.
     """
     scheme, separator, _ = url.partition("://")
+    if not separator:
+        return RetryingStore(LocalStore(Path(url)))
+    # Nodes share no file that is fast enough: each gets its part. torchrun says how many.
+    per_node = requests_per_s / int(os.environ.get("GROUP_WORLD_SIZE", "1"))
     if scheme == "oss":
         from triptych.data.stores.oss import OssStore  # late: others do not pay for its client
 
-        # Nodes share no file that is fast enough: each gets its part. torchrun says how many.
-        return OssStore(url, requests_per_s / int(os.environ.get("GROUP_WORLD_SIZE", "1")))
-    if not separator:
-        return RetryingStore(LocalStore(Path(url)))
+        return OssStore(url, per_node)
+    if scheme in SCHEMES:
+        return CloudStore(url, per_node)
     if scheme not in _PLACES:
-        known = ", ".join(f"{known}://" for known in [*_PLACES, "oss"])
+        known = ", ".join(f"{known}://" for known in [*_PLACES, "oss", *SCHEMES])
         raise ConfigError(
             f"{url}: {scheme}:// is no place that data are read from; known are paths and {known}"
             "  -> copy the data to a file system, and name the folder"

@@ -196,6 +196,31 @@ def test_processes_keep_one_limit_together(server):
     assert time.monotonic() - started > 110 / 60
 
 
+def test_threads_that_wait_are_served_by_one_of_them(monkeypatch, tmp_path):
+    """The file is locked for all of them at once; their turns are one interval apart."""
+    monkeypatch.setattr(request_rate.tempfile, "gettempdir", lambda: str(tmp_path))
+    rate = request_rate.RequestRate("bucket", 1000)
+    steps, move, is_at_file, all_wait = [], rate._move, threading.Event(), threading.Event()
+
+    def slow(step_s):
+        steps.append(step_s)
+        is_at_file.set()
+        all_wait.wait()  # the first thread is at the file until all others wait for it
+        return move(step_s)
+
+    monkeypatch.setattr(rate, "_move", slow)
+    threads = [threading.Thread(target=rate.take) for _ in range(20)]
+    for thread in threads:
+        thread.start()
+        is_at_file.wait()
+    while len(rate._waiting) < 19:
+        time.sleep(0.001)
+    all_wait.set()
+    for thread in threads:
+        thread.join()
+    assert steps == pytest.approx([0.001, 0.019])
+
+
 def test_a_limit_is_divided_by_the_nodes_of_the_job(server, monkeypatch):
     monkeypatch.setenv("GROUP_WORLD_SIZE", "4")
     store = open_store(URL, 80)
