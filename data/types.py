@@ -98,6 +98,8 @@ class Sizes:
     summary: SizesSummary
     file: Path | None = None
     """Where the counts are mapped from; None where they are in memory."""
+    check: Callable[[], None] = lambda: None
+    """Asked before counts are touched; raises DataError where their file was cut under its map."""
 
     def __len__(self) -> int:
         return len(self.num_tokens)

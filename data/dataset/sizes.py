@@ -9,8 +9,11 @@ a file of their own. Any such file may be removed: it is made again.
 """
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,6 +23,7 @@ from numpy.typing import NDArray
 
 from triptych.data.make_once import read_or_make
 from triptych.data.types import Sizes, SizesSummary
+from triptych.errors import DataError
 
 _HEADER_BYTES = 4096
 _CHUNK = 1 << 18
@@ -112,9 +116,23 @@ def _read(path: Path, identity: dict[str, Any], num_samples: int) -> Sizes | Non
         if not is_whole or content != expected or header["xxh3_128"] != _hash(content):
             return None
         summary = SizesSummary(**content["summary"])
+        check = partial(_check_whole, FileIO(path), size=path.stat().st_size)
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return Sizes(*_map(path, num_samples), summary, path)
+    return Sizes(*_map(path, num_samples), summary, path, check)
+
+
+def _check_whole(file: FileIO, *, size: int) -> None:
+    """Touching what was cut under a map ends the process by SIGBUS, without a word.
+
+    The file is held open: one that is removed under a run stays as it is.
+    """
+    found = os.fstat(file.fileno()).st_size
+    if found < size:
+        raise DataError(
+            f"{file.name} has {found} bytes of {size}: it was cut under this run"
+            "  -> type the command again: it is made anew, and training resumes"
+        )
 
 
 def _map(path: Path, num_samples: int) -> Columns:

@@ -127,7 +127,7 @@ class Plan:
         """The packs after a place, and the place after them.
 
         Raises:
-            DataError: the cursor is not a place of this plan.
+            DataError: the cursor is not a place of this plan, or a file of counts was cut.
         """
         packs: list[Pack] = []
         while True:
@@ -147,6 +147,7 @@ class Plan:
         token_pairs = patch_pairs = 0
         for number, i in pack.samples:
             source = self.sources[number]
+            source.sizes.check()
             token_pairs += source.sizes.num_tokens.item(i) ** 2
             patch_pairs += source.sizes.num_patch_pairs.item(i)
         return Workload(
@@ -179,6 +180,7 @@ class Plan:
         index_of, num_tokens, num_patches = np.empty((3, self.window), dtype=np.int64)
         drawn, skipped = list(start.drawn), list(start.skipped)
         for number, source in enumerate(self.sources):
+            source.sizes.check()
             places = np.flatnonzero(source_of == number)
             indices, num_passed = self._draw(number, drawn[number], len(places))
             index_of[places] = indices

@@ -86,6 +86,7 @@ def pass_over(
 def _hash_sizes(source: PlanSource, digest: xxhash.xxh3_128) -> None:
     sizes = source.sizes
     columns = (sizes.num_tokens, sizes.num_patches, sizes.num_patch_pairs)
+    sizes.check()
     for column, expected in zip(columns, sizes.summary.xxh3_128, strict=True):
         of_column = xxhash.xxh3_128()
         hash_column(column, digest, of_column)

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 import time
 from functools import partial
@@ -103,6 +104,29 @@ def test_damaged_counts_are_refused_by_the_plan_that_hashes_them(tmp_path):
     damaged = open_sizes(never, NUM_SAMPLES, IDENTITY, [tmp_path])
     with pytest.raises(DataError, match=r"source 'a': .*\.sizes is damaged, .* remove the file"):
         make_plan(damaged)
+
+
+@pytest.mark.parametrize("size", [0, 4096, 50_000, 4095 + 24 * 5000])
+def test_counts_that_are_cut_under_a_run_end_it_by_name(tmp_path, size):
+    """No SIGBUS: before a pass, a window, or the work of a pack. Removed, they stay as they are."""
+    sizes = open_sizes(count, 5000, IDENTITY, [tmp_path])
+    source = PlanSource("a", 1.0, sizes)
+    settings = {"seed": 0, "seq_len": 5000, "max_patches": 20_000, "window": 100}
+    plan = Plan([source], **settings, oversize=Oversize.error)
+    [pack] = plan.first_packs(1)
+    file = the_file(tmp_path)
+    content = file.read_bytes()
+    os.truncate(file, size)
+    cut = rf"\.sizes has {size} bytes of 124096: it was cut under this run  -> type the command"
+    with pytest.raises(DataError, match=cut):
+        plan.next_packs(plan.start, 200)
+    with pytest.raises(DataError, match=cut):
+        plan.workload(pack)
+    with pytest.raises(DataError, match=cut):
+        Plan([source], **settings, oversize=Oversize.error)
+    file.write_bytes(content)
+    file.unlink()
+    assert len(plan.next_packs(plan.start, 200)[0]) == 200
 
 
 def test_what_the_counts_follow_from_names_their_file(tmp_path):
