@@ -4,6 +4,7 @@ import io
 import json
 import re
 import tarfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import pyarrow as arrow
@@ -378,6 +379,28 @@ def test_members_that_are_no_pair_are_a_bad_sample(work, members, message):
     (raw,) = read_file(shard(work / "in.tar", members))
     with pytest.raises(DataError, match=message):
         raw.read()
+
+
+@pytest.mark.parametrize(
+    ("names", "messages"),
+    [
+        (["0.png", "0.txt", "0.png"], ["0 has two members of the same name"]),
+        (["0.png", "0.txt", "1.txt", "0.png", "0.txt"], [None, "1 has 0", "0 stands .* second"]),
+        (["0.png", "1.png", "0.txt"], ["0 has no cap", "1 has no cap", "0 stands .* apart from"]),
+    ],
+    ids=["member", "sample", "apart"],
+)
+def test_what_stands_twice_in_a_shard_is_a_bad_sample(work, names, messages):
+    content = {"png": (work / "a.png").read_bytes(), "txt": b"a"}
+    with tarfile.open(work / "in.tar", "w") as archive:
+        for name in names:
+            member = tarfile.TarInfo(name)
+            member.size = len(content[name[2:]])
+            archive.addfile(member, io.BytesIO(content[name[2:]]))
+    for raw, message in zip(read_file(work / "in.tar"), messages, strict=True):
+        expected = pytest.raises(DataError, match=message) if message else nullcontext()
+        with expected:
+            raw.read()
 
 
 def test_an_empty_member_is_a_bad_sample(work, tokenizer):

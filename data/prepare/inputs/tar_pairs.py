@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from triptych.data.media.kinds import KINDS
 from triptych.data.parts import MediaBytes
@@ -32,11 +32,20 @@ def read_tar(segment: FileSegment) -> Iterator[RawSample]:
     Raises:
         DataError: the shard is cut or damaged between its members, so samples would be lost.
     """
-    path = Path(segment.file).resolve()
+    path, seen = Path(segment.file).resolve(), set[str]()
     for number, (key, members) in enumerate(groupby(_members(path), key=_key), start=1):
         group = list(members)
         size = sum(member.size for member in group)
-        yield RawSample(path, number, size, partial(_pair, path, key, group))
+        read = partial(_refuse_again, key) if key in seen else partial(_pair, path, key, group)
+        yield RawSample(path, number, size, read)
+        seen.add(key)
+
+
+def _refuse_again(key: str) -> NoReturn:
+    raise DataError(
+        f"{key} stands in this shard a second time, apart from the first"
+        "  -> members of a sample stand together, and each sample once"
+    )
 
 
 def _members(path: Path) -> Iterator[tarfile.TarInfo]:
