@@ -1,7 +1,7 @@
-r"""Let a trained model read images, or answer about text alone.
+r"""Let a trained model read an image or a video, or answer about text alone.
 
     python launch/sample.py --checkpoint runs/demo/stage3 --tokenizer runs/demo/data/tokenizer \
-        --image scan.png --prompt "Read the digits."    # without --image, about text alone
+        --image scan.png --prompt "Read the digits."    # --video FILE: a video; neither: text alone
     python launch/sample.py --checkpoint runs/demo/stage3 --tokenizer runs/demo/data/tokenizer \
         --digits 400 --output runs/demo    # composed from handwritten digits kept out of training
 
@@ -25,21 +25,23 @@ def main(argv: Sequence[str]) -> None:
     """Answer one question, or read the digits that are kept for evaluation."""
     parser = _parser()
     options = parser.parse_args(argv)
-    if options.image is not None and options.prompt is None:
-        parser.error("--image needs --prompt TEXT")
+    file = options.image or options.video
+    if file is not None and options.prompt is None:
+        parser.error("--image and --video need --prompt TEXT")
     if (options.digits is None) == (options.prompt is None):
-        parser.error("give either --prompt TEXT, with or without --image FILE, or --digits NUMBER")
+        parser.error(
+            "give either --prompt TEXT, alone or with --image FILE or --video FILE, or --digits "
+            "NUMBER"
+        )
     if options.digits is not None and options.output is None:
         parser.error("--digits needs --output FOLDER")
-    from triptych.launch.inference.answering import (  # late: --help does not pay for torch
-        Answerer,
-        Question,
-    )
+    from triptych.data.types import MediaKind  # late: --help does not pay for torch
+    from triptych.launch.inference.answering import Answerer, Question
 
     answerer = Answerer.load(options.checkpoint, options.tokenizer)
     if options.prompt is not None:
-        image = None if options.image is None else options.image.read_bytes()
-        question = Question(image, options.prompt, str(options.image))
+        kind = MediaKind.VIDEO if options.video else MediaKind.IMAGE
+        question = Question(file and file.read_bytes(), options.prompt, str(file), kind)
         answerer.stream(question, max_new_tokens=options.max_new_tokens, write=_write)
         print()
         return
@@ -65,7 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--checkpoint", type=Path, required=True, help="run folder or checkpoint")
     parser.add_argument("--tokenizer", type=Path, required=True, help="Hugging Face folder")
-    parser.add_argument("--image", type=Path, help="file to ask about")
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument("--image", type=Path, help="file to ask about")
+    shown.add_argument("--video", type=Path, help="file to ask about")
     parser.add_argument("--prompt", help="the question")
     parser.add_argument(
         "--max-new-tokens", type=int, default=32, help="an answer is cut there (default: 32)"

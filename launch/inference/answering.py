@@ -1,4 +1,4 @@
-"""A trained model that answers questions about images: what sample.py and the demo ask."""
+"""A trained model that answers about images, videos and text: what sample.py and the demo ask."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,8 @@ from triptych.configs.model_schema import ModelConfig
 from triptych.configs.schema import Kernels, ParallelConfig, Precision
 from triptych.data.chat import encode_prompt
 from triptych.data.loading.collate import Segment
-from triptych.data.media.image import decode_image, image_patches
+from triptych.data.media.image import cut_patches
+from triptych.data.media.kinds import kind_of
 from triptych.data.tokenizer import Tokenizer, load_tokenizer
 from triptych.data.tokens import expand
 from triptych.data.types import Media, MediaKind, PixelLimits, Sample, SampleId
@@ -39,18 +40,21 @@ INCOMPLETE = "\ufffd"
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What a person asks, about one image or none."""
+    """What a person asks, about one image or video, or about none."""
 
-    image: bytes | None
-    """The encoded file."""
+    file: bytes | None
+    """The encoded image or video."""
     prompt: str
     where: str
-    """Names the image in errors."""
+    """Names the file in errors."""
+    kind: MediaKind = MediaKind.IMAGE
+    """What the file is."""
 
     def messages(self) -> list[dict[str, object]]:
         """The question as a chat."""
-        image = [] if self.image is None else [{"type": "image", "image": self.where}]
-        return [{"role": "user", "content": [*image, {"type": "text", "text": self.prompt}]}]
+        name = kind_of(self.kind).name
+        shown = [] if self.file is None else [{"type": name, name: self.where}]
+        return [{"role": "user", "content": [*shown, {"type": "text", "text": self.prompt}]}]
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,24 +134,21 @@ class Answerer:
         return [self.tokenizer.decode(answer) for answer in ids]
 
     def prompt(self, question: Question) -> Segment:
-        """The chat up to where the answer begins, with the image's patches."""
+        """The chat up to where the answer begins, with the patches of what is asked about.
+
+        Raises:
+            DataError: the file cannot be decoded.
+        """
         encoded = encode_prompt(question.messages(), self.tokenizer)
         media, grids, patches = [], [], []
-        if question.image is not None:
-            image = decode_image(question.image, question.where)
-            pixels, grid = image_patches(image, self.limits, self.config.vision)
-            grids, patches = [grid], [pixels]
-            media = [
-                Media(
-                    kind=MediaKind.IMAGE,
-                    shard=0,
-                    offset=0,
-                    size=len(question.image),
-                    xxh3=b"",
-                    width=image.width,
-                    height=image.height,
-                )
-            ]
+        if question.file is not None:
+            data, kind, where = question.file, kind_of(question.kind), question.where
+            size = kind.measure(data, where)._asdict()
+            item = Media(question.kind, shard=0, offset=0, size=len(data), xxh3=b"", **size)
+            geometry = (item, self.limits, self.config.vision)
+            frames = kind.frames(data, item, kind.shape(*geometry), where)
+            grids, patches = [kind.grid(*geometry)], [cut_patches(frames, self.config.vision)]
+            media = [item]
         sample = Sample(encoded.input_ids, encoded.targets, tuple(media))
         input_ids, targets = expand(sample, grids, self.config)
         shapes = np.array(grids, np.int64).reshape(-1, 3)

@@ -206,11 +206,13 @@ def handles(pid: int, number: signal.Signals) -> bool:
     ("words", "message"),
     [
         ([], "give either --prompt"),
-        (["--image", "a.png"], "--image needs --prompt"),
+        (["--image", "a.png"], "--image and --video need --prompt"),
+        (["--video", "a.mp4", "--digits", "4"], "--image and --video need --prompt"),
+        (["--video", "a.mp4", "--image", "a.png"], "not allowed with argument --video"),
         (["--digits", "4"], "--digits needs --output"),
     ],
 )
-def test_sample_says_what_is_missing(words, message):
+def test_sample_says_what_is_missing_or_too_much(words, message):
     command = [sys.executable, "launch/sample.py", "--checkpoint", "x", "--tokenizer", "y", *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2

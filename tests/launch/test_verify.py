@@ -15,10 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from triptych.checkpoints.hf.tensor_files import SINGLE
 from triptych.data.tokenizer import CHAT_TEMPLATE
-from triptych.errors import CheckpointError
+from triptych.data.types import MediaKind
+from triptych.errors import CheckpointError, DataError
 from triptych.launch import convert, sample
 from triptych.launch.inference.answering import Answerer, Question
 from triptych.tests.helpers.runs import Runs
+from triptych.tests.helpers.videos import video
 
 pytestmark = pytest.mark.distributed
 
@@ -61,9 +63,10 @@ def test_an_export_is_what_its_checkpoint_says_and_answers_as_we_do(exported, ru
     assert "every tensor: bit-equal" in text
     assert "every setting, and the chat template: as trained" in text
     assert re.search(r"an image: pixels by \w+, at most .* from training's", text)
-    assert len(re.findall(r"both answer .* \(\d tokens\)", text)) == 2
-    apart = re.findall(r"(?:an image|text alone): logits (\S+) of the largest", text)
-    assert len(apart) == 2
+    assert "a video: frames and pixels are training's, and not compared" in text
+    assert len(re.findall(r"both answer .* \(\d tokens\)", text)) == 3
+    apart = re.findall(r"(?:an image|a video|text alone): logits (\S+) of the largest", text)
+    assert len(apart) == 3
     print(f"logits of transformers and ours: {apart}")
     assert text.endswith(f"{exported} is what {runs.dir('three')} says\n")
 
@@ -97,28 +100,58 @@ def printed(words: list[str]) -> str:
     return output.getvalue()
 
 
-def test_an_answer_is_written_as_it_comes_with_an_image_or_without(exported, runs, pool, tmp_path):
-    image = tmp_path / "a.png"
-    Image.radial_gradient("L").resize((180, 130)).convert("RGB").save(image)
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    """An image, a video, and the half of a video."""
+    folder = tmp_path_factory.mktemp("files")
+    Image.radial_gradient("L").resize((180, 130)).convert("RGB").save(folder / "a.png")
+    (folder / "a.mp4").write_bytes(content := video(20, rate=5, width=90, height=60))
+    (folder / "half.mp4").write_bytes(content[: len(content) // 2])
+    return folder
+
+
+def test_an_answer_is_written_as_it_comes(exported, runs, pool, files):
     (answers,) = pool(1).run(
-        streamed_and_whole, checkpoint=runs.dir("three"), tokenizer=exported, image=image
+        streamed_and_whole, checkpoint=runs.dir("three"), tokenizer=exported, files=files
     )
     assert [streamed for streamed, _ in answers] == [f"{whole}\n" for _, whole in answers]
     assert any(whole for _, whole in answers)
 
 
-def streamed_and_whole(checkpoint: Path, tokenizer: Path, image: Path) -> list[tuple[str, str]]:
-    """What sample.py prints, and the answer at once: about an image, then about text alone."""
-    answerer, answers = Answerer.load(checkpoint, tokenizer), []
-    words = ["--checkpoint", str(checkpoint), "--tokenizer", str(tokenizer)]
-    words += ["--prompt", "What is this?", "--max-new-tokens", "5"]
-    for more, content in ((["--image", str(image)], image.read_bytes()), ([], None)):
+def streamed_and_whole(checkpoint: Path, tokenizer: Path, files: Path) -> list[tuple[str, str]]:
+    """What sample.py prints, and all answers at once: about an image, a video and text alone."""
+    answerer, streamed = Answerer.load(checkpoint, tokenizer), []
+    image, video = files / "a.png", files / "a.mp4"
+    for shown in (["--image", str(image)], ["--video", str(video)], []):
         output = io.StringIO()
         with contextlib.redirect_stdout(output):
-            sample.main([*words, *more])
-        question = Question(content, "What is this?", str(image))
-        answers.append((output.getvalue(), answerer.read([question], max_new_tokens=5)[0]))
-    return answers
+            sample.main([*words_of(checkpoint, tokenizer), *shown])
+        streamed.append(output.getvalue())
+    questions = [
+        Question(image.read_bytes(), "What is this?", "image"),
+        Question(video.read_bytes(), "What is this?", "video", MediaKind.VIDEO),
+        Question(None, "What is this?", ""),
+    ]
+    grids = [answerer.prompt(question).grid_thw.tolist() for question in questions]
+    assert [grid[0][0] for grid in grids[:2]] == [1, 4]
+    return list(zip(streamed, answerer.read(questions, max_new_tokens=5), strict=True))
+
+
+def words_of(checkpoint: Path, tokenizer: Path) -> list[str]:
+    words = ["--checkpoint", str(checkpoint), "--tokenizer", str(tokenizer)]
+    return [*words, "--prompt", "What is this?", "--max-new-tokens", "5"]
+
+
+def test_a_video_that_cannot_be_read_is_named(exported, runs, pool, files):
+    words = [*words_of(runs.dir("three"), exported), "--video", str(files / "half.mp4")]
+    (text,) = pool(1).run(refused_sample, words=words)
+    assert text.startswith(f"{files}/half.mp4: cannot be decoded as a video: ")
+
+
+def refused_sample(words: list[str]) -> str:
+    with pytest.raises(DataError) as error:
+        sample.main(words)
+    return str(error.value)
 
 
 # --- planted faults
@@ -206,9 +239,9 @@ def wrong_limits(folder: Path) -> list[str]:
 
 
 def no_limits_for_videos(folder: Path) -> list[str]:
-    size = {"shortest_edge": 784, "longest_edge": 28224}
+    size = {"shortest_edge": 56 * 56, "longest_edge": 12845056}
     change(folder / "video_preprocessor_config.json", size=size)
-    return [r"video_preprocessor_config\.json: size=.*28224.*, should be .*602112"]
+    return [r"video_preprocessor_config\.json: size=.*12845056.*, should be .*28224"]
 
 
 def wrong_end(folder: Path) -> list[str]:
