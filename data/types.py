@@ -1,7 +1,7 @@
 """What travels from the dataset folder to the model: media, samples, packs, batches."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from enum import Enum, IntEnum
 from itertools import pairwise
 from pathlib import Path
@@ -270,6 +270,24 @@ class UnreadableSample:
 
 
 @dataclass(slots=True)
+class MediaWork:
+    """What it took to get the frames of some media."""
+
+    num_decoded: int = 0
+    num_kept: int = 0
+    """Taken from a cache, none of their file read."""
+    decode_us: int = 0
+    """Microseconds of the threads that decoded; what they waited for a file not counted."""
+
+    def __add__(self, other: "MediaWork") -> "MediaWork":
+        return MediaWork(
+            self.num_decoded + other.num_decoded,
+            self.num_kept + other.num_kept,
+            self.decode_us + other.decode_us,
+        )
+
+
+@dataclass(slots=True)
 class Step:
     """All that one data-parallel rank trains on in one optimizer step."""
 
@@ -278,3 +296,5 @@ class Step:
     """Numbers of this rank's packs, in the order of the microbatches."""
     unreadable: list[UnreadableSample]
     """Samples whose media this rank could not read; empty where it reads none."""
+    media_work: MediaWork = field(default_factory=MediaWork)
+    """Of this rank."""

@@ -31,7 +31,7 @@ class StepTimes:
 def step_metrics(
     config: Config, state: TrainState, result: StepResult, times: StepTimes, num_ranks: int
 ) -> dict[str, Any]:
-    """The numbers of one step, over all ranks; times and memory are this rank's.
+    """The numbers of one step, over all ranks; times, but ``decode_s``, and memory are this rank's.
 
     ``fill`` is the share of the packs' positions that hold tokens. ``flops`` are those of the model
     (costs/flops.py): of the patches, segments and supervised tokens that were there, padding and
@@ -54,6 +54,9 @@ def step_metrics(
         "num_supervised_tokens": totals.num_supervised_tokens,
         "num_patches": load.num_patches,
         "num_unreadable": totals.num_unreadable,
+        "num_decoded": totals.media_work.num_decoded,
+        "num_kept": totals.media_work.num_kept,
+        "decode_s": totals.media_work.decode_us / 1e6,
         "consumed_tokens": state.consumed_tokens,
         "consumed_samples": state.consumed_samples,
         "step_time_s": times.step_s,

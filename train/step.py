@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from triptych.costs.flops import NO_WORK, Workload
-from triptych.data.types import Batch, Step
+from triptych.data.types import Batch, MediaWork, Step
 from triptych.errors import TrainingError
 from triptych.parallel.agree import ranks_where
 from triptych.parallel.mesh import Mesh
@@ -32,6 +32,7 @@ class Totals:
     """Samples whose media could not be read."""
     num_with_media: int
     """Samples that have media, readable or not."""
+    media_work: MediaWork
     num_asking_to_stop: int
     """Ranks that ask for the run to end after this step."""
 
@@ -143,11 +144,19 @@ def count(step: Step, mesh: Mesh, *, asks_to_stop: bool = False) -> Totals:
     counts = [*astuple(workload), num_samples, len(step.unreadable), num_with_media]
     if not mesh.reads_media:
         counts = [0] * len(counts)
-    totals = mesh.world.add_up([*counts, asks_to_stop])
-    *loads, num_samples, num_unreadable, num_with_media, num_asking = totals
+    totals = mesh.world.add_up([*counts, *astuple(step.media_work), asks_to_stop])
+    *loads, num_samples, num_unreadable, num_with_media = totals[: len(counts)]
+    *work, num_asking = totals[len(counts) :]
     if num_unreadable:
         drop_unreadable(step, mesh.world.all_gather(step.unreadable)[mesh.media_reader])
-    return Totals(Workload(*loads), num_samples, num_unreadable, num_with_media, num_asking)
+    return Totals(
+        Workload(*loads),
+        num_samples,
+        num_unreadable,
+        num_with_media,
+        MediaWork(*work),
+        num_asking,
+    )
 
 
 def _over_ranks(loss_sum: Tensor, mesh: Mesh) -> Tensor:

@@ -19,6 +19,7 @@ from triptych.data.tokens import expand
 from triptych.data.types import (
     Batch,
     Media,
+    MediaWork,
     Pack,
     PixelLimits,
     SampleId,
@@ -53,8 +54,7 @@ class _Read:
 
     segment: Segment
     problems: list[tuple[Media, Unreadable, str]]
-    decode_s: list[float]
-    """Seconds that each of its media took that was decoded for it."""
+    work: MediaWork
 
 
 class _UndecodableError(DataError):
@@ -85,7 +85,7 @@ class Reader:
                 model does not know.
         """
         reads = deque([self._submit(packs) for packs in microbatches])
-        form, batches, unreadable = self._form, [], []
+        form, batches, unreadable, work = self._form, [], [], MediaWork()
         for number, packs in enumerate(microbatches):
             samples = [future.result() for future in reads.popleft()]
             segments = [sample.segment for sample in samples]
@@ -99,9 +99,10 @@ class Reader:
                     unreadable.append(
                         UnreadableSample(number, position, cause, media.shard, media.offset, reason)
                     )
-            self.num_decoded += sum(len(sample.decode_s) for sample in samples)
+            work += sum((sample.work for sample in samples), MediaWork())
+            self.num_decoded += sum(sample.work.num_decoded for sample in samples)
         numbers = tuple(pack.number for packs in microbatches for pack in packs)
-        return Step(microbatches=batches, packs=numbers, unreadable=unreadable)
+        return Step(batches, numbers, unreadable, work)
 
     def close(self) -> None:
         """End the threads; samples not yet begun are dropped."""
@@ -121,11 +122,11 @@ class Reader:
         self._check_ids(input_ids, f"{source.name}, sample {sample_id.index}")
         pixels: list[NDArray[np.uint8]] = []
         problems: list[tuple[Media, Unreadable, str]] = []
-        decode_s: list[float] = []
+        work = MediaWork()
         for number, media in enumerate(sample.media if form.read_pixels else ()):
             where = f"{source.name}, sample {sample_id.index}, {kind_of(media.kind).name} {number}"
             try:
-                pixels.append(cut_patches(self._frames(source, media, where, decode_s), vision))
+                pixels.append(cut_patches(self._frames(source, media, where, work), vision))
             except DataError as error:
                 undecodable = isinstance(error, _UndecodableError)
                 cause = Unreadable.undecodable if undecodable else Unreadable.damaged
@@ -135,26 +136,32 @@ class Reader:
                 shape = (int(np.prod(grids[number])), vision.patch_dim)
                 pixels.append(np.zeros(shape, dtype=np.uint8))
         segment = Segment(sample_id, input_ids, targets, grid_thw, tuple(pixels))
-        return _Read(segment, problems, decode_s)
+        return _Read(segment, problems, work)
 
     def _frames(
-        self, source: Source, media: Media, where: str, decode_s: list[float]
+        self, source: Source, media: Media, where: str, work: MediaWork
     ) -> NDArray[np.uint8]:
-        """What is looked at of a medium, from the cache or decoded now; then ``decode_s`` grows."""
+        """What is looked at of a medium, from the cache or decoded now; ``work`` counts it."""
         kind, form = kind_of(media.kind), self._form
         shape = kind.shape(media, form.limits, form.model.vision)
 
         def decode() -> NDArray[np.uint8]:
             data = source.read_media(media)
+            work.num_decoded += 1
             started_s = time.perf_counter()
             try:
                 return kind.frames(data, media, shape, where)
             except DataError as error:
                 raise _UndecodableError(str(error)) from error
             finally:
-                decode_s.append(time.perf_counter() - started_s)
+                work.decode_us += round(1e6 * (time.perf_counter() - started_s))
 
-        return decode() if form.cache is None else form.cache.frames(media, shape, decode)
+        if form.cache is None:
+            return decode()
+        num_decoded = work.num_decoded
+        frames = form.cache.frames(media, shape, decode)
+        work.num_kept += work.num_decoded == num_decoded
+        return frames
 
     def _check_length(self, batch: Batch, packs: Sequence[Pack]) -> None:
         """The plan counted what is there."""

@@ -21,7 +21,7 @@ from triptych.data.media.cache import FrameCache, key_of
 from triptych.data.media.cache_space import CacheSpace
 from triptych.data.media.kinds import KINDS
 from triptych.data.types import Media, MediaKind, PixelLimits
-from triptych.tests.helpers.runs import Runs, losses
+from triptych.tests.helpers.runs import Runs, losses, metrics
 from triptych.tests.helpers.videos import pictures, video
 
 SHAPE = (2, 56, 56, 3)
@@ -343,15 +343,23 @@ def test_a_run_with_a_cache_learns_the_same(pool, digits, tmp_path):
     runs, folder, small = Runs(pool, digits, tmp_path), tmp_path / "cache", tmp_path / "small"
 
     def learned(name: str, *words: str) -> list[float]:
-        runs.train(name, "dp2", "train.num_steps=1", *words)
+        runs.train(name, "dp2", "train.num_steps=1", "data.prefetch_steps=0", *words)
         return losses(runs.dir(name))
 
+    def counted(name: str) -> tuple[int, int]:
+        [line] = metrics(runs.dir(name))
+        assert (line["decode_s"] > 0) == (line["num_decoded"] > 0)
+        return line["num_decoded"], line["num_kept"]
+
     without = learned("without")
+    num_media, _ = counted("without")
     assert learned("decoded", f"data.cache.folder={folder}") == without
     kept = {path.name: path.stat().st_mtime_ns for path in entries(folder)}
     assert len(kept) > 10
     assert learned("read", f"data.cache.folder={folder}") == without
     assert {path.name: path.stat().st_mtime_ns for path in entries(folder)} == kept
+    assert counted("read") == (0, num_media)
+    assert sum(counted("decoded")) == sum(counted("without")) == num_media > 0
     limited = learned("limited", f"data.cache.folder={small}", "data.cache.max_gb=1e-4")
     assert limited == without
     assert 0 < bytes_on_disk(small) <= 100_000 < bytes_on_disk(folder)

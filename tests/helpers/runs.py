@@ -142,7 +142,16 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-TIMES = ("time", "step_time_s", "data_s", "compute_s", "tokens_per_s", "flops_per_s", "mfu")
+TIMES = (
+    "time",
+    "step_time_s",
+    "data_s",
+    "compute_s",
+    "decode_s",
+    "tokens_per_s",
+    "flops_per_s",
+    "mfu",
+)
 MEMORY = ("host_memory_bytes", "device_memory_bytes")
 """The metrics that no two runs share."""
 

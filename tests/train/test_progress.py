@@ -9,6 +9,7 @@ import pytest
 from triptych.configs.compose import load_config
 from triptych.costs.flops import NO_WORK
 from triptych.data.plan.order import Cursor
+from triptych.data.types import MediaWork
 from triptych.parallel.mesh import Dims
 from triptych.train.console import console
 from triptych.train.hooks import progress
@@ -43,7 +44,7 @@ def event(step: int, last: int, **metrics: float) -> StepEvent:
         cursor=Cursor((0,), (0,)),
         segments=(),
     )
-    totals = Totals(replace(NO_WORK, num_tokens=TOKENS), 1, 0, 0, 0)
+    totals = Totals(replace(NO_WORK, num_tokens=TOKENS), 1, 0, 0, MediaWork(), 0)
     result = StepResult(2.34567, 1.73, {"vit": 0.0, "llm": 9.8e-4}, totals)
     told = {"data_s": 0.0, "flops": 4e12, "fill": 0.998, "device_memory_bytes": None}
     told |= {"host_memory_bytes": 3 * 2**30, **metrics}
