@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from triptych.data.prepare.build_dataset import BuildProgress
 
 
-REPORT = "report.json"
+REPORT, PICTURE = "report.json", "report.png"
 """What was counted, in the dataset's folder and no part of the dataset."""
 
 
@@ -188,10 +188,12 @@ def main(args: Sequence[str]) -> None:
         verify(options.verify, options.shards)
         return
     # Late: --help does not pay for torch.
+    from triptych.data.dataset.dataset import Dataset
     from triptych.data.prepare.build_block import OnBad, ReadingOptions
     from triptych.data.prepare.build_dataset import BLOCK_SIZE, build_dataset
     from triptych.data.prepare.foreign import Allowed
     from triptych.data.tokenizer import load_tokenizer
+    from triptych.launch.inspection.overview import draw_overview
 
     progress = ProgressLine()
     manifest = build_dataset(
@@ -230,6 +232,7 @@ def main(args: Sequence[str]) -> None:
         print("  read places that text spells out (--parse-grounding)")
     report = {"reading": _reading(options), **progress.last.tally.content()}
     (options.output / REPORT).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    draw_overview(Dataset.open(options.output, options.output.name), options.output / PICTURE)
 
 
 class ProgressLine:

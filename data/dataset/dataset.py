@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import xxhash
 import yaml
+from numpy.typing import NDArray
 
 from triptych.configs.model_schema import TokensConfig, VisionConfig
 from triptych.data.dataset.block_hashes import open_checked
@@ -189,6 +190,14 @@ class Dataset:
     def __len__(self) -> int:
         return len(self._text)
 
+    def extents(self, start: int, end: int) -> tuple[NDArray[np.int32], NDArray[np.void]]:
+        """Of the samples from ``start`` to before ``end``: text tokens of each, rows of all media.
+
+        Returns:
+            (end - start,), placeholders counted once; (num_media,) as ``media.idx`` has them.
+        """
+        return self._text.lengths(start, end), self._media.rows_of(start, end)
+
     def sizes(self, limits: PixelLimits, vision: VisionConfig) -> Sizes:
         """What every sample counts under these limits, cut into the patches of this tower.
 
@@ -202,13 +211,13 @@ class Dataset:
         }
 
         def count(start: int, end: int) -> Columns:
-            rows = self._media.rows_of(start, end)
+            lengths, rows = self.extents(start, end)
             grids = media_grids(rows, limits, vision)
             patches = grids.prod(axis=1)
             placeholders_more = patches // vision.patches_per_token - 1
             pairs = grids[:, 0] * (grids[:, 1] * grids[:, 2]) ** 2
             return (
-                sum_by_sample(rows, placeholders_more, start, end) + self._text.lengths(start, end),
+                sum_by_sample(rows, placeholders_more, start, end) + lengths,
                 sum_by_sample(rows, patches, start, end),
                 sum_by_sample(rows, pairs, start, end),
             )
