@@ -31,13 +31,8 @@ def inspect(args: Sequence[str]) -> None:
         ConfigError: what to draw, or the run's words, cannot be used.
         DataError: a dataset is missing or damaged, or has no such sample.
     """
-    parser = _parser()
-    options = parser.parse_intermixed_args(args)
-    folders = [Path(word) for word in options.words if "=" not in word]
-    if len(folders) != (options.pack is None):
-        parser.error("name one dataset folder, or --pack NUMBER and none")
-    if options.pack is not None and options.sample:
-        parser.error("--pack has the samples of its run; leave --sample out")
+    options = parse_args(args)
+    folders = _folders(options.words)
     _check_output(options.output)
     config = load_config([word for word in options.words if "=" in word])
     problems = [*check_bounds(config), *(check_data(config) if options.pack is not None else ())]
@@ -65,7 +60,8 @@ def _check_output(file: Path) -> None:
         raise ConfigError(f"--output {file}: {file.parent} is no folder  -> mkdir -p it")
 
 
-def _parser() -> argparse.ArgumentParser:
+def parse_args(args: Sequence[str]) -> argparse.Namespace:
+    """The command line after ``inspect``."""
     parser = argparse.ArgumentParser(
         prog="prepare.py inspect",
         description=__doc__,
@@ -79,7 +75,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output", type=Path, default=Path("inspect.png"), help="(default: inspect.png)"
     )
-    return parser
+    options = parser.parse_intermixed_args(args)
+    if len(_folders(options.words)) != (options.pack is None):
+        parser.error("name one dataset folder, or --pack NUMBER and none")
+    if options.pack is not None and options.sample:
+        parser.error("--pack has the samples of its run; leave --sample out")
+    return options
+
+
+def _folders(words: Sequence[str]) -> list[Path]:
+    return [Path(word) for word in words if "=" not in word]
 
 
 def _number(text: str) -> int:

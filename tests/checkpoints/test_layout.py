@@ -20,7 +20,7 @@ ROOT = Path(triptych.__file__).parent
 NAMES = re.compile(
     r"""["'](shards|rng|rank_|data\.json|model\.json|environment\.json|MANIFEST\.json|COMMIT)\b"""
 )
-OTHERS = {"data/dataset/dataset.py", "data/prepare/writer.py"}
+OTHERS = {"data/dataset/dataset.py", "data/prepare/merge.py", "data/prepare/writer.py"}
 """A dataset folder has shards of its own."""
 
 

@@ -168,7 +168,7 @@ def test_made_again_it_is_left_alone_or_refused(root, tmp_path):
 def test_the_command_in_the_docs(root, tmp_path):
     repository = Path(__file__).parents[2]
     lines = (repository / "docs/data.md").read_text().splitlines()
-    (line,) = (line for line in lines if line.startswith("    python launch/prepare.py"))
+    (line,) = (line for line in lines if line.startswith("    python launch/prepare.py --"))
     line = line.replace("runs/sample_data", str(root)).replace("datasets", str(tmp_path))
     command = [sys.executable, *shlex.split(line)[1:]]
     subprocess.run(command, cwd=repository, check=True)

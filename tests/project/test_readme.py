@@ -21,13 +21,20 @@ from triptych.configs.compose import load_config
 from triptych.configs.validate import validate
 from triptych.errors import ConfigError
 from triptych.launch import convert, demo, prepare, sample
+from triptych.launch.inspection.command import parse_args as parse_inspect
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PROGRAMS = ("torchrun", "python", "sbatch", "pytest", "make")
 MISSING_PATH = re.compile(r"(data\.|init\.\w+=|resume=)\S+ (is no folder|does not exist)  ")
+
+
+def parse_prepare(words: list[str]) -> argparse.Namespace:
+    return parse_inspect(words[1:]) if words[:1] == ["inspect"] else prepare.parse_args(words)
+
+
 ARGPARSE: dict[str, Callable[[list[str]], argparse.Namespace]] = {
-    "launch/prepare.py": prepare.parse_args,
+    "launch/prepare.py": parse_prepare,
     "launch/convert.py": lambda words: convert._parser().parse_args(words),
     "launch/sample.py": lambda words: sample._parser().parse_args(words),
     "launch/demo.py": lambda words: demo._parser().parse_args(words),
