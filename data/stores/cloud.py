@@ -11,8 +11,9 @@ turn (``request_rate``); its repetitions do not. Its threads do not outlive a fo
 from datetime import timedelta
 from typing import Any, NoReturn
 
+from triptych.data.stores.cut_object import cut_object
 from triptych.data.stores.request_rate import RequestRate
-from triptych.errors import ConfigError, DataError, StorageError
+from triptych.errors import ConfigError, StorageError
 
 SCHEMES = ("s3", "gs", "az")
 PATIENCE_S = 300.0
@@ -80,7 +81,7 @@ class CloudStore:
         except (BaseError, OSError) as error:
             self._explain(name, offset, size, error)
         if len(data) != size:
-            self._cut(name, offset, size)
+            raise cut_object(self.path(name), offset, size) from None
         return data
 
     def _explain(self, name: str, offset: int, size: int, error: Exception) -> NoReturn:
@@ -99,15 +100,9 @@ class CloudStore:
             except (BaseError, OSError):
                 is_cut = False
             if is_cut:
-                self._cut(name, offset, size)
+                raise cut_object(self.path(name), offset, size) from None
         raise StorageError(
             f"{self.path(name)} cannot be read: {_told(error)}  -> {remedy}"
-        ) from None
-
-    def _cut(self, name: str, offset: int, size: int) -> NoReturn:
-        raise DataError(
-            f"{self.path(name)} ends before the {size} bytes from {offset} on: it was cut"
-            "  -> copy it again"
         ) from None
 
 

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 import urllib3
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay
 
+from triptych.data.stores.cut_object import cut_object
 from triptych.data.stores.request_rate import RequestRate
 from triptych.errors import ConfigError, DataError, StorageError
 
@@ -133,7 +134,7 @@ class OssStore:
         response = answer.resp.response
         if answer.status != 206 or answer.content_length != size - had:
             response.close()
-            self._cut(name, offset, size)
+            raise cut_object(self.path(name), offset, size) from None
         try:
             _fill(got.body, size, response.raw)
         except (urllib3.exceptions.HTTPError, OSError, EOFError) as error:
@@ -159,16 +160,10 @@ class OssStore:
                 "  -> copy the shard again, and let nobody write there during a run"
             ) from None
         if error.status == 416:
-            self._cut(name, offset, size)
+            raise cut_object(self.path(name), offset, size) from None
         told = _REFUSALS.get(code, "OSS refuses it  -> the request's id tells its support why")
         raise StorageError(
             f"{url} cannot be read: {code} (request {error.request_id}): {told}"
-        ) from None
-
-    def _cut(self, name: str, offset: int, size: int) -> NoReturn:
-        raise DataError(
-            f"{self.path(name)} ends before the {size} bytes from {offset} on: it was cut"
-            "  -> copy it again"
         ) from None
 
     def _key(self, name: str) -> str:
