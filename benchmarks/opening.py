@@ -15,7 +15,8 @@ import numpy as np
 
 from triptych.configs.model_schema import TokensConfig, VisionConfig
 from triptych.configs.schema import Oversize
-from triptych.data.dataset.dataset import SIZES, Dataset, DatasetManifest, write_manifest
+from triptych.data.dataset.dataset import SIZES, Dataset
+from triptych.data.dataset.dataset_manifest import DatasetManifest, write_manifest
 from triptych.data.dataset.media_index import ROW
 from triptych.data.dataset.text_file import TextWriter
 from triptych.data.hashed_files import HashedFile
@@ -75,7 +76,7 @@ def make(folder: Path, num_samples: int) -> None:
             name: HashedFile(size=(folder / name).stat().st_size, xxh3_128="") for name in names
         },
     )
-    write_manifest(manifest, folder / "dataset.yaml")
+    write_manifest(manifest, folder)
 
 
 def open_in_this_process(folder: Path) -> None:

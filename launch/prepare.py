@@ -33,9 +33,6 @@ try:
 except ModuleNotFoundError as missing:
     sys.exit(f"{missing.name} is not installed -> make install && source .venv/bin/activate")
 
-VERIFY_PER_S = 100.0
-"""Requests of 16 MiB to an object storage, beside those of runs."""
-
 if TYPE_CHECKING:
     from triptych.data.prepare.build_dataset import BuildProgress
 
@@ -46,8 +43,6 @@ REPORT, PICTURE = "report.json", "report.png"
 
 def parse_args(args: Sequence[str]) -> argparse.Namespace:
     """The command line; imports nothing heavy."""
-    if args[:1] == ["verify"]:
-        return _parse_verify(args[1:])
     summary, _, details = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
         description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -127,18 +122,6 @@ def parse_args(args: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(args)
 
 
-def _parse_verify(args: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="prepare.py verify",
-        description="Reads datasets whole, and compares every file with what was prepared.",
-    )
-    parser.add_argument("verify", nargs="+", type=Path, metavar="DATASET", help="dataset folders")
-    parser.add_argument(
-        "--shards", metavar="URL", help="where the shards of a dataset lie, if not in its folder"
-    )
-    return parser.parse_args(args)
-
-
 def _positive(text: str) -> int:
     """A whole number of at least 1."""
     if not (text.isdecimal() and int(text)):
@@ -160,34 +143,18 @@ def _reading(options: argparse.Namespace) -> dict[str, object]:
     return {name: getattr(options, name) for name in (*names, "allow_spelled_media")}
 
 
-def verify(folders: Sequence[Path], shards: str | None) -> None:
-    """Compares every file of some datasets with what was prepared, and says that all are well."""
-    from tqdm import tqdm
-
-    from triptych.data.dataset.dataset import Dataset
-    from triptych.data.stores.media_store import open_store
-
-    for folder in folders:
-        store = open_store(shards, VERIFY_PER_S) if shards else None
-        dataset = Dataset.open(folder, folder.name, store=store)
-        num_bytes = sum(file.size for file in dataset.manifest.files.values())
-        with tqdm(total=num_bytes, unit="B", unit_scale=True, disable=None, leave=False) as bar:
-            dataset.verify(bar.update)
-        print(f"{folder}: all {len(dataset.manifest.files)} files are as they were prepared")
-
-
 def main(args: Sequence[str]) -> None:
     """Prepares, and prints what was made; or verifies, or draws."""
+    # What follows is imported late: --help does not pay for torch.
     if args[:1] == ["inspect"]:
         from triptych.launch.inspection.command import inspect
 
-        inspect(args[1:])
-        return
+        return inspect(args[1:])
+    if args[:1] == ["verify"]:
+        from triptych.launch.inspection.verify_datasets import verify
+
+        return verify(args[1:])
     options = parse_args(args)
-    if "verify" in options:
-        verify(options.verify, options.shards)
-        return
-    # Late: --help does not pay for torch.
     from triptych.data.dataset.dataset import Dataset
     from triptych.data.prepare.build_block import OnBad, ReadingOptions
     from triptych.data.prepare.build_dataset import BLOCK_SIZE, build_dataset

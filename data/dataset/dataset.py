@@ -10,17 +10,16 @@ sizes/*.sizes         made by runs, no part of the dataset: what samples count u
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xxhash
-import yaml
 from numpy.typing import NDArray
 
 from triptych.configs.model_schema import TokensConfig, VisionConfig
 from triptych.data.dataset.block_hashes import open_checked
+from triptych.data.dataset.dataset_manifest import DatasetManifest, read_manifest
 from triptych.data.dataset.media_index import MediaIndex, media_grids, sum_by_sample
 from triptych.data.dataset.sizes import Columns, open_sizes
 from triptych.data.dataset.text_file import TextFile, check_size
@@ -31,7 +30,6 @@ from triptych.data.tokens import placeholders
 from triptych.data.types import Media, PixelLimits, Sample, Sizes
 from triptych.errors import DataError
 
-FORMAT_VERSION = 1
 SHARD_NAME = "{:06d}.tar"
 ELSEWHERE = 1 << 31
 """Shards are numbered from here on that lie elsewhere, as they were found."""
@@ -40,28 +38,6 @@ _HASH_BYTES = 1 << 24
 """Of a shard that lies elsewhere, read at a time to verify it."""
 SIZES = "sizes"
 """Folder of hashes by block and of counts, in the dataset or in ``run.dir``."""
-
-
-@dataclass(kw_only=True, slots=True)
-class DatasetManifest:
-    """The content of ``dataset.yaml``."""
-
-    version: int = FORMAT_VERSION
-    tokenizer: str
-    """Fingerprint of the tokenizer the text was encoded with."""
-    tokens: TokensConfig
-    """Ids of its special tokens."""
-    num_samples: int
-    num_tokens: int
-    """Placeholders counted once."""
-    num_targets: int
-    num_media: int
-    num_skipped: int
-    """Bad samples that were left out; ``quarantine.jsonl`` names them."""
-    shards_elsewhere: dict[str, int] = field(default_factory=dict)
-    """Path of each webdataset shard that is indexed in place -> its size. In order of number."""
-    files: dict[str, HashedFile] = field(default_factory=dict)
-    """Path below the folder -> size and hash."""
 
 
 class Dataset:
@@ -120,14 +96,7 @@ class Dataset:
             DataError: the folder is none, incomplete, empty, or of another version.
         """
         path = Path(path)
-        file = path / "dataset.yaml"
-        if not file.is_file():
-            raise DataError(
-                f"{path} is no dataset: {file.name} is missing"
-                "  -> write it with launch/prepare.py --output"
-            )
-        data = file.read_bytes()
-        manifest = _parse_manifest(data, file)
+        manifest, data = read_manifest(path)
         if not manifest.num_samples:
             raise DataError(f"{path} is empty: it has no samples  -> leave it out of the mixture")
         sizes_folders = [path / SIZES, *([fallback] if fallback else [])]
@@ -265,42 +234,3 @@ class Dataset:
                 "  -> copy the shard again"
             )
         return data
-
-
-def write_manifest(manifest: DatasetManifest, file: Path) -> None:
-    """Writes ``dataset.yaml``; the same dataset gives the same bytes."""
-    content = asdict(manifest)
-    if not manifest.shards_elsewhere:
-        del content["shards_elsewhere"]
-    file.write_text(yaml.safe_dump(content, sort_keys=False))
-
-
-def read_manifest(path: Path) -> DatasetManifest:
-    """The manifest of a dataset folder.
-
-    Raises:
-        DataError: it is missing, damaged or of another version.
-    """
-    file = path / "dataset.yaml"
-    if not file.is_file():
-        raise DataError(
-            f"{path} is no dataset: {file.name} is missing"
-            "  -> write it with launch/prepare.py --output"
-        )
-    return _parse_manifest(file.read_bytes(), file)
-
-
-def _parse_manifest(data: bytes, file: Path) -> DatasetManifest:
-    try:
-        content: dict[str, Any] = yaml.safe_load(data)
-        version = content["version"]
-        if version != FORMAT_VERSION:
-            raise DataError(
-                f"{file} has format version {version}; this is triptych for version "
-                f"{FORMAT_VERSION}  -> prepare the dataset again"
-            )
-        content["tokens"] = TokensConfig(**content["tokens"])
-        content["files"] = {path: HashedFile(**r) for path, r in content["files"].items()}
-        return DatasetManifest(**content)
-    except (yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
-        raise DataError(f"{file} is damaged: {error!r}  -> prepare the dataset again") from error

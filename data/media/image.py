@@ -180,27 +180,6 @@ def _to_rgb(image: Image.Image, where: str) -> Image.Image:
     return image.convert("RGB")
 
 
-def image_patches(
-    image: Image.Image, limits: PixelLimits, vision: VisionConfig
-) -> tuple[NDArray[np.uint8], tuple[int, int, int]]:
-    """Resizes an image and cuts it into patches; the patches of one LLM token are neighbours.
-
-    Args:
-        image: 8-bit RGB.
-        limits: bounds of the area.
-        vision: size of a patch, and how many are a token.
-    Returns:
-        Patches, (h*w, patch_dim) uint8, each flattened from (channels, frames, rows, columns) of
-        its pixels, and the grid (1, h, w). The frames of a patch are identical.
-    Raises:
-        DataError: one side is more than 200 times the other.
-    Source: arXiv 2409.12191 §2.1; equals transformers' ``Qwen2VLImageProcessorPil``.
-    """
-    grid = image_grid(image.height, image.width, limits, vision)
-    size = (grid[1] * vision.patch_size, grid[2] * vision.patch_size)
-    return cut_patches(image_frames(image, size), vision), grid
-
-
 def image_frames(image: Image.Image, size: tuple[int, int]) -> NDArray[np.uint8]:
     """The one frame of an 8-bit RGB image, resized to height and width: (1, height, width, 3)."""
     if (image.height, image.width) != size:
@@ -217,6 +196,7 @@ def cut_patches(frames: NDArray[np.uint8], vision: VisionConfig) -> NDArray[np.u
         vision: size of a patch, and how many are a token.
     Returns:
         (t*h*w, patch_dim), each flattened from (channels, frames, rows, columns) of its pixels.
+    Source: arXiv 2409.12191 §2.1; equals transformers' ``Qwen2VLImageProcessorPil``.
     """
     depth, merge, side = vision.temporal_patch_size, vision.spatial_merge_size, vision.patch_size
     num_frames, height, width, colours = frames.shape

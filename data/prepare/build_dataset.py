@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
-from triptych.data.dataset.dataset import Dataset, DatasetManifest
+from triptych.data.dataset.dataset import Dataset
+from triptych.data.dataset.dataset_manifest import DatasetManifest
 from triptych.data.end_with_parent import end_with_parent
 from triptych.data.prepare.blocks import Block, plan_blocks
 from triptych.data.prepare.build_block import (

@@ -9,13 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from triptych.data.dataset.dataset import (
-    ELSEWHERE,
-    SHARD_NAME,
-    DatasetManifest,
-    read_manifest,
-    write_manifest,
-)
+from triptych.data.dataset.dataset import ELSEWHERE, SHARD_NAME
+from triptych.data.dataset.dataset_manifest import DatasetManifest, read_manifest, write_manifest
 from triptych.data.dataset.media_index import ROW
 from triptych.data.dataset.text_file import read_lengths, write_index
 from triptych.data.hashed_files import HashedFile, hash_file
@@ -33,7 +28,7 @@ def merge_datasets(parts: Sequence[Path], output: Path) -> DatasetManifest:
         parts: folders of datasets of one tokenizer; they may be empty, and stay as they are.
         output: an empty folder on the same file system.
     """
-    manifests = [read_manifest(part) for part in parts]
+    manifests = [read_manifest(part)[0] for part in parts]
     (output / "shards").mkdir()
     lengths: list[NDArray[np.int32]] = []
     shards: dict[str, HashedFile] = {}
@@ -67,7 +62,7 @@ def merge_datasets(parts: Sequence[Path], output: Path) -> DatasetManifest:
         shards_elsewhere=elsewhere,
         files={name: files[name] for name in sorted(files)},
     )
-    write_manifest(merged, output / "dataset.yaml")
+    write_manifest(merged, output)
     return merged
 
 

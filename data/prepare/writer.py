@@ -8,12 +8,8 @@ from typing import BinaryIO, NamedTuple
 
 import xxhash
 
-from triptych.data.dataset.dataset import (
-    ELSEWHERE,
-    SHARD_NAME,
-    DatasetManifest,
-    write_manifest,
-)
+from triptych.data.dataset.dataset import ELSEWHERE, SHARD_NAME
+from triptych.data.dataset.dataset_manifest import DatasetManifest, write_manifest
 from triptych.data.dataset.media_index import media_row
 from triptych.data.dataset.text_file import TextWriter
 from triptych.data.hashed_files import hash_file
@@ -105,7 +101,7 @@ class DatasetWriter:
         self._manifest.files = {
             path.relative_to(self._folder).as_posix(): hash_file(path) for path in files
         }
-        write_manifest(self._manifest, self._folder / "dataset.yaml")
+        write_manifest(self._manifest, self._folder)
         return self._manifest
 
 

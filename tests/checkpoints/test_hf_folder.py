@@ -37,11 +37,12 @@ from triptych.configs.model_schema import (
     VisionNorm,
 )
 from triptych.data.chat import encode_prompt
-from triptych.data.media.image import image_patches, normalize_patches
+from triptych.data.media.image import normalize_patches
 from triptych.data.tokenizer import load_tokenizer, train_tokenizer
 from triptych.data.types import PixelLimits
 from triptych.errors import CheckpointError, ConfigError, DataError
 from triptych.models.sharding import shard, unshard
+from triptych.tests.helpers.image_patches import image_patches
 
 LIMITS = PixelLimits(min_pixels=784, max_pixels=28224)
 ORIGIN = Origin(limits=LIMITS, stage="stage3")

@@ -20,12 +20,12 @@ from triptych.data.media.image import (
     FORMATS,
     decode_image,
     image_grids,
-    image_patches,
     normalize_patches,
     smart_resize,
 )
 from triptych.data.types import PixelLimits
 from triptych.errors import DataError
+from triptych.tests.helpers.image_patches import image_patches
 
 VISION = VisionConfig()
 LIMITS = PixelLimits(min_pixels=56 * 56, max_pixels=16384 * 28 * 28)

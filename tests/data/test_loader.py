@@ -17,13 +17,14 @@ from triptych.configs.schema import Oversize
 from triptych.data.dataset.dataset import Dataset
 from triptych.data.loading.loader import Loader, validation_step
 from triptych.data.loading.reader import BatchFormat
-from triptych.data.media.image import decode_image, image_patches
+from triptych.data.media.image import decode_image
 from triptych.data.plan.order import Cursor, Plan
 from triptych.data.plan.plan_sources import plan_sources
 from triptych.data.prepare.build_dataset import build_dataset
 from triptych.data.tokenizer import train_tokenizer
 from triptych.data.types import PixelLimits
 from triptych.errors import DataError
+from triptych.tests.helpers.image_patches import image_patches
 
 VISION = VisionConfig()
 LIMITS = PixelLimits(min_pixels=28 * 28, max_pixels=16 * 28 * 28)

@@ -21,7 +21,8 @@ from triptych.configs.compose import load_config
 from triptych.configs.validate import validate
 from triptych.errors import ConfigError
 from triptych.launch import convert, demo, prepare, sample
-from triptych.launch.inspection.command import parse_args as parse_inspect
+from triptych.launch.inspection import command as inspection
+from triptych.launch.inspection import verify_datasets
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -30,7 +31,8 @@ MISSING_PATH = re.compile(r"(data\.|init\.\w+=|resume=)\S+ (is no folder|does no
 
 
 def parse_prepare(words: list[str]) -> argparse.Namespace:
-    return parse_inspect(words[1:]) if words[:1] == ["inspect"] else prepare.parse_args(words)
+    others = {"inspect": inspection.parse_args, "verify": verify_datasets.parse_args}
+    return others[words[0]](words[1:]) if words[0] in others else prepare.parse_args(words)
 
 
 ARGPARSE: dict[str, Callable[[list[str]], argparse.Namespace]] = {
