@@ -18,7 +18,7 @@ try:
     from triptych.costs.estimate import estimate
     from triptych.costs.search import best_layouts
     from triptych.launch.cli import run
-    from triptych.launch.planner.report import layouts_table, report
+    from triptych.launch.planner.estimate_tables import layouts_table, report
 except ModuleNotFoundError as missing:
     sys.exit(f"{missing.name} is not installed -> make install && source .venv/bin/activate")
 

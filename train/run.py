@@ -30,15 +30,16 @@ from triptych.train.hooks.ledger import LEDGER, Ledger
 from triptych.train.hooks.loss_curve import LossCurve
 from triptych.train.hooks.profiler import Profiler
 from triptych.train.hooks.progress import Progress
-from triptych.train.hooks.quarantine import QUARANTINE, Quarantine
+from triptych.train.hooks.quarantine import Quarantine
 from triptych.train.hooks.stop_request import StopRequest, forget_stop, tell_of_stop
-from triptych.train.hooks.trackers import METRICS, MetricsFile, TensorBoardTracker, WandbTracker
+from triptych.train.hooks.trackers import MetricsFile, TensorBoardTracker, WandbTracker
 from triptych.train.hooks.unreadable_budget import UnreadableBudget, out_of_budget
 from triptych.train.hooks.validation import Validation
 from triptych.train.hooks.weights import WEIGHTS, WeightsOnly
 from triptych.train.json_lines import keep_until
 from triptych.train.lock import lock_run_dir
 from triptych.train.loop import is_finished, train
+from triptych.train.records import METRICS, QUARANTINE
 from triptych.train.start import find_start, load_start
 from triptych.train.state import TrainState
 from triptych.train.stop import StopReason, gather_reasons

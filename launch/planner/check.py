@@ -9,7 +9,7 @@ from triptych.configs.schema import PARTS
 from triptych.costs.activation_memory import CPU, Activations
 from triptych.costs.estimate import Estimate
 from triptych.costs.parameter_shards import chunk_shards
-from triptych.launch.planner.report import GIB, table
+from triptych.launch.planner.estimate_tables import GIB, table
 
 TOLERANCE = 0.05
 """Largest difference of the bytes kept for the backward pass; parameters must be equal."""

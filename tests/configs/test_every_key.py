@@ -20,7 +20,7 @@ from triptych.configs.schema import Config, Kernels
 from triptych.configs.validate import validate
 from triptych.costs.estimate import estimate
 from triptych.errors import ConfigError, TriptychError
-from triptych.launch.planner.report import report
+from triptych.launch.planner.estimate_tables import report
 from triptych.models.kernels import Installed, choose
 from triptych.parallel.mesh import build_mesh
 from triptych.tests.helpers.runs import Runs, losses, metrics, train

@@ -24,7 +24,7 @@ from triptych.costs.search import best_layouts
 from triptych.errors import ConfigError
 from triptych.launch import plan
 from triptych.launch.planner import check
-from triptych.launch.planner.report import report
+from triptych.launch.planner.estimate_tables import report
 from triptych.launch.planner.timeline_plot import draw_timeline
 
 ROOT = Path(triptych.__file__).parent

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from triptych.configs.schema import Config
 from triptych.train.hooks.hook import Hook, StepEvent
-from triptych.train.hooks.trackers import METRICS
 from triptych.train.json_lines import read_lines
+from triptych.train.records import METRICS
 
 PICTURE = "loss_curve.png"
 """The file in ``run.dir``."""

@@ -7,9 +7,7 @@ from triptych.parallel.mesh import Mesh
 from triptych.train.console import say
 from triptych.train.hooks.hook import Hook, StepEvent
 from triptych.train.json_lines import JsonLines
-
-QUARANTINE = "quarantine"
-"""The folder in ``run.dir``."""
+from triptych.train.records import QUARANTINE
 
 
 class Quarantine(Hook):

@@ -2,20 +2,15 @@
 
 import json
 import secrets
-from collections.abc import Mapping
 from dataclasses import asdict
-from numbers import Real
 from pathlib import Path
-from typing import Any
 
 from triptych.configs.rules.training import MAX_WANDB_NAME
 from triptych.configs.schema import Config
 from triptych.train.hooks.hook import Hook, StepEvent
 from triptych.train.json_lines import JsonLines
+from triptych.train.records import METRICS, flatten
 from triptych.train.state import TrainState
-
-METRICS = "metrics.jsonl"
-"""The file in ``run.dir``."""
 
 
 class MetricsFile(Hook):
@@ -96,17 +91,3 @@ def _own_id(file: Path) -> str:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(secrets.token_hex(4))
     return file.read_text()
-
-
-def flatten(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Numbers by name.
-
-    Those of a group as ``group/name``. Texts and missing values are left out.
-    """
-    flat: dict[str, float] = {}
-    for name, value in metrics.items():
-        if isinstance(value, dict):
-            flat |= {f"{name}/{inner}": number for inner, number in flatten(value).items()}
-        elif isinstance(value, Real):
-            flat[name] = float(value)
-    return flat

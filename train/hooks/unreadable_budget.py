@@ -6,8 +6,8 @@ from pathlib import Path
 from triptych.configs.schema import Config
 from triptych.errors import TrainingError
 from triptych.train.hooks.hook import Hook, StepEvent
-from triptych.train.hooks.quarantine import QUARANTINE
 from triptych.train.json_lines import read_lines
+from triptych.train.records import QUARANTINE
 from triptych.train.state import TrainState
 from triptych.train.stop import StopReason
 
