@@ -23,3 +23,7 @@ class CheckpointError(TriptychError):
 
 class TrainingError(TriptychError):
     """Training cannot go on. Names step and rank."""
+
+
+class CrashLoopError(TrainingError):
+    """Start after start got no further. Names the step, and the batch or host that is suspected."""

@@ -39,6 +39,8 @@ class CheckpointStore:
 
     def __init__(self, root: Path, ranks: Ranks) -> None:
         self.root = root
+        self.damaged: list[str] = []
+        """What ``newest`` found wrong, checkpoint by checkpoint."""
         self._ranks = ranks
         self._attempt: int | None = None
         self._writer: CheckpointWriter | None = None
@@ -78,19 +80,19 @@ class CheckpointStore:
                 the newest good one cannot be read, or is of a format that is not known here.
         """
         self._on_rank_0(self._tidy)
-        rejected = []
         for folder in self._on_rank_0(lambda: step_folders(self.root)):
             problems = verify(folder, self._ranks)
             if not problems:
                 return folder
             damaged = self._on_rank_0(partial(_rename_as, folder, ".damaged"))
-            rejected.append(_listed(f"{folder.name} is damaged, renamed {damaged.name}", problems))
+            told = _listed(f"{folder.name} is damaged, renamed {damaged.name}", problems)
+            self.damaged.append(told)
             if self._ranks.rank == 0:
-                _log.warning("checkpoint %s", rejected[-1])
+                _log.warning("checkpoint %s", told)
         damaged_names = self._on_rank_0(lambda: step_names(self.root, ".damaged"))
         if damaged_names:
             raise CheckpointError(
-                _listed(f"{self.root} has no good checkpoint", rejected or damaged_names)
+                _listed(f"{self.root} has no good checkpoint", self.damaged or damaged_names)
                 + "\n  -> restore one from a backup, or start over in another run.dir"
             )
         return None

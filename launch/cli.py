@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import NoReturn
 
-from triptych.errors import CheckpointError, ConfigError, TriptychError
+from triptych.errors import CheckpointError, ConfigError, CrashLoopError, TriptychError
 from triptych.launch.last_words import speaks_first
 from triptych.train.console import console
+from triptych.train.failures import lost_a_peer
 
 SPEAKER_FIRST_S = 3.0
 """How long the other ranks wait, so that torchrun stops none before it has spoken."""
@@ -23,14 +24,16 @@ NO_ROOM = dict.fromkeys(
 )
 """Errors of a full disk, which often name no file -> what to do."""
 
+NO_USE = 3
+"""The exit code that asks launchers not to start again."""
 INTERRUPTED = "interrupted  -> type the command again: training resumes from its newest checkpoint"
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
     """Run a command with the words of the command line.
 
-    Exits with 1 on an error, and with 130 on Ctrl-C. An error that a person can mend is its
-    message; any other is a mistake of ours, with its traceback.
+    Exits with 1 on an error, with 3 where it is no use to start again, and with 130 on Ctrl-C. An
+    error that a person can mend is its message; any other is a mistake of ours, with its traceback.
     """
     signal.signal(signal.SIGINT, _interrupt_once)
     rank = int(os.environ.get("RANK", "0"))
@@ -41,6 +44,8 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
         _leave(INTERRUPTED, status=130)
     except (ConfigError, CheckpointError) as error:  # raised on all ranks alike
         _leave(f"{type(error).__name__}: {error}")
+    except CrashLoopError as error:
+        _leave(f"{type(error).__name__}: {error}", status=NO_USE)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at its end
         _leave(f"{_where(rank)}stopped: what read the output, as `head` does, has gone")
@@ -50,12 +55,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
             _leave(f"{message}{NO_ROOM[error.errno]}")
         if isinstance(error, TriptychError) or (isinstance(error, OSError) and error.filename):
             _leave(message)
-        _leave(message, before=traceback.format_exc(), is_cause=not _lost_a_peer(error))
-
-
-def _lost_a_peer(error: Exception) -> bool:
-    """Whether it is an error of gloo or NCCL, as all ranks get it when one has ended."""
-    return type(error).__name__.startswith("Dist") or "gloo" in str(error)
+        _leave(message, before=traceback.format_exc(), is_cause=not lost_a_peer(error))
 
 
 def _leave(message: str, *, before: str = "", status: int = 1, is_cause: bool = True) -> NoReturn:

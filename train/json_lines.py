@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+TAIL_BYTES = 1 << 16
+"""Of a file's end, with several lines."""
 _log = logging.getLogger(__name__)
 
 
@@ -39,6 +41,17 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The records of whole steps, in order; lines that are none are passed over."""
     with path.open("rb") as file:
         yield from filter(None, map(_record, file))
+
+
+def last_line(path: Path) -> dict[str, Any] | None:
+    """The record of the last whole step; None where there is none, or it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - TAIL_BYTES))
+            tail = file.read().splitlines()
+    except OSError:
+        return None
+    return next(filter(None, map(_record, reversed(tail))), None)
 
 
 def keep_until(path: Path, last_step: int) -> None:

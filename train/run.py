@@ -7,10 +7,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from triptych.checkpoints.environment import write_environment
-from triptych.checkpoints.layout import CHECKPOINTS, ENVIRONMENT
+from triptych.checkpoints.layout import CHECKPOINTS
 from triptych.checkpoints.store import CheckpointStore
-from triptych.configs.compose import save_config
 from triptych.configs.schema import Config
 from triptych.costs.layer_split import layers_per_chunk, planned_bubble
 from triptych.data.plan.order import Plan
@@ -20,27 +18,30 @@ from triptych.parallel.agree import differing_ranks
 from triptych.parallel.device import be_deterministic
 from triptych.parallel.mesh import Mesh, build_mesh, init_distributed, shutdown
 from triptych.train.console import say, take_over_libraries
+from triptych.train.crash_loop import refuse_crash_loop
 from triptych.train.data import Mixture, generate_samples
 from triptych.train.engine import Engine, build_engine
+from triptych.train.events import record_event
 from triptych.train.hooks.chain import HookChain
 from triptych.train.hooks.checkpoint import Checkpointing
 from triptych.train.hooks.harmless import Harmless
+from triptych.train.hooks.history import History
 from triptych.train.hooks.hook import Hook
-from triptych.train.hooks.ledger import LEDGER, Ledger
+from triptych.train.hooks.ledger import Ledger
 from triptych.train.hooks.loss_curve import LossCurve
 from triptych.train.hooks.profiler import Profiler
 from triptych.train.hooks.progress import Progress
 from triptych.train.hooks.quarantine import Quarantine
-from triptych.train.hooks.stop_request import StopRequest, forget_stop, tell_of_stop
+from triptych.train.hooks.stop_request import StopRequest, tell_of_stop
 from triptych.train.hooks.trackers import MetricsFile, TensorBoardTracker, WandbTracker
 from triptych.train.hooks.unreadable_budget import UnreadableBudget, out_of_budget
 from triptych.train.hooks.validation import Validation
 from triptych.train.hooks.weights import WEIGHTS, WeightsOnly
-from triptych.train.json_lines import keep_until
 from triptych.train.lock import lock_run_dir
 from triptych.train.loop import is_finished, train
-from triptych.train.records import METRICS, QUARANTINE
+from triptych.train.run_folder import open_run_folder, tell_of_the_start_before
 from triptych.train.start import find_start, load_start
+from triptych.train.start_up import StartUp
 from triptych.train.state import TrainState
 from triptych.train.stop import StopReason, gather_reasons
 
@@ -51,6 +52,8 @@ def pretrain(config: Config) -> TrainState:
     Raises:
         TriptychError: configuration, data or checkpoints do not allow it; says what to do.
     """
+    start_up = StartUp()
+    start_up.done("imports")
     if config.train.deterministic:
         be_deterministic()
     init_distributed(config.cluster.timeout_s)
@@ -62,30 +65,37 @@ def pretrain(config: Config) -> TrainState:
         timeout_s=config.cluster.timeout_s,
     )
     with lock_run_dir(Path(config.run.dir), mesh.world):
-        return _run_stage(config, mesh)
+        start_up.done("groups")
+        return _run_stage(config, mesh, start_up)
 
 
-def _run_stage(config: Config, mesh: Mesh) -> TrainState:
+def _run_stage(config: Config, mesh: Mesh, start_up: StartUp) -> TrainState:
     generate_samples(config, mesh)
     data = Mixture.open(config, config.data.mixtures[config.stage.name])
     _refuse_different_plans(data.plan, mesh)
     held_out = None
     if config.train.validate_every:
         held_out = Mixture.open(config, config.data.validation, once=True)
+    start_up.done("data")
     engine = build_engine(config, mesh)
+    start_up.done("model")
     take_over_libraries()
-    store = CheckpointStore(Path(config.run.dir) / CHECKPOINTS, mesh.world)
+    run_dir = Path(config.run.dir)
+    store = CheckpointStore(run_dir / CHECKPOINTS, mesh.world)
     start = find_start(config, engine, data.plan, store)
+    tell_of_the_start_before(run_dir, mesh)
+    refuse_crash_loop(config, mesh, data, start.state)
     _introduce(config, engine, data)  # whoever reads it knows that nothing was refused
     load_start(start, config, engine)
     state = start.state
     if is_finished(config, engine, state):
         say(_finished(config, state))
         return state
-    _open_run_folder(config, mesh, state)
+    start_up.done("weights")
+    open_run_folder(config, mesh, state, start_up, store.damaged)
     loader = data.loader(config, mesh, state.cursor)
     with contextlib.closing(loader), contextlib.ExitStack() as stack:
-        hooks = _hooks(config, engine, store, held_out)
+        hooks = _hooks(config, engine, store, held_out, start_up)
         stack.enter_context(hooks.running(state))
         gc.collect()
         gc.freeze()  # what is there stays: no rank shall keep the others waiting to look it through
@@ -95,10 +105,12 @@ def _run_stage(config: Config, mesh: Mesh) -> TrainState:
         raise TrainingError(out_of_budget(asked.text, config, state))
     if is_finished(config, engine, state):
         say(_finished(config, state))
+        if mesh.is_main:
+            record_event(run_dir, "finished", step=state.step)
     else:
         reasons = gather_reasons(mesh.world, asked)
         if mesh.is_main:
-            tell_of_stop(Path(config.run.dir), state.step, reasons)
+            tell_of_stop(run_dir, state.step, reasons)
         say(_stopped(config, state, reasons))
     return state
 
@@ -107,24 +119,6 @@ def leave() -> None:
     """Leave the process group at the end of a run that went well."""
     dist.barrier()
     shutdown()
-
-
-def _open_run_folder(config: Config, mesh: Mesh, state: TrainState) -> None:
-    """Make ``run.dir``, write what runs and where, and cut records of steps back to here.
-
-    Only a run that will train does: what was refused leaves no trace. All files of an earlier start
-    are cut, of however many ranks, before any rank appends to its own.
-    """
-    run_dir = Path(config.run.dir)
-    if mesh.is_main:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        save_config(config, run_dir / "config.yaml")
-        write_environment(run_dir / ENVIRONMENT, mesh)
-        forget_stop(run_dir)
-        for pattern in (METRICS, f"{LEDGER}/*.jsonl", f"{QUARANTINE}/*.jsonl"):
-            for record in run_dir.glob(pattern):
-                keep_until(record, state.step)
-    dist.barrier()
 
 
 def _refuse_different_plans(plan: Plan, mesh: Mesh) -> None:
@@ -179,7 +173,11 @@ def _kernels(config: Config, engine: Engine) -> str:
 
 
 def _hooks(
-    config: Config, engine: Engine, store: CheckpointStore, held_out: Mixture | None
+    config: Config,
+    engine: Engine,
+    store: CheckpointStore,
+    held_out: Mixture | None,
+    start_up: StartUp,
 ) -> HookChain:
     """Everything optional.
 
@@ -187,7 +185,11 @@ def _hooks(
     steps have been written down then.
     """
     mesh, run_dir = engine.mesh, Path(config.run.dir)
-    hooks: list[Hook] = [UnreadableBudget(config), StopRequest(run_dir, mesh)]
+    hooks: list[Hook] = [
+        History(run_dir, mesh),
+        UnreadableBudget(config),
+        StopRequest(run_dir, mesh),
+    ]
     if held_out is not None:
         hooks.append(Validation(config, engine, held_out.validation_step(config, mesh)))
     if mesh.is_main:
@@ -202,7 +204,7 @@ def _hooks(
     if mesh.reads_media:
         sources = list(config.data.mixtures[config.stage.name])
         hooks += [Ledger(run_dir, mesh), Quarantine(run_dir, mesh, sources)]
-    hooks += [Progress(config, mesh), Checkpointing(config, engine, store)]
+    hooks += [Progress(config, mesh, start_up), Checkpointing(config, engine, store)]
     if config.run.weights_every:
         weights = CheckpointStore(run_dir / WEIGHTS, mesh.world)
         hooks.append(WeightsOnly(config, engine, weights))

@@ -81,7 +81,9 @@ def test_literal_command_trains_each_stage(stage, clone):
     assert names(clone) == {"launch", "runs"}
     told_at_a_glance = {"environment.json", "loss_curve.png"}
     assert (
-        names(run) == {"config.yaml", "metrics.jsonl", "ledger", "checkpoints"} | told_at_a_glance
+        names(run)
+        == {"config.yaml", "metrics.jsonl", "events.jsonl", "ledger", "checkpoints"}
+        | told_at_a_glance
     )
 
 

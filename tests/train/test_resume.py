@@ -30,6 +30,8 @@ from triptych.tests.helpers.runs import (
     train,
     without_times,
 )
+from triptych.train.events import read_events
+from triptych.train.restarts import read_starts
 
 pytestmark = pytest.mark.distributed
 
@@ -63,6 +65,11 @@ def test_killed_run_goes_on_bit_for_bit(layout, runs):
     told = runs.train("killed", layout, *options)
     assert "resumed from" in told
     assert "step_000000004.0, step 4" in told
+    assert "restart 3: " in told
+    starts = read_starts(read_events(runs.dir("killed")))
+    assert [start.step for start in starts] == [0, 4, 4, 4]
+    assert [start.end for start in starts] == ["died", "died", "died", "finished"]
+    assert [start.reached for start in starts][::3] == [7, 10]
 
     assert without_times(runs.dir("killed")) == without_times(runs.dir("whole"))
     assert packs(runs.dir("killed")) == packs(runs.dir("whole"))

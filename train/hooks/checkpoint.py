@@ -1,5 +1,8 @@
 """Saves the run every ``run.checkpoint_every`` steps, and at its end, beside training."""
 
+import time
+from pathlib import Path
+
 from triptych.checkpoints.background_save import BackgroundSave
 from triptych.checkpoints.run_state import RunSnapshot
 from triptych.checkpoints.store import CheckpointStore
@@ -8,6 +11,7 @@ from triptych.models.sharding import TensorSharding
 from triptych.parallel.replicas import reduce_replicas
 from triptych.train.console import say
 from triptych.train.engine import Engine
+from triptych.train.events import record_event
 from triptych.train.hooks.hook import Hook, StepEvent
 
 
@@ -30,6 +34,7 @@ class Checkpointing(Hook):
             if engine.sharding[name] is TensorSharding.REPLICATED
         }
         self._averaged = ""
+        self._begun = self._stall_s = 0.0
 
     def after_step(self, event: StepEvent) -> None:
         """Go on with the save in flight; begin one where it is time to."""
@@ -38,6 +43,7 @@ class Checkpointing(Hook):
         self._advance(wait=is_due, proven=event.result.loss is not None)
         if not is_due:
             return
+        self._begun = time.perf_counter()
         drift = reduce_replicas(self._replicas, self._engine.optimizer, self._engine.mesh)
         self._averaged = (
             f" (tp copies of weights had drifted: {drift}; averaged)" if drift.name else ""
@@ -49,6 +55,7 @@ class Checkpointing(Hook):
             "layout": str(self._engine.mesh.dims),
         }
         self._save.begin(step, self._snapshot, info)
+        self._stall_s = time.perf_counter() - self._begun
         if event.is_last:
             self._advance(wait=True, proven=False)
 
@@ -57,5 +64,16 @@ class Checkpointing(Hook):
         self._save.close()
 
     def _advance(self, *, wait: bool, proven: bool) -> None:
-        if self._save.step is not None and (final := self._save.poll(wait=wait, proven=proven)):
-            say(f"checkpoint: {final}{self._averaged}")
+        step = self._save.step
+        if step is None or not (final := self._save.poll(wait=wait, proven=proven)):
+            return
+        say(f"checkpoint: {final}{self._averaged}")
+        if self._engine.mesh.is_main:
+            record_event(
+                Path(self._config.run.dir),
+                "saved",
+                step=step,
+                checkpoint=final.name,
+                stall_s=round(self._stall_s, 3),
+                seconds=round(time.perf_counter() - self._begun, 3),
+            )

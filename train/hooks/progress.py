@@ -5,12 +5,11 @@ from collections import deque
 from itertools import accumulate
 from statistics import mean, median
 
-import psutil
-
 from triptych.configs.schema import Config
 from triptych.parallel.mesh import Mesh
 from triptych.train.console import COLUMNS, say
 from triptych.train.hooks.hook import Hook, StepEvent
+from triptych.train.start_up import StartUp
 from triptych.train.state import TrainState
 
 RECENT_STEPS = 20
@@ -25,8 +24,8 @@ SEPARATOR = " | "
 class Progress(Hook):
     """Prints on rank 0, from the training thread: silence means that training stands still."""
 
-    def __init__(self, config: Config, mesh: Mesh) -> None:
-        self._config, self._mesh = config, mesh
+    def __init__(self, config: Config, mesh: Mesh, start_up: StartUp) -> None:
+        self._config, self._mesh, self._start_up = config, mesh, start_up
         self._steps_s: deque[float] = deque(maxlen=RECENT_STEPS)
         self._tokens: deque[int] = deque(maxlen=RECENT_STEPS)
         self._flops: deque[float] = deque(maxlen=RECENT_STEPS)
@@ -35,7 +34,6 @@ class Progress(Hook):
 
     def on_start(self, state: TrainState) -> None:
         """The first step counts from here; what was before is start-up."""
-        self._start_up_s = time.time() - psutil.Process().create_time()
         self._step_ended = self._told = time.perf_counter()
 
     def after_step(self, event: StepEvent) -> None:
@@ -43,11 +41,8 @@ class Progress(Hook):
         now = time.perf_counter()
         step_s, self._step_ended = now - self._step_ended, now
         is_first, self._is_first = self._is_first, False
-        if is_first:  # it loads, compiles and allocates: as a rate it would mislead for long
-            say(
-                f"start-up took {self._start_up_s:.1f} s, the first step {step_s:.1f} s; "
-                "rates and time left follow the steps after it"
-            )
+        if is_first:  # it loads, compiles and allocates: rates follow the steps after it
+            say(f"start-up took {self._start_up}, the first step {step_s:.1f} s")
         else:
             self._steps_s.append(step_s)
             self._tokens.append(event.result.totals.workload.num_tokens)

@@ -5,7 +5,8 @@
     touch RUN_DIR/stop          as TERM, for whoever cannot reach the processes
     echo requeue > RUN_DIR/stop as USR1
 
-One rank that is asked is enough. ``stopped.json`` in ``run.dir`` then says how it ended.
+A torchrun that has ended without its ranks, as after kill -9, asks them as USR1 does. One rank that
+is asked is enough. ``stopped.json`` in ``run.dir`` then says how it ended.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ from types import FrameType
 from typing import Any
 
 from triptych.parallel.mesh import Mesh
+from triptych.train.events import record_event
 from triptych.train.hooks.hook import Hook, StepEvent
 from triptych.train.state import TrainState
 from triptych.train.stop import StopReason
@@ -40,6 +42,7 @@ class StopRequest(Hook):
         self._reason: StopReason | None = None
         self._before: dict[int, Any] = {}
         self._first_term: float | None = None
+        self._agent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     def on_start(self, state: TrainState) -> None:
         """Listen from here on; before there was nothing to save."""
@@ -54,6 +57,8 @@ class StopRequest(Hook):
             ):  # there is none; or it is looked for after a step more
                 requeue = self._file.read_text().strip() == REQUEUE
                 self._reason = StopReason(f"the file {self._file}", requeue=requeue)
+        if self._agent not in (None, os.getppid()) and self._reason is None:
+            self._reason = StopReason("its torchrun has ended without it", requeue=True)
         return self._reason
 
     def close(self) -> None:
@@ -82,10 +87,11 @@ def tell_of_stop(run_dir: Path, step: int, reasons: list[tuple[int, StopReason]]
 
     Not if any reason says no: who cancels a job that is about to be requeued means it.
     """
-    told = {
+    told: dict[str, Any] = {
         "step": step,
         "requeue": all(reason.requeue for _, reason in reasons),
         "asked_by": {f"rank {rank}": reason.text for rank, reason in reasons},
     }
     (run_dir / STOP).unlink(missing_ok=True)
     (run_dir / STOPPED).write_text(json.dumps(told, indent=1) + "\n")
+    record_event(run_dir, "stopped", **told)
