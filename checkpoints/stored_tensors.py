@@ -133,11 +133,12 @@ def _read(stored: StoredBox, dtype: torch.dtype, wanted: Box, values: Tensor) ->
     with stored.file.open("rb", buffering=0) as file:
         for row in range(common.row, end, rows_at_once):
             num_rows = min(rows_at_once, end - row)
-            block = torch.empty(num_rows, width, dtype=dtype)
+            block = torch.empty(num_rows, width, dtype=dtype, pin_memory=values.is_cuda)
             file.seek(stored.offset + (row - stored.box.row) * width * dtype.itemsize)
             _fill(block, file)
             rows = target[row - wanted.row :][:num_rows]
-            rows.copy_(block[:, first : first + common.num_columns])
+            moved = block.to(values.device, non_blocking=True)  # torch reuses it when it has left
+            rows.copy_(moved[:, first : first + common.num_columns])
     return common.numel
 
 

@@ -66,14 +66,6 @@ def _upload_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def to_host(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Copies in host memory, through pinned memory: the host waits for the device once for all."""
-    pinned = [tensor.to("cpu", non_blocking=True) for tensor in tensors]  # torch pins these copies
-    if HAS_CUDA:
-        torch.cuda.current_stream().synchronize()
-    return [copy.clone() for copy in pinned]  # what is kept must not stay pinned
-
-
 class HostBuffer:
     """Host memory that tensors are copied to, again and again; pinned where there is a device."""
 

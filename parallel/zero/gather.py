@@ -6,7 +6,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from triptych.parallel.device import to_host
 from triptych.parallel.mesh import Mesh
 
 Shard = tuple[Tensor, Tensor | None, int]
@@ -15,12 +14,11 @@ BUCKET_NUMEL = 2**24
 
 
 def gather_whole(shards: Iterable[Shard], mesh: Mesh) -> Iterator[Tensor]:
-    """Whole fp32 tensors in host memory, each of the shape of its parameter.
+    """Whole fp32 tensors on the device, each of the shape of its parameter.
 
     Sums in which each element is not zero on one rank only, of many small tensors at once; of their
     bits, as a sum of numbers would lose the sign of a zero. The device has room for
-    ``BUCKET_NUMEL`` elements or for one tensor, not for all. The host waits for the device once
-    for each bucket.
+    ``BUCKET_NUMEL`` elements or for one tensor, not for all. The host does not wait for it.
 
     Args:
         shards: of the same parameters in the same order on every rank of ``dp_group``, which all
@@ -36,8 +34,8 @@ def gather_whole(shards: Iterable[Shard], mesh: Mesh) -> Iterator[Tensor]:
                 whole[start : start + shard.numel()] = shard.detach().flatten()
         if mesh.dims.dp > 1:
             dist.all_reduce(flat.view(torch.int32), group=mesh.dp_group)
-        shapes = [parameter.shape for parameter, _, _ in bucket]
-        yield from to_host(list(map(torch.Tensor.view, wholes, shapes)))
+        for whole, (parameter, _, _) in zip(wholes, bucket, strict=True):
+            yield whole.view(parameter.shape)
 
 
 def _buckets(shards: Iterable[Shard]) -> Iterator[list[Shard]]:
