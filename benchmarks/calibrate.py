@@ -34,6 +34,7 @@ from triptych.costs.flops import (
 from triptych.data.loading.collate import Segment, collate
 from triptych.data.types import Batch, SampleId
 from triptych.models.build import build_model
+from triptych.models.feed import on_device
 from triptych.models.init import init_parameters
 from triptych.models.kernels import choose_here
 from triptych.models.qwen_vl.model import Qwen2VL
@@ -41,7 +42,6 @@ from triptych.models.qwen_vl.sharding_table import sharding_table
 from triptych.parallel.device import HAS_CUDA, synchronize
 from triptych.parallel.dtypes import DTYPES
 from triptych.parallel.mesh import Mesh, build_mesh, init_distributed, shutdown
-from triptych.train.batches import on_device
 
 NUM_ROUNDS = 7
 DEPTH = 3

@@ -4,9 +4,11 @@ r"""Let a trained model read an image or a video, or answer about text alone.
         --image scan.png --prompt "Read the digits."    # --video FILE: a video; neither: text alone
     python launch/sample.py --checkpoint runs/demo/stage3 --tokenizer runs/demo/data/tokenizer \
         --digits 400 --output runs/demo    # composed from handwritten digits kept out of training
+    torchrun --nproc-per-node 8 launch/sample.py --tp 4 --pp 2 ...    # a model larger than a GPU
 
 Answers are greedy; one to a question is written as it comes. One process holds the whole model, on
-the GPU where there is one.
+the GPU where there is one; or --tp times --pp processes do, and what torchrun starts beyond that
+shares out the pictures of --digits.
 """
 
 import argparse
@@ -38,18 +40,23 @@ def main(argv: Sequence[str]) -> None:
     from triptych.data.types import MediaKind  # late: --help does not pay for torch
     from triptych.launch.inference.answering import Answerer, Question
 
-    answerer = Answerer.load(options.checkpoint, options.tokenizer)
+    layout = {"tp": options.tp, "pp": options.pp}
+    answerer = Answerer.load(options.checkpoint, options.tokenizer, **layout)
+    is_main = answerer.mesh.is_main
     if options.prompt is not None:
         kind = MediaKind.VIDEO if options.video else MediaKind.IMAGE
         question = Question(file and file.read_bytes(), options.prompt, str(file), kind)
-        answerer.stream(question, max_new_tokens=options.max_new_tokens, write=_write)
-        print()
+        write = _write if is_main else _be_silent
+        answerer.stream(question, max_new_tokens=options.max_new_tokens, write=write)
+        write("\n")
         return
     from triptych.launch.digits import evaluate, plots
 
-    options.output.mkdir(parents=True, exist_ok=True)
-    tell = Bar("answers").show
+    tell = Bar("answers").show if is_main else _be_silent
     readings = evaluate.evaluate(answerer, options.digits, seed=options.seed, tell=tell)
+    if not is_main:
+        return
+    options.output.mkdir(parents=True, exist_ok=True)
     print(evaluate.table(readings))
     evaluate.save_readings(readings, options.output)
     print(plots.contact_sheet(readings, options.output, seed=options.seed))
@@ -59,6 +66,16 @@ def main(argv: Sequence[str]) -> None:
 
 def _write(text: str) -> None:
     print(text, end="", flush=True)
+
+
+def _degree(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no number of ranks")
+    return int(text)
+
+
+def _be_silent(*_: object) -> None:
+    """What the other ranks say."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -74,6 +91,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-new-tokens", type=int, default=32, help="an answer is cut there (default: 32)"
     )
+    for degree, what in (("--tp", "share each layer"), ("--pp", "share the layers")):
+        parser.add_argument(degree, type=_degree, default=1, help=f"ranks that {what} (default: 1)")
     parser.add_argument("--digits", type=int, metavar="NUMBER", help="images for evaluation")
     parser.add_argument("--seed", type=int, default=1234, help="of these images (default: 1234)")
     parser.add_argument("--output", type=Path, help="folder for results and pictures")

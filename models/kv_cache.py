@@ -13,10 +13,14 @@ from torch import Tensor, nn
 
 
 class KeyValueCache:
-    """Filled by the first forward pass, of whole prompts; the next ones are of one token each."""
+    """Filled by the first forward pass, of whole prompts; the next ones are of one token each.
 
-    def __init__(self) -> None:
-        self.slots: Sequence[int] = ()
+    Of all layers of this rank, whichever chunk of the model they are in. Segments beyond ``slots``
+    are padding.
+    """
+
+    def __init__(self, slots: Sequence[int]) -> None:
+        self.slots = slots
         """Which prompt each segment of the next forward pass is of. Set before each."""
         self._kept: dict[nn.Module, dict[int, tuple[Tensor, Tensor]]] = {}
 
@@ -26,7 +30,7 @@ class KeyValueCache:
 
     def keep(self, layer: nn.Module, k_TKD: Tensor, v_TKD: Tensor, bounds: Sequence[int]) -> None:
         """Take a layer's keys and values of whole prompts; a copy, as the pack is freed."""
-        pieces = zip(self.slots, pairwise(bounds), strict=True)
+        pieces = zip(self.slots, pairwise(bounds), strict=False)
         self._kept[layer] = {
             slot: (k_TKD[start:end].clone(), v_TKD[start:end].clone())
             for slot, (start, end) in pieces
@@ -35,8 +39,8 @@ class KeyValueCache:
     def attend(
         self, layer: nn.Module, q_SND: Tensor, k_SKD: Tensor, v_SKD: Tensor, scale: float
     ) -> Tensor:
-        """Attend with each segment's new token to all of its tokens; (S, N, D)."""
-        kept, outputs = self._kept[layer], []
+        """Attend with each segment's new token to all of its tokens; (S, N, D), 0 for padding."""
+        kept, out_SND = self._kept[layer], torch.zeros_like(q_SND)
         for i, slot in enumerate(self.slots):
             before = kept[slot]
             k, v = (
@@ -47,5 +51,5 @@ class KeyValueCache:
             q, k, v = (x.transpose(0, 1)[None] for x in (q_SND[i : i + 1], k, v))
             shared = q.size(1) != k.size(1)
             out = F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=shared)
-            outputs.append(out[0].transpose(0, 1))
-        return torch.cat(outputs)
+            out_SND[i] = out[0, :, 0]
+        return out_SND

@@ -25,7 +25,7 @@ def run_microbatches(
     chunks: Sequence[nn.Module],
     feeds: Sequence[Iterator[Microbatch]],
     lengths: Sequence[int],
-    forward: Callable[[nn.Module, Microbatch], tuple[Tensor, LossFunction[Result]]],
+    forward: Callable[[nn.Module, Microbatch], tuple[Tensor, LossFunction[Result] | None]],
     mesh: Mesh,
     *,
     forward_only: bool,
@@ -42,7 +42,7 @@ def run_microbatches(
         lengths: tokens of each, padding included; the same on all stages.
         forward: runs a chunk and returns its output and, used of the whole model's last only, what
             turns the output into (summed loss, number of tokens that count as a 0-d int tensor,
-            result to keep).
+            result to keep); None, for ``forward_only``, keeps the output.
         mesh: this rank's place.
         forward_only: no backward pass and no gradient reduction.
 

@@ -4,7 +4,7 @@ The summed loss of the global batch, divided by its number of supervised tokens,
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
 
 import torch
@@ -12,12 +12,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from triptych.costs.flops import NO_WORK, Workload
-from triptych.data.types import Batch, MediaWork, Step
+from triptych.data.types import Batch, MediaWork, Step, UnreadableSample
 from triptych.errors import TrainingError
+from triptych.models.feed import on_device
 from triptych.parallel.agree import ranks_where
 from triptych.parallel.mesh import Mesh
 from triptych.parallel.schedule import LossFunction, run_microbatches
-from triptych.train.batches import drop_unreadable, on_device
 from triptych.train.engine import Engine
 
 
@@ -157,6 +157,13 @@ def count(step: Step, mesh: Mesh, *, asks_to_stop: bool = False) -> Totals:
         MediaWork(*work),
         num_asking,
     )
+
+
+def drop_unreadable(step: Step, unreadable: Iterable[UnreadableSample]) -> None:
+    """Take samples whose media could not be read out of the loss of this rank."""
+    for sample in unreadable:
+        batch = step.microbatches[sample.microbatch]
+        batch.leave_out(*batch.segments[sample.segment : sample.segment + 2])
 
 
 def _over_ranks(loss_sum: Tensor, mesh: Mesh) -> Tensor:

@@ -17,19 +17,26 @@ SPLIT = {
 def check_parallel(config: Config, world_size: int) -> Iterator[Problem]:
     """The ranks divide, and tp divides what it splits."""
     parallel, tp, pp = config.parallel, config.parallel.tp, config.parallel.pp
-    if world_size % (tp * pp):
-        below = world_size // (tp * pp) * tp * pp
-        good = [count for count in (below, below + tp * pp) if count]
-        yield Problem(
-            f"{world_size} ranks must be a multiple of parallel.tp*pp = {tp}*{pp}={tp * pp}",
-            f"{either(good)} ranks, or other parallel.tp and parallel.pp",
-        )
+    yield from check_ranks(world_size, tp, pp, keys=("parallel.tp", "parallel.pp"))
     yield from check_split(config.model, tp, "parallel.tp")
     if parallel.sequence_parallel and tp == 1:
         yield Problem(
             "parallel.sequence_parallel=true has no ranks to shard over at parallel.tp=1",
             "parallel.sequence_parallel=false",
         )
+
+
+def check_ranks(world_size: int, tp: int, pp: int, keys: tuple[str, str]) -> Iterator[Problem]:
+    """The ranks divide; ``keys`` are what a person sets tp and pp by."""
+    if world_size % (tp * pp) == 0:
+        return
+    below = world_size // (tp * pp) * tp * pp
+    good = [count for count in (below, below + tp * pp) if count]
+    product = f"{keys[0]}*{keys[1].rpartition('.')[2]}"
+    yield Problem(
+        f"{world_size} ranks must be a multiple of {product} = {tp}*{pp}={tp * pp}",
+        f"{either(good)} ranks, or other {' and '.join(keys)}",
+    )
 
 
 def check_split(model: ModelConfig, tp: int, key: str) -> Iterator[Problem]:
@@ -110,9 +117,8 @@ def check_layout(config: Config) -> Iterator[Problem]:
         return
     if layout == "auto":
         return
-    spare = num_chunks - num_layers % num_chunks
-    even = [num_layers // num_chunks + (chunk >= spare) for chunk in range(num_chunks)]
-    remedy = f"parallel.layout={typed_list(even)} or parallel.layout=auto"
+    even = typed_list(even_layers(num_layers, num_chunks))
+    remedy = f"parallel.layout={even} or parallel.layout=auto"
     if not isinstance(layout, list) or not all(type(count) is int for count in layout):
         yield Problem(f"parallel.layout={layout} must be auto or a list of layer counts", remedy)
         return
@@ -126,6 +132,12 @@ def check_layout(config: Config) -> Iterator[Problem]:
             f"{given} adds up to {sum(layout)}, not to model.language.num_layers={num_layers}",
             remedy,
         )
+
+
+def even_layers(num_layers: int, num_chunks: int) -> list[int]:
+    """Decoder layers of each chunk, of equal numbers where that goes, else one more in the last."""
+    spare = num_chunks - num_layers % num_chunks
+    return [num_layers // num_chunks + (chunk >= spare) for chunk in range(num_chunks)]
 
 
 def check_batch(config: Config, world_size: int) -> Iterator[Problem]:

@@ -14,9 +14,11 @@ from triptych.checkpoints.model_file import read_model
 from triptych.checkpoints.run_state import RunTensors, load_weights
 from triptych.checkpoints.stored_tensors import StoredTensors
 from triptych.configs.model_schema import ModelConfig
+from triptych.configs.problems import Problem, refusal
+from triptych.configs.rules.parallel import check_ranks, check_split, even_layers
 from triptych.configs.schema import Kernels, ParallelConfig, Precision
 from triptych.data.chat import encode_prompt
-from triptych.data.loading.collate import Segment
+from triptych.data.loading.collate import Segment, collate
 from triptych.data.media.image import cut_patches
 from triptych.data.media.kinds import kind_of
 from triptych.data.tokenizer import Tokenizer, load_tokenizer
@@ -27,9 +29,9 @@ from triptych.models.generate import greedy
 from triptych.models.kernels import choose_here
 from triptych.models.parameters import global_parameters
 from triptych.models.qwen_vl.sharding_table import sharding_table
-from triptych.parallel.agree import SingleProcess
+from triptych.parallel.agree import ProcessGroupRanks
 from triptych.parallel.dtypes import DTYPES
-from triptych.parallel.mesh import build_mesh, init_distributed
+from triptych.parallel.mesh import Mesh, build_mesh, init_distributed
 
 TIMEOUT_S = 600
 BATCH = 32
@@ -59,60 +61,92 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Answerer:
-    """The whole model in this process, with its tokenizer and the resolution it trained at."""
+    """This rank's part of the model, with its tokenizer and the resolution it trained at."""
 
-    model: nn.Module
+    chunks: Sequence[nn.Module]
     config: ModelConfig
+    mesh: Mesh
     tokenizer: Tokenizer
     limits: PixelLimits
 
     @classmethod
     def load(
-        cls, checkpoint: Path, tokenizer: Path, precision: Precision | None = None
+        cls,
+        checkpoint: Path,
+        tokenizer: Path,
+        precision: Precision | None = None,
+        *,
+        tp: int = 1,
+        pp: int = 1,
     ) -> "Answerer":
-        """Load the weights of a run, or those that were imported.
+        """Load the weights of a run, or those that were imported. Every rank must call this.
 
         Args:
             checkpoint: a run folder, its ``checkpoints``, or one checkpoint, of any layout.
             tokenizer: the folder that the run was given.
             precision: that of the weights, where none is asked for.
+            tp: ranks that share each layer.
+            pp: ranks that share the layers; over the ranks left, dp, questions are shared out.
 
         Raises:
             CheckpointError: there is no good checkpoint.
-            ConfigError: no tokenizer.
+            ConfigError: no tokenizer, or ranks that the model cannot be shared by.
         """
-        folder = locate(checkpoint, SingleProcess())
+        world_size = init_distributed(TIMEOUT_S)
+        folder = locate(checkpoint, ProcessGroupRanks())
         sizes, limits = read_model(folder), origin_of(folder).limits
+        _refuse_ranks(sizes, world_size, tp, pp)
         loaded = load_tokenizer(tokenizer)
-        init_distributed(TIMEOUT_S)
-        mesh = build_mesh(1, 1, seed=0, timeout_s=TIMEOUT_S)
+        mesh = build_mesh(tp, pp, seed=0, timeout_s=TIMEOUT_S)
         if precision is None:
             stored = StoredTensors.open(CheckpointFolder(folder).shards, mesh.world)
             precision = next(p for p in Precision if DTYPES[p] == stored.weights_dtype)
-        layers = [sizes.language.num_layers]
+        layers = even_layers(sizes.language.num_layers, pp)
         kernels = choose_here(Kernels.auto, precision)
-        [model] = build_model(sizes, ParallelConfig(), precision, layers, mesh, kernels)
-        parameters = dict(global_parameters([model]))
+        parallel = ParallelConfig(tp=tp, pp=pp)
+        chunks = build_model(sizes, parallel, precision, layers, mesh, kernels)
+        parameters = dict(global_parameters(chunks))
         load_weights(folder, RunTensors(parameters, None, sharding_table(sizes), mesh))
-        return cls(model.eval(), sizes, loaded, limits)
+        return cls([chunk.eval() for chunk in chunks], sizes, mesh, loaded, limits)
 
     def answer(self, questions: Sequence[Question], *, max_new_tokens: int) -> list[list[int]]:
-        """Ids of each greedy answer, without the token that ends it."""
-        prompts = [self.prompt(question) for question in questions]
+        """Ids of each greedy answer, without the token that ends it.
+
+        Every rank must call this with the same questions, and gets all answers.
+        """
+        mesh, size = self.mesh, BATCH * self.mesh.dims.pp
+        mine = range(mesh.dp_rank, len(questions), mesh.dims.dp)
         answers: list[list[int]] = []
-        for start in range(0, len(prompts), BATCH):
-            answers += greedy(
-                self.model,
-                prompts[start : start + BATCH],
-                self.config,
-                max_new_tokens=max_new_tokens,
+        for start in range(0, len(mine), size):
+            prompts = [self.prompt(questions[i]) for i in mine[start : start + size]]
+            answers += self._continue(prompts, max_new_tokens)
+        found = dict(zip(mine, answers, strict=True))
+        if mesh.dims.dp > 1:
+            found = {i: ids for each in mesh.world.all_gather(found) for i, ids in each.items()}
+        return [found[i] for i in range(len(questions))]
+
+    def _continue(
+        self,
+        prompts: Sequence[Segment],
+        max_new_tokens: int,
+        tell: Callable[[int, int], None] | None = None,
+    ) -> list[list[int]]:
+        """Every rank of this replica must call this."""
+        mesh, reads = self.mesh, self.mesh.reads_media
+        batches = [
+            collate(
+                prompts[start : start + BATCH], self.config, pad_to=mesh.dims.tp, with_pixels=reads
             )
-        return answers
+            for start in range(0, len(prompts), BATCH)
+        ]
+        return greedy(
+            self.chunks, batches, self.config, mesh, max_new_tokens=max_new_tokens, tell=tell
+        )
 
     def stream(
         self, question: Question, *, max_new_tokens: int, write: Callable[[str], None]
     ) -> None:
-        """Answer one question, and ``write`` the text as it comes."""
+        """Answer one question, and ``write`` the text as it comes. Every rank must call this."""
         ids: list[int] = []
         written = 0
 
@@ -124,8 +158,7 @@ class Answerer:
                 write(text[written:])
                 written = len(text)
 
-        prompt = self.prompt(question)
-        greedy(self.model, [prompt], self.config, max_new_tokens=max_new_tokens, tell=tell)
+        self._continue([self.prompt(question)], max_new_tokens, tell)
         write(self.tokenizer.decode(ids)[written:])
 
     def read(self, questions: Sequence[Question], *, max_new_tokens: int) -> list[str]:
@@ -153,3 +186,20 @@ class Answerer:
         input_ids, targets = expand(sample, grids, self.config)
         shapes = np.array(grids, np.int64).reshape(-1, 3)
         return Segment(SampleId(0, 0), input_ids, targets, shapes, tuple(patches))
+
+
+def _refuse_ranks(sizes: ModelConfig, world_size: int, tp: int, pp: int) -> None:
+    """Refuse ranks that the model cannot be shared by.
+
+    Raises:
+        ConfigError: lists what does not divide.
+    """
+    num_layers = sizes.language.num_layers
+    problems = [
+        *check_ranks(world_size, tp, pp, keys=("--tp", "--pp")),
+        *check_split(sizes, tp, "--tp"),
+    ]
+    if pp > num_layers:
+        problems.append(Problem(f"--pp={pp} must be at most {num_layers} layers", "a smaller --pp"))
+    if problems:
+        raise refusal(problems)

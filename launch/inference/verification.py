@@ -83,7 +83,8 @@ def _compare_answers(exported: Path, folder: Path, report: Report) -> None:
     theirs = Qwen2VLForConditionalGeneration.from_pretrained(exported)
     exported_dtype = theirs.dtype
     theirs = theirs.float().eval()
-    for parameter in ours.model.parameters():
+    [model] = ours.chunks
+    for parameter in model.parameters():
         parameter.data = parameter.data.to(exported_dtype).float()
     processor = load_processor(exported)
     for question in _questions():
@@ -101,7 +102,7 @@ def _compare_answers(exported: Path, folder: Path, report: Report) -> None:
         elif question.file is not None:
             _compare_pixels(prompt["pixel_values"], mine, where, report)
         batch = collate([mine], ours.config, pad_to=1, with_pixels=True)
-        _compare_logits(theirs, prompt, next_logits(ours.model, batch)[0], where, report)
+        _compare_logits(theirs, prompt, next_logits(model, batch)[0], where, report)
         [answer] = ours.answer([question], max_new_tokens=MAX_NEW_TOKENS)
         other = _answer_of_transformers(theirs, prompt)
         text = ours.tokenizer.decode(answer)

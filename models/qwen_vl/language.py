@@ -5,20 +5,27 @@ from typing import Any
 from torch import Tensor, nn
 
 from triptych.models.loss import SummedLoss
+from triptych.models.next_token import NextToken
 
 from megatron.core.models.gpt import GPTModel
 
 
 class LanguageModel(GPTModel):
-    """Called, it gives hidden states on every stage; the last one has ``loss`` and ``logits``."""
+    """Called, it gives hidden states on every stage.
+
+    The last one has ``loss``, ``next_token`` and ``logits``.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.post_process:
-            self.loss = SummedLoss(
-                self._head_weight(),
-                self.pg_collection.tp,
-                sequence_parallel=self.config.sequence_parallel,
+            self.loss, self.next_token = (
+                head(
+                    self._head_weight(),
+                    self.pg_collection.tp,
+                    sequence_parallel=self.config.sequence_parallel,
+                )
+                for head in (SummedLoss, NextToken)
             )
 
     def _postprocess(self, hidden_states: Tensor, **_: Any) -> Tensor:

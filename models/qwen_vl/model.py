@@ -101,11 +101,11 @@ class Qwen2VL(MegatronModule):
             batch: on the device; ``pixel_values`` is needed by the first chunk only, ``labels`` by
                 the last only.
             with_loss: False gives logits.
-            cache: of prompts that are being continued.
+            cache: of prompts that are being continued; gives the next token of each.
 
         Returns:
             Last chunk: 0-d float64, the summed loss of the tokens that count, or
-            (1, T, vocab / tp) logits.
+            (1, T, vocab / tp) logits, or (num_segments,) int64, the likeliest tokens.
             Other chunks: (T, 1, H) hidden states (T / tp with sequence parallelism).
         """
         hidden_T1H: Tensor = self.language(
@@ -117,6 +117,9 @@ class Qwen2VL(MegatronModule):
         )
         if not self.post_process:
             return hidden_T1H
+        if cache is not None:
+            ids_S: Tensor = self.language.next_token(hidden_T1H, batch.cu_seqlens[1:] - 1)
+            return ids_S
         if not with_loss:
             return self.language.logits(hidden_T1H)
         loss: Tensor = self.language.loss(hidden_T1H, batch.labels, batch.supervised_index)

@@ -1,16 +1,25 @@
-"""Greedy decoding: the answers of transformers, prompt by prompt, although ours are packed."""
+"""Greedy decoding: the answers of transformers, prompt by prompt, although ours are packed; and the
+same tokens in every layout.
+"""
 
 import time
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
-from triptych.configs.model_schema import ModelConfig
+from triptych.configs.schema import Kernels, ParallelConfig, Precision
 from triptych.data.loading.collate import Segment, collate
 from triptych.data.types import SampleId
+from triptych.models.build import build_model
 from triptych.models.generate import greedy, next_logits
+from triptych.models.kernels import choose_here
+from triptych.models.qwen_vl.model import Qwen2VL
+from triptych.parallel.mesh import build_mesh
+from triptych.tests.helpers.layouts import Layout, LayoutCase, config_of, engine_of
+from triptych.tests.helpers.limits import HANG_S
 from triptych.tests.helpers.reference import (
     TOKENS,
     conversations,
@@ -34,9 +43,15 @@ def answers(tmp_path_factory):
     with alone() as mesh:
         ours = load_ours(folder, config, mesh).eval()
         prompts = segments_of(samples)
-        mine = greedy(ours, prompts, config, max_new_tokens=MAX_NEW_TOKENS)
-        cut = greedy(ours, prompts, config, max_new_tokens=1)
+        mine = answers_of(ours, prompts, config, mesh, max_new_tokens=MAX_NEW_TOKENS)
+        cut = answers_of(ours, prompts, config, mesh, max_new_tokens=1)
     return mine, [_generate(reference, sample) for sample in samples], cut
+
+
+def answers_of(model, prompts, config, mesh, **options):
+    """Of one batch, by one process."""
+    batch = collate(prompts, config, pad_to=1, with_pixels=True)
+    return greedy([model], [batch], config, mesh, **options)
 
 
 def _generate(reference, sample):
@@ -84,8 +99,8 @@ def test_kept_keys_and_values_change_no_token(kv_heads, tied, tmp_path):
     with alone() as mesh:
         ours, prompts = load_ours(tmp_path, config, mesh).eval(), segments_of(samples)
         start = time.process_time()
-        kept = greedy(
-            ours, prompts, config, max_new_tokens=32, tell=lambda *token: told.append(token)
+        kept = answers_of(
+            ours, prompts, config, mesh, max_new_tokens=32, tell=lambda *new: told.append(new)
         )
         middle = time.process_time()
         whole = whole_again_for_each_token(ours, prompts, config, 32)
@@ -116,41 +131,77 @@ def whole_again_for_each_token(model, prompts, config, max_new_tokens):
     return answers
 
 
-class Scripted(torch.nn.Module):
-    """Says after each segment what the script names for its length."""
-
-    def __init__(self, script):
-        super().__init__()
-        self.script, self.weight = script, torch.nn.Parameter(torch.zeros(1))
-        self.calls = []
-
-    def forward(self, batch, *, with_loss, cache):
-        bounds = batch.segments
-        self.calls.append(len(bounds) - 1)
-        logits = torch.zeros(1, bounds[-1], 64)
-        for end in bounds[1:]:
-            length = int(batch.position_ids[0, end - 1]) + 1
-            logits[0, end - 1, self.script[length]] = 1.0
-        return logits
-
-
 @pytest.mark.parametrize("end", [TOKENS.im_end, TOKENS.endoftext])
 def test_either_end_token_ends_an_answer_and_frees_its_place(end):
+    """The model says after each prompt what the script names for the number of tokens so far."""
     script = {2: 30, 3: end, 5: 40, 6: 41, 7: end}
-    prompts = [
-        Segment(
-            SampleId(0, i),
-            np.full(length, 20, np.int32),
-            np.zeros(length, np.uint8),
-            np.zeros((0, 3), np.int64),
-            (),
-        )
-        for i, length in enumerate([2, 5, 3])
-    ]
-    model = Scripted(script)
-    assert greedy(model, prompts, ModelConfig(tokens=TOKENS), max_new_tokens=9) == [
-        [30],
-        [40, 41],
-        [],
-    ]
-    assert model.calls == [3, 2, 1]
+    config = small_model(heads=4, kv_heads=4, tied=True, num_layers=1)
+    prompts = [segment_of_text(i, length) for i, length in enumerate([2, 5, 1])]
+    calls = []
+
+    def scripted(model, batch, *, cache):
+        calls.append(len(batch.segments) - 1)
+        lengths = [int(batch.position_ids[0, last - 1]) + 1 for last in batch.segments[1:]]
+        return torch.tensor([script.get(length, end) for length in lengths])
+
+    with alone() as mesh, mock.patch.object(Qwen2VL, "forward", scripted):
+        layers, kernels = [1], choose_here(Kernels.auto, Precision.fp32)
+        [model] = build_model(config, ParallelConfig(), Precision.fp32, layers, mesh, kernels)
+        answers = answers_of(model, prompts, config, mesh, max_new_tokens=9)
+    assert answers == [[30], [40, 41], []]
+    assert calls == [3, 2, 1]
+
+
+def segment_of_text(number, length):
+    ids, targets = np.full(length, 20, np.int32), np.zeros(length, np.uint8)
+    return Segment(SampleId(0, number), ids, targets, np.zeros((0, 3), np.int64), ())
+
+
+CASES = [
+    LayoutCase(Layout(tp=2, pp=2, layers=(1, 3)), tied=True),
+    LayoutCase(Layout(tp=2, dp=2, sequence_parallel=True), tied=True, zero="megatron+all"),
+    LayoutCase(Layout(pp=2, dp=2, layers=(1, 1, 1, 1), vpp=2), tied=True, zero="megatron+all"),
+]
+MORE_CASES = [
+    LayoutCase(Layout(tp=4), tied=True),
+    LayoutCase(Layout(pp=4, layers=(1, 1, 1, 1)), tied=True, zero="deepspeed", llm="full"),
+    LayoutCase(Layout(dp=4), tied=True),
+]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("cases", [CASES, pytest.param(MORE_CASES, marks=pytest.mark.slow)])
+def test_the_same_tokens_in_every_layout(pool, cases):
+    """Chunks wrapped for data parallelism as in training; dp ranks have prompts of their own."""
+    outcomes = pool(4).run(answers_by_layout, cases=cases)
+    whole = {i: answer for of_rank, *_ in outcomes for i, answer in of_rank.items()}
+    assert max(map(len, whole.values())) == 32
+    for rank, (_, by_case, cpu_s) in enumerate(outcomes):
+        print(f"rank {rank}: {cpu_s:.1f} CPU-seconds")
+        for case, answers in by_case.items():
+            assert answers == {i: whole[i] for i in answers}, (rank, case)
+
+
+def answers_by_layout(cases):
+    """Prompt -> answer: of the whole model on this rank, and in each layout; CPU-seconds."""
+    started_s = time.process_time()
+    samples = conversations(0) + conversations(1)[:4]
+    by_case = {}
+    for case in cases:
+        engine = engine_of(case)
+        mesh, config = engine.mesh, config_of(case).model
+        mine = range(mesh.dp_rank, len(samples), mesh.dims.dp)
+        prompts = segments_of([samples[i] for i in mine])
+        if not mesh.reads_media:
+            prompts = [replace(prompt, pixels=()) for prompt in prompts]
+        batches = [
+            collate(part, config, pad_to=mesh.dims.tp, with_pixels=mesh.reads_media)
+            for part in (prompts[:1], prompts[1:])
+        ]
+        answers = greedy(engine.chunks, batches, config, mesh, max_new_tokens=32)
+        by_case[str(case)] = dict(zip(mine, answers, strict=True))
+    mesh = build_mesh(1, 1, seed=0, timeout_s=HANG_S)
+    [model] = engine_of(LayoutCase(Layout(), tied=True), mesh).bare_chunks
+    prompts, mine = segments_of(samples), range(mesh.rank, len(samples), 4)
+    whole = {i: answers_of(model, [prompts[i]], config, mesh, max_new_tokens=32)[0] for i in mine}
+    return whole, by_case, time.process_time() - started_s

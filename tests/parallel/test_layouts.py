@@ -17,6 +17,7 @@ from unittest import mock
 import pytest
 import torch
 
+from triptych.models.feed import on_device
 from triptych.models.qwen_vl.sharding_table import sharding_table
 from triptych.models.sharding import TensorSharding
 from triptych.tests.helpers.layouts import (
@@ -34,7 +35,6 @@ from triptych.tests.helpers.layouts import (
     measure,
     pairs,
 )
-from triptych.train.batches import on_device
 
 pytestmark = pytest.mark.distributed
 
@@ -294,7 +294,7 @@ def pixels_kept_by_the_reading_rank():
     def kept(tensor, group):
         return tensor if group.rank() == 0 else torch.zeros_like(tensor)
 
-    return mock.patch("triptych.train.batches.broadcast_from_source", kept)
+    return mock.patch("triptych.models.feed.broadcast_from_source", kept)
 
 
 def norms_not_summed_over_tp():

@@ -8,6 +8,7 @@ import torch
 
 from triptych.configs.compose import load_config
 from triptych.configs.schema import Config, Decay, Part, PartConfig, StageConfig
+from triptych.models.feed import on_device
 from triptych.models.parameters import part_of
 from triptych.tests.helpers.layouts import (
     TRAINED,
@@ -17,7 +18,6 @@ from triptych.tests.helpers.layouts import (
     make_step,
 )
 from triptych.tests.helpers.runs import COVERING, LAYOUTS, Runs, metrics
-from triptych.train.batches import on_device
 from triptych.train.stages.parameter_counts import ParameterCounts, check_trained_parts
 from triptych.train.stages.stage import Stage, learning_rate
 

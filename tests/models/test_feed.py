@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from triptych.data.types import Batch
+from triptych.models.feed import on_device
 from triptych.parallel.mesh import build_mesh
 from triptych.tests.helpers.layouts import make_step
 from triptych.tests.helpers.limits import HANG_S
 from triptych.tests.helpers.pretend_cuda import pretended_cuda
-from triptych.train.batches import on_device
 
 pytestmark = pytest.mark.distributed
 

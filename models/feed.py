@@ -1,4 +1,4 @@
-"""From what this rank's loader made to what the model takes.
+"""From what this rank's loader made to what its chunks of the model take.
 
 Who reads pixels tells the others, nobody decodes twice.
 """
@@ -9,16 +9,9 @@ from dataclasses import replace
 
 import torch
 
-from triptych.data.types import Batch, Step, UnreadableSample
+from triptych.data.types import Batch
 from triptych.parallel.device import Upload
 from triptych.parallel.mesh import ChunkPlace, Mesh, broadcast_from_source
-
-
-def drop_unreadable(step: Step, unreadable: Iterable[UnreadableSample]) -> None:
-    """Take samples whose media could not be read out of the loss of this rank."""
-    for sample in unreadable:
-        batch = step.microbatches[sample.microbatch]
-        batch.leave_out(*batch.segments[sample.segment : sample.segment + 2])
 
 
 def on_device(batches: Iterable[Batch], mesh: Mesh, place: ChunkPlace) -> Iterator[Batch]:
