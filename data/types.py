@@ -278,12 +278,15 @@ class MediaWork:
     """Taken from a cache, none of their file read."""
     decode_us: int = 0
     """Microseconds of the threads that decoded; what they waited for a file not counted."""
+    read_bytes: int = 0
+    """Of files that were read to be decoded."""
 
     def __add__(self, other: "MediaWork") -> "MediaWork":
         return MediaWork(
             self.num_decoded + other.num_decoded,
             self.num_kept + other.num_kept,
             self.decode_us + other.decode_us,
+            self.read_bytes + other.read_bytes,
         )
 
 

@@ -19,7 +19,7 @@ from triptych.data.plan.plan_sources import plan_sources
 from triptych.data.stores.media_store import open_store
 from triptych.data.tokenizer import load_tokenizer
 from triptych.data.types import PixelLimits, Step
-from triptych.errors import ConfigError
+from triptych.errors import ConfigError, DataError
 from triptych.parallel.mesh import Mesh
 from triptych.train.console import say
 
@@ -113,12 +113,23 @@ def _open(config: Config, name: str, fallback: Path) -> Dataset:
 
 
 def generate_samples(config: Config, mesh: Mesh) -> None:
-    """Make the sample datasets, where asked for and not there. Every rank must call this."""
+    """Make the sample datasets, where asked for and not there. Every rank must call this.
+
+    Raises:
+        DataError: they are there, but not all.
+    """
     root = Path(config.data.root)
     if config.data.generate and mesh.is_main and not have_digits(root):
         say(f"making sample data in {root}")
         make_digits(root)
     dist.barrier()
+    paths = [Path(source.path) for source in config.data.sources.values()]
+    lacking = [path.name for path in paths if path.parent == root and not path.exists()]
+    if config.data.generate and lacking:
+        raise DataError(
+            f"{root} was made by an earlier version: it has no {', '.join(lacking)}"
+            "  -> remove it, and it is made again"
+        )
 
 
 def _too_long(count: int) -> str:

@@ -57,6 +57,7 @@ def step_metrics(
         "num_decoded": totals.media_work.num_decoded,
         "num_kept": totals.media_work.num_kept,
         "decode_s": totals.media_work.decode_us / 1e6,
+        "read_bytes": totals.media_work.read_bytes,
         "consumed_tokens": state.consumed_tokens,
         "consumed_samples": state.consumed_samples,
         "step_time_s": times.step_s,

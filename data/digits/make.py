@@ -1,11 +1,12 @@
-"""Sample and demo data: seven datasets about handwritten digits, and their tokenizer.
+"""Sample and demo data: datasets about handwritten digits, and their tokenizer.
 
-root/raw/                      pictures as PNG, records as JSONL: what launch/prepare.py reads
+root/raw/                      PNG, MP4 and JSONL: what launch/prepare.py reads
 root/tokenizer/                512 tokens or fewer; the same whatever the sizes and the seed
 root/text, text_chat           text only: documents and chats about sketches in characters
 root/classification, captions  close-ups of one digit, with its class or a sentence
 root/strings                   one or two digits; articles with two pictures
 root/chat                      ChatML: "Read the digits." -> "47", and other questions
+root/every_kind                a video, a place in a picture, an agent, an article, in turn
 root/heldout                   chats and documents about scans that no other dataset shows
 root/digits.yaml               the arguments; written last
 """
@@ -19,12 +20,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from itertools import count, islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from triptych.data.digits.every_kind import every_kind
 from triptych.data.digits.images import (
     close_up_images,
     heldout_images,
@@ -45,6 +48,7 @@ from triptych.errors import DataError
 VOCAB_SIZE = 512
 _IMAGES = {"train": training_images, "close_up": close_up_images, "heldout": heldout_images}
 _RECORD = "digits.yaml"
+_EVERY_KIND = "every_kind"
 
 TELL_S = 0.5
 """Seconds between two reports of progress."""
@@ -75,7 +79,8 @@ def make_digits(
         root: the folder; appears when it is complete.
         num_images: pictures for training, shared by the datasets, and as many close-ups; a tenth as
             many are held out.
-        num_samples: of each dataset, and of ``heldout`` a tenth as many; or of each by its name.
+        num_samples: of each dataset, of ``heldout`` and ``every_kind`` a tenth as many; or of each
+            that is to be made, by its name.
         seed: decides pictures and texts.
         num_processes: that share the work; the bytes are the same.
         tell: is called from a thread, twice a second and at the end, with the number of pictures
@@ -93,11 +98,11 @@ def make_digits(
         return
     unfinished = root.with_name(f".{root.name}.partial-{os.getpid()}")
     count = get_context("spawn").Value("Q")
-    sizes = _sizes(num_images, num_samples)
-    total = sum(map(sum, sizes))
+    num_pictures, sizes = _sizes(num_images, num_samples)
+    total = sum(num_pictures) + sum(sizes.values())
     try:
         with _telling(tell, count, total), _worker_map(num_processes, count) as worker_map:
-            _make(unfinished, *sizes, seed, worker_map)
+            _make(unfinished, num_pictures, sizes, seed, worker_map)
         (unfinished / _RECORD).write_text(yaml.safe_dump(arguments))
         try:
             unfinished.rename(root)
@@ -121,13 +126,14 @@ def _check_same(root: Path, arguments: Mapping[str, Any]) -> None:
         )
 
 
-def _sizes(num_images: int, num_samples: int | Mapping[str, int]) -> tuple[list[int], list[int]]:
-    """Pictures of each kind of ``_IMAGES``, and samples of each of ``SOURCES``."""
+def _sizes(
+    num_images: int, num_samples: int | Mapping[str, int]
+) -> tuple[list[int], Mapping[str, int]]:
+    """Pictures of each kind of ``_IMAGES``, and samples of each dataset."""
     if isinstance(num_samples, int):
-        heldout = {"heldout": max(8, num_samples // 10)}
-        num_samples = dict.fromkeys(SOURCES, num_samples) | heldout
-    num_images_of = [num_images, num_images, max(8, num_images // 10)]
-    return num_images_of, [num_samples[name] for name in SOURCES]
+        fewer = dict.fromkeys(("heldout", _EVERY_KIND), max(8, num_samples // 10))
+        num_samples = dict.fromkeys(SOURCES, num_samples) | fewer
+    return [num_images, num_images, max(8, num_images // 10)], num_samples
 
 
 @contextmanager
@@ -186,7 +192,7 @@ def _one_more(_: object = None) -> None:
 def _make(
     root: Path,
     num_pictures: Sequence[int],
-    num_samples: Sequence[int],
+    num_samples: Mapping[str, int],
     seed: int,
     worker_map: Map,
 ) -> None:
@@ -194,10 +200,10 @@ def _make(
     (raw / "images").mkdir(parents=True)
     train, close_ups, heldout = worker_map(partial(_save, raw, seed), _IMAGES, num_pictures)
     tokenizer = train_tokenizer(_corpus(), root / "tokenizer", VOCAB_SIZE)
-    pictures = dict.fromkeys(SOURCES, _pictures(train, close_ups))
-    pictures |= {"heldout": _pictures(heldout, [])}
+    pictures = dict.fromkeys(num_samples, _pictures(train, close_ups))
+    pictures["heldout"] = _pictures(heldout, [])
     build = partial(_build, root, tokenizer, seed)
-    list(worker_map(build, SOURCES, pictures.values(), num_samples))
+    list(worker_map(build, num_samples, pictures.values(), num_samples.values()))
 
 
 def _save(raw: Path, seed: int, name: str, num_images: int) -> list[Picture]:
@@ -217,9 +223,13 @@ def _build(
     """Writes the records of one dataset, then the dataset."""
     raw = root / "raw"
     rng = random.Random(f"{seed} {name}")
+    if name == _EVERY_KIND:
+        records = every_kind(raw, rng)
+    else:
+        records = (SOURCES[name](rng, pictures) for _ in count())
     with (raw / f"{name}.jsonl").open("w") as lines:
-        for _ in range(num_samples):
-            lines.write(json.dumps(SOURCES[name](rng, pictures)) + "\n")
+        for record in islice(records, num_samples):
+            lines.write(json.dumps(record) + "\n")
     build_dataset([raw / f"{name}.jsonl"], root / name, tokenizer, images=[raw], report=_one_more)
 
 
@@ -229,7 +239,7 @@ def _pictures(pictures: Sequence[Picture], close_ups: Sequence[Picture]) -> Pict
 
 
 def _corpus() -> Iterable[str]:
-    """The phrases of all datasets, so that every run has the same tokenizer."""
+    """The phrases of ``SOURCES``, so that every run has the same tokenizer."""
     rng = random.Random(0)
     picture = Picture("47", text_part(""))
     pictures = Pictures([picture], [picture], [picture])

@@ -99,10 +99,10 @@ def chat(rng: random.Random, pictures: Pictures) -> Record:
     picture = pictures.draw(rng)
     kind = rng.random()
     if kind < 0.7:
-        return _turns([picture.part, text_part(READ)], picture.digits)
+        return turns([picture.part, text_part(READ)], picture.digits)
     if kind < 0.8:
         other = pictures.draw(rng)
-        return _turns(
+        return turns(
             [picture.part, other.part, text_part(READ_BOTH)], picture.digits + other.digits
         )
     question, answer = rng.choice(
@@ -112,7 +112,7 @@ def chat(rng: random.Random, pictures: Pictures) -> Record:
             ("What is the last digit?", picture.digits[-1]),
         )
     )
-    return _turns([picture.part, text_part(question)], answer)
+    return turns([picture.part, text_part(question)], answer)
 
 
 def text(rng: random.Random, pictures: Pictures) -> Record:
@@ -138,8 +138,8 @@ def text_chat(rng: random.Random, pictures: Pictures) -> Record:
         return chat(rng, sketches(rng))
     digit = rng.randrange(9)
     if rng.random() < 0.5:
-        return _turns([text_part(f"Which digit comes after {digit}?")], str(digit + 1))
-    return _turns([text_part(f"Which digit comes before {digit + 1}?")], str(digit))
+        return turns([text_part(f"Which digit comes after {digit}?")], str(digit + 1))
+    return turns([text_part(f"Which digit comes before {digit + 1}?")], str(digit))
 
 
 def heldout(rng: random.Random, pictures: Pictures) -> Record:
@@ -165,7 +165,8 @@ SOURCES: dict[str, Callable[[random.Random, Pictures], Record]] = {
 """Dataset name -> what makes one record of it."""
 
 
-def _turns(question: list[Record], answer: str) -> Record:
+def turns(question: list[Record], answer: str | list[Record]) -> Record:
+    """A record of a question and its answer."""
     return {
         "messages": [
             {"role": "user", "content": question},

@@ -148,6 +148,7 @@ class Reader:
         def decode() -> NDArray[np.uint8]:
             data = source.read_media(media)
             work.num_decoded += 1
+            work.read_bytes += len(data)
             started_s = time.perf_counter()
             try:
                 return kind.frames(data, media, shape, where)

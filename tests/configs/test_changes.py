@@ -63,7 +63,7 @@ def test_the_cause_of_another_plan_is_told_apart_from_what_is_none(word: str, sa
     config = load_config([word, *others, "data.mixtures.stage1.strings=0.9"])
     found = causes_of_another_plan(changes(saved, config), config)
     if word == "data.root=elsewhere":
-        names = ["captions", "strings", "text"]
+        names = ["captions", "every_kind", "strings", "text"]
         assert sorted(change.key for change in found) == [f"data.sources.{n}.path" for n in names]
     else:
         assert [f"{change.key}={change.now}" for change in found] == [word]

@@ -189,7 +189,7 @@ def test_own_data_that_change_a_built_in_mixture(tmp_path: Path) -> None:
     (tmp_path / "data/owner.yaml").write_text("defaults: [own]\nmixtures: {mine: {chat: 3}}\n")
     argv = ["--config-dir", str(tmp_path), "data=owner"]
     mixtures = load_config(argv).data.mixtures
-    assert mixtures["stage2"] == {"strings": 0.5, "captions": 0.3, "text": 1.0}
+    assert mixtures["stage2"] == {"strings": 0.5, "captions": 0.3, "text": 1.0, "every_kind": 0.1}
     assert (mixtures["stage1"]["captions"], mixtures["mine"]["chat"]) == (0.4, 3.0)
     assert {type(w) for weights in mixtures.values() for w in weights.values()} == {float}
     typed = load_config([*argv, "data.mixtures.mine.chat=4"]).data.mixtures

@@ -187,7 +187,7 @@ def test_folders_exist_unless_they_are_generated(tmp_path: Path) -> None:
     assert "-> try data.sources.strings.path=FOLDER, one that launch/prepare.py wrote" in text
     assert "data.sources.chat" not in text  # stage 2 does not read it
     assert "data.sources.heldout" not in text  # nothing is validated
-    for name in ("tokenizer", "strings", "captions", "text"):
+    for name in ("tokenizer", "strings", "captions", "text", "every_kind"):
         (tmp_path / name).mkdir()
     validate(load_config(argv), world_size=1)
     refused([*argv, "train.validate_every=5"], f"data.sources.heldout.path={tmp_path}/heldout is")

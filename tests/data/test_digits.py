@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from PIL import Image
 
+from triptych.configs.compose import load_config
 from triptych.configs.model_schema import VisionConfig
 from triptych.data.dataset.dataset import Dataset
 from triptych.data.digits import images
@@ -25,13 +27,15 @@ from triptych.data.digits.images import (
 )
 from triptych.data.digits.make import have_digits, make_digits
 from triptych.data.digits.texts import READ, SOURCES
+from triptych.data.media.decoder import borrowed_decoder
 from triptych.data.media.image import image_grids
 from triptych.data.tokenizer import load_tokenizer
 from triptych.data.types import PixelLimits
 from triptych.errors import DataError
 from triptych.tests.helpers.processes import wait_until_dead
+from triptych.train.data import Mixture
 
-LIMITS = PixelLimits(min_pixels=28 * 28, max_pixels=168 * 168)
+LIMITS = PixelLimits.of(load_config([]).data)
 SIZES = {"num_images": 40, "num_samples": 60, "seed": 7}
 
 
@@ -95,11 +99,11 @@ def test_pictures_are_those_of_the_seed():
 def test_every_source_is_a_dataset_with_short_samples(root):
     tokenizer = load_tokenizer(root / "tokenizer")
     assert tokenizer.vocab_size <= 512
-    for name in SOURCES:
+    for name in (*SOURCES, "every_kind"):
         dataset = Dataset.open(root / name, name)
         dataset.check_tokens(tokenizer.tokens, tokenizer.fingerprint)
-        assert len(dataset) == (8 if name == "heldout" else 60)
-        assert dataset.sizes(LIMITS, VisionConfig()).num_tokens.max() <= 130
+        assert len(dataset) == (8 if name in {"heldout", "every_kind"} else 60)
+        assert dataset.sizes(LIMITS, VisionConfig()).num_tokens.max() <= 128
         assert (dataset.manifest.num_media == 0) == name.startswith("text")
 
 
@@ -114,6 +118,50 @@ def test_answers_are_what_the_pictures_show_and_only_digits(root):
     assert all(len(said) == 1 for said in answers.values())
     made = list(training_images(SIZES["num_images"], SIZES["seed"]))
     assert all(said == {made[int(path[-10:-4])].answer} for path, said in answers.items())
+
+
+def test_every_kind_is_what_its_records_say(root):
+    """A video of three digits, a place in a picture, a tap and what comes of it, an article."""
+    lines = (root / "raw/every_kind.jsonl").read_text().splitlines()
+    video, place, agent, article = map(json.loads, lines[:4])
+    assert len(lines) == 8
+    file = root / "raw" / video["messages"][0]["content"][0]["video"]
+    with borrowed_decoder() as decoder:
+        assert decoder.extent(file.read_bytes(), "")["duration_ms"] == 3000
+    assert len(video["messages"][-1]["content"]) == 3
+    [picture, _, asked, _], [answered, box] = (m["content"] for m in place["messages"])
+    assert asked == answered
+    pixels = np.asarray(Image.open(root / "raw" / picture["image"]))
+    left, top, right, bottom = (84 * corner // 1000 for corner in box["box"])
+    inside, outside = pixels[top : bottom + 1, left : right + 1], pixels.copy()
+    outside[top : bottom + 1, left : right + 1] = 0
+    assert min(inside.max(), outside.max()) > 200, "a digit there, the other elsewhere"
+    assert [turn["role"] for turn in agent["messages"]] == [
+        "user",
+        "assistant",
+        "tool",
+        "assistant",
+    ]
+    assert sum(part["type"] == "image" for part in article["content"]) == 3
+    dataset, tokens = (
+        Dataset.open(root / "every_kind", "every_kind"),
+        load_tokenizer(root / "tokenizer"),
+    )
+    texts = [tokens.decode(dataset.sample(i).input_ids.tolist()) for i in range(4)]
+    for text, told in zip(
+        texts, ("<|video_pad|>", "<|box_start|>(", "✿ARGS✿", "<|endoftext|>"), strict=True
+    ):
+        assert told in text
+
+
+@pytest.mark.parametrize("stage", ["1", "2", "3"])
+def test_a_default_run_trains_on_every_kind(stage, root):
+    config = load_config([f"stage={stage}", f"data.root={root}"])
+    mixture = Mixture.open(config, config.data.mixtures[f"stage{stage}"])
+    number = [source.name for source in mixture.sources].index("every_kind")
+    packs = mixture.plan.first_packs(config.train.num_steps * config.train.global_batch_size)
+    seen = {sample.index for pack in packs for sample in pack.samples if sample.source == number}
+    assert seen == set(range(8))
 
 
 def test_the_tokenizer_does_not_depend_on_sizes_or_seed(root, tmp_path):

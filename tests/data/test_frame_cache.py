@@ -349,7 +349,7 @@ def test_a_run_with_a_cache_learns_the_same(pool, digits, tmp_path):
 
     def counted(name: str) -> tuple[int, int]:
         [line] = metrics(runs.dir(name))
-        assert (line["decode_s"] > 0) == (line["num_decoded"] > 0)
+        assert (line["decode_s"] > 0) == (line["read_bytes"] > 0) == (line["num_decoded"] > 0)
         return line["num_decoded"], line["num_kept"]
 
     without = learned("without")

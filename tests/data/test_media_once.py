@@ -10,7 +10,7 @@ from triptych.configs.schema import Config
 from triptych.data.dataset.dataset import Dataset
 from triptych.data.loading.loader import Loader
 from triptych.data.media import kinds
-from triptych.tests.helpers.runs import COVERING, LAYOUTS, Runs, train
+from triptych.tests.helpers.runs import COVERING, LAYOUTS, STAGE2, Runs, train
 
 pytestmark = pytest.mark.distributed
 
@@ -32,11 +32,14 @@ def runs(pool, digits, tmp_path) -> Runs:
 def count_decodes(config: Config) -> tuple[int, int, int]:
     """Train; returns what the loader says it decoded, and decodes and reads as counted here."""
     calls, told = Counter(), []
-    decode, read, close = kinds.decode_image, Dataset.read_media, Loader.close
+    read, close = Dataset.read_media, Loader.close
 
-    def counted_decode(*args):
-        calls["decode"] += 1
-        return decode(*args)
+    def counted(decode):
+        def counted_decode(*args):
+            calls["decode"] += 1
+            return decode(*args)
+
+        return counted_decode
 
     def counted_read(self, media):
         calls["read"] += 1
@@ -47,7 +50,8 @@ def count_decodes(config: Config) -> tuple[int, int, int]:
         told.append(self.num_decoded)
 
     with (
-        mock.patch.object(kinds, "decode_image", counted_decode),
+        mock.patch.object(kinds, "decode_image", counted(kinds.decode_image)),
+        mock.patch.object(kinds, "video_frames", counted(kinds.video_frames)),
         mock.patch.object(Dataset, "read_media", counted_read),
         mock.patch.object(Loader, "close", telling_close),
     ):
@@ -62,7 +66,7 @@ def count_decodes(config: Config) -> tuple[int, int, int]:
 def test_decodes_are_as_many_as_pictures(layout, runs, digits):
     """``prefetch_steps=0``: nothing is read ahead of the last step."""
     counts = runs.call(count_decodes, "run", layout, "train.num_steps=3", "data.prefetch_steps=0")
-    sources = [Dataset.open(digits / name, name) for name in ("strings", "captions", "text")]
+    sources = [Dataset.open(digits / name, name) for name in STAGE2]
     num_pictures = 0
     for ledger in (runs.dir("run") / "ledger").iterdir():
         for line in map(json.loads, ledger.read_text().splitlines()):

@@ -49,6 +49,8 @@ LAYOUTS = {
     "dp2 pp2 interleaved": (4, "pp2 parallel.vpp=2"),
 }
 """Name -> number of ranks, choice of the group ``parallel`` and what else makes the layout."""
+STAGE2 = ("strings", "captions", "text", "every_kind")
+"""Sources of stage 2 on the sample data, as its plan numbers them."""
 COVERING = ("single", "tp2 pp2", "dp2 pp2 interleaved")
 """What make test runs where make test-full runs all. Each axis is split in one of these, as in the
 layouts that split it alone: a rank that leaves out its share, or counts it twice, differs from the

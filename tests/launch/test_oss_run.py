@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from triptych.tests.helpers.oss_server import KEY, REGION, SECRET, serving
-from triptych.tests.helpers.runs import Runs, losses
+from triptych.tests.helpers.runs import STAGE2, Runs, losses
 
 PRETRAIN = str(Path(__file__).parents[2] / "launch" / "pretrain.py")
 
@@ -24,12 +24,11 @@ def test_a_run_reads_its_shards_from_object_storage(pool, digits, tmp_path):
     words = ("train.num_steps=3", "data.generate=false")
     runs.train("local", "dp2", *words)
     with serving() as server:
-        sources = ("strings", "captions", "text")
-        for name in sources:
+        for name in STAGE2:
             for shard in (root / name / "shards").iterdir():
                 server.objects[f"bucket/{name}/{shard.name}"] = shard.read_bytes()
             shutil.rmtree(root / name / "shards")
-        places = [f"data.sources.{name}.shards=oss://bucket/{name}" for name in sources]
+        places = [f"data.sources.{name}.shards=oss://bucket/{name}" for name in STAGE2]
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": "1",

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from triptych.configs.compose import load_config
-from triptych.data.dataset.dataset import Dataset
 from triptych.data.plan.order import Cursor
 from triptych.errors import TrainingError
+from triptych.tests.helpers.damage import flip_bits
 from triptych.tests.helpers.runs import Runs, metrics
 from triptych.train.hooks.unreadable_budget import UnreadableBudget
 from triptych.train.state import TrainState
@@ -68,15 +68,8 @@ def unreadable(digits, tmp_path_factory) -> Path:
     """The sample data with a flipped bit in every picture."""
     root = tmp_path_factory.mktemp("unreadable") / "sample_data"
     shutil.copytree(digits, root)
-    for name in ("strings", "captions"):
-        dataset = Dataset.open(root / name, name)
-        for shard in (root / name / "shards").iterdir():
-            content = bytearray(shard.read_bytes())
-            for index in range(len(dataset)):
-                for item in dataset.sample(index).media:
-                    if shard.name == f"{item.shard:06d}.tar":
-                        content[item.offset + item.size // 2] ^= 1
-            shard.write_bytes(content)
+    for name in ("strings", "captions", "every_kind"):
+        flip_bits(root / name)
     return root
 
 

@@ -59,10 +59,10 @@ def out_of_budget(spent: str, config: Config, state: TrainState) -> str:
     """The message: what is used up, a table by source and cause, and what to do."""
     folder = Path(config.run.dir) / QUARANTINE
     found: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for file in sorted(folder.glob("dp_*.jsonl")):
-        for line in read_lines(file):
-            key = (line.get("name", f"source {line['source']}"), line.get("cause", "unknown"))
-            found[key].append(f"step {line['step']}: {line['reason']}")
+    lines = [line for file in folder.glob("dp_*.jsonl") for line in read_lines(file)]
+    for line in sorted(lines, key=lambda line: (line["step"], line["source"], line["index"])):
+        key = (line.get("name", f"source {line['source']}"), line.get("cause", "unknown"))
+        found[key].append(f"step {line['step']}: {line['reason']}")
     rows = sorted(found.items(), key=lambda row: -len(row[1]))
     table = [f"  {len(told):>7,}  {name}: {cause}; {told[0]}" for (name, cause), told in rows]
     return "\n".join(
