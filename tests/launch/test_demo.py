@@ -183,9 +183,13 @@ def test_a_folder_of_something_else_is_not_removed(tmp_path):
     [(signal.SIGTERM, "failed with exit code -15"), (signal.SIGINT, "KeyboardInterrupt")],
 )
 def test_terminated_it_ends_what_it_has_called(number, told):
-    """Else torchrun and its ranks would train on, unseen."""
+    """Else torchrun and its ranks would train on, unseen.
+
+    Whoever starts the tests in the background may have them ignore SIGINT: children inherit it.
+    """
     call = "python -c 'import os, time; print(os.getpid(), flush=True); time.sleep(10**6)'"
-    code = f"from triptych.launch.demo import _call; _call({call!r})"
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{heard}; from triptych.launch.demo import _call; _call({call!r})"
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     with subprocess.Popen([sys.executable, "-c", code], **pipes) as demo:
         called = next(int(line) for line in demo.stdout if line.strip().isdigit())
