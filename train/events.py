@@ -2,7 +2,7 @@
 
 Unlike metrics and ledgers it is history: a resumed run adds to it and takes nothing away, also
 where steps are trained again. Only the main rank writes, since appends of many nodes to one file
-are not atomic everywhere. Nothing in it decides whether a run goes on.
+are not atomic everywhere.
 """
 
 import json
@@ -42,4 +42,9 @@ def record_event(run_dir: Path, what: str, *, step: int, **details: Any) -> None
 def read_events(run_dir: Path) -> list[dict[str, Any]]:
     """All events, oldest first; what is no whole line is passed over."""
     path = run_dir / EVENTS
-    return list(read_lines(path)) if path.exists() else []
+    return list(filter(_is_event, read_lines(path))) if path.exists() else []
+
+
+def _is_event(record: dict[str, Any]) -> bool:
+    """Whether what all events have survived; a flipped bit may rename a key."""
+    return isinstance(record.get("what"), str) and isinstance(record.get("time"), int | float)

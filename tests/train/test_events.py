@@ -1,6 +1,7 @@
 """The history of a run: what is told is read back, whatever else stands in the file."""
 
 from triptych.train.events import EVENTS, read_events, record_event
+from triptych.train.restarts import effective_share, read_starts, starts_without_progress
 
 
 def test_events_are_read_in_the_order_in_which_they_were_told(tmp_path):
@@ -25,3 +26,18 @@ def test_a_disk_that_takes_nothing_is_a_warning(tmp_path, caplog):
     record_event(tmp_path / "missing", "started", step=0)
     assert EVENTS in caplog.text
     assert "started" in caplog.text
+
+
+def test_no_flipped_bit_keeps_a_run_from_starting(tmp_path):
+    """The history is read at each start, for how often the run was started before."""
+    record_event(tmp_path, "started", step=0, begun=1.5, hosts=["a", "b"], world_size=2)
+    record_event(tmp_path, "died", step=7, last_seen=9.5, suspects=["b"])
+    whole = bytearray((tmp_path / EVENTS).read_bytes())
+    for bit in range(8 * len(whole)):
+        flipped = whole.copy()
+        flipped[bit // 8] ^= 1 << bit % 8
+        (tmp_path / EVENTS).write_bytes(flipped)
+        events = read_events(tmp_path)
+        assert len(starts_without_progress(events, 0)) <= 1
+        if starts := read_starts(events):
+            effective_share(starts, 10.0, 7)
