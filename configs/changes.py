@@ -28,13 +28,18 @@ def changes(saved: Path, config: Config) -> list[Change]:
         saved: what ``save_config`` wrote, of this version or an earlier one.
         config: of now.
     """
-    before = dict(_values(OmegaConf.to_container(OmegaConf.load(saved))))
+    before = saved_values(saved)
     now = dict(_values(OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)))
     return [
         Change(key, before.get(key, "none"), now.get(key, "none"))
         for key in {**now, **before}
         if before.get(key) != now.get(key) and not key.startswith(OF_A_START)
     ]
+
+
+def saved_values(saved: Path) -> dict[str, str]:
+    """Dotted keys of what ``save_config`` wrote, and what they hold, as it is typed."""
+    return dict(_values(OmegaConf.to_container(OmegaConf.load(saved))))
 
 
 def table(found: list[Change]) -> str:

@@ -50,6 +50,8 @@ def main(argv: Sequence[str]) -> None:
     _read(folder, sizes, runs, options.seed)
     seconds = time.monotonic() - started
     _export(folder, runs)
+    _announce("the report of all four")
+    _call(f"python launch/report.py {folder} --output {folder}/report.html")
     print(f"in all {time.monotonic() - started:.0f} s, {_cpu_seconds():.0f} CPU-seconds")
     _judge(folder, sizes, options.seed, seconds)
 

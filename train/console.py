@@ -55,6 +55,16 @@ def take_over_libraries() -> None:
                 logger.propagate = True
 
 
+def duration(seconds: float) -> str:
+    """As "3d 04h", "2h 05m" or "1m 07s"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes_rest = divmod(minutes, 60)
+    days, hours_rest = divmod(hours, 24)
+    if days:
+        return f"{days}d {hours_rest:02d}h"
+    return f"{hours}h {minutes_rest:02d}m" if hours else f"{minutes}m {rest:02d}s"
+
+
 class _Terminal(logging.Handler):
     """Writes our lines, and the warnings of all others; every line of a message under its time."""
 

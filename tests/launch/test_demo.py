@@ -86,6 +86,16 @@ def test_readings_and_pictures_are_saved(miniature):
 
 
 @pytest.mark.torchrun
+def test_the_demo_leaves_a_report_of_its_four_runs(miniature):
+    folder, output = miniature
+    page = (folder / "report.html").read_text()
+    for name in ("warmup", "stage1", "stage2", "stage3"):
+        assert f"Loss per supervised token, {name}" in page
+    assert f"{folder}/contact_sheet.png" in page
+    assert f"{folder}/report.html: 4 runs, " in output
+
+
+@pytest.mark.torchrun
 def test_one_image_from_the_command_line(miniature):
     folder, _ = miniature
     image = next((folder / "data/raw/images").glob("heldout_*.png"))

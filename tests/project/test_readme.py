@@ -20,7 +20,7 @@ import pytest
 from triptych.configs.compose import load_config
 from triptych.configs.validate import validate
 from triptych.errors import ConfigError
-from triptych.launch import convert, demo, prepare, sample
+from triptych.launch import convert, demo, prepare, report, sample
 from triptych.launch.inspection import command as inspection
 from triptych.launch.inspection import verify_datasets
 
@@ -40,6 +40,7 @@ ARGPARSE: dict[str, Callable[[list[str]], argparse.Namespace]] = {
     "launch/convert.py": lambda words: convert._parser().parse_args(words),
     "launch/sample.py": lambda words: sample._parser().parse_args(words),
     "launch/demo.py": lambda words: demo._parser().parse_args(words),
+    "launch/report.py": lambda words: report._parser().parse_args(words),
 }
 
 

@@ -7,7 +7,7 @@ from statistics import mean, median
 
 from triptych.configs.schema import Config
 from triptych.parallel.mesh import Mesh
-from triptych.train.console import COLUMNS, say
+from triptych.train.console import COLUMNS, duration, say
 from triptych.train.hooks.hook import Hook, StepEvent
 from triptych.train.start_up import StartUp
 from triptych.train.state import TrainState
@@ -113,13 +113,3 @@ def _compact(number: float) -> str:
         if number >= 0.9995 * size:
             return f"{number / size:.3g}{unit}"
     return f"{number:.3g}"
-
-
-def duration(seconds: float) -> str:
-    """As "3d 04h", "2h 05m" or "1m 07s"."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes_rest = divmod(minutes, 60)
-    days, hours_rest = divmod(hours, 24)
-    if days:
-        return f"{days}d {hours_rest:02d}h"
-    return f"{hours}h {minutes_rest:02d}m" if hours else f"{minutes}m {rest:02d}s"
