@@ -132,7 +132,15 @@ def init_distributed(timeout_s: int) -> int:
         timeout = timedelta(seconds=timeout_s)
         if "RANK" in os.environ:
             local_device(int(os.environ.get("LOCAL_RANK", "0")))
-            dist.init_process_group(BACKEND, timeout=timeout)
+            found = dist.rendezvous("env://", timeout=timeout)  # type: ignore[attr-defined]  # as below
+            store, rank, world_size = next(found)
+            # torchrun keeps its store when it restarts its ranks: they would find the addresses of
+            # those before, and wait for them for ever
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = dist.PrefixStore(attempt, store)  # type: ignore[attr-defined]  # as below
+            dist.init_process_group(
+                BACKEND, store=store, rank=rank, world_size=world_size, timeout=timeout
+            )
         else:
             local_device(0)
             store = dist.HashStore()  # type: ignore[attr-defined]  # not in its __all__

@@ -10,16 +10,20 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import psutil
 import pytest
 import torch.distributed as dist
 
 from triptych.configs.schema import Config
 from triptych.parallel.mesh import build_mesh
 from triptych.tests.helpers.layouts import make_step
+from triptych.tests.helpers.processes import wait_until_dead
 from triptych.tests.helpers.runs import Runs, metrics, packs, train, without_times
+from triptych.train.events import read_events
 from triptych.train.hooks.chain import HookChain
 from triptych.train.hooks.hook import Hook, StepEvent
 from triptych.train.hooks.stop_request import ONE_REQUEST_S, SIGNALS, StopRequest
+from triptych.train.restarts import read_starts
 from triptych.train.state import TrainState
 from triptych.train.step import count
 from triptych.train.stop import StopReason
@@ -181,18 +185,76 @@ def test_a_second_term_ends_a_process_at_once(monkeypatch, tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_a_rank_whose_torchrun_has_ended_asks_to_stop_and_to_be_started_again(
+    monkeypatch, tmp_path
+):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "any")
+    stop = StopRequest(tmp_path, SimpleNamespace(is_main=True))
+    assert stop.after_step(event=None) is None
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    reason = stop.after_step(event=None)
+    assert (reason.text, reason.requeue) == ("its torchrun has ended without it", True)
+
+
+def test_a_process_that_its_shell_left_behind_trains_on(monkeypatch, tmp_path):
+    """As after `nohup python launch/pretrain.py &` and the end of the terminal."""
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    stop = StopRequest(tmp_path, SimpleNamespace(is_main=True))
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    assert stop.after_step(event=None) is None
+
+
 @pytest.mark.torchrun
-@pytest.mark.parametrize("ask", ["TERM", pytest.param("requeue", marks=slow)])
-def test_torchrun_that_is_asked_to_stop_saves_first(ask, runs, tmp_path):
-    """TERM reaches the ranks through torchrun, which exits with 1 then; after the file with 0."""
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGUSR1])
+def test_ranks_without_torchrun_save_and_end(number, runs):
+    """Either signal ends the agent at once, and tells its ranks nothing."""
     folder = runs.dir("run")
-    words = runs.words("run", "pp2", "train.num_steps=null", "stage.token_budget=1000000000")
+    agent = start_torchrun(runs)
+    ranks = psutil.Process(agent.pid).children(recursive=True)
+    agent.send_signal(number)
+    assert agent.wait() == -number
+    wait_until_dead(rank.pid for rank in ranks)
+    stopped = json.loads((folder / "stopped.json").read_text())
+    assert stopped["requeue"]
+    assert "its torchrun has ended without it" in stopped["asked_by"].values()
+    assert (folder / "checkpoints" / f"step_{stopped['step']:09d}.0" / "COMMIT").exists()
+
+
+def start_torchrun(runs: Runs, *launcher: str, num_steps: str = "null") -> subprocess.Popen[bytes]:
+    """Two ranks, that train when this returns."""
+    words = runs.words(
+        "run", "pp2", "stage.token_budget=1000000000", f"train.num_steps={num_steps}"
+    )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    agent = subprocess.Popen([*command, PRETRAIN, *words], env=environment)
-    while not (folder / "metrics.jsonl").exists():
+    agent = subprocess.Popen([*command, *launcher, PRETRAIN, *words], env=environment)
+    while not (runs.dir("run") / "metrics.jsonl").exists():
         assert agent.poll() is None, "it ended before it could be asked"
         time.sleep(0.05)
+    return agent
+
+
+@pytest.mark.torchrun
+@pytest.mark.slow
+def test_torchrun_restarts_a_run_one_of_whose_ranks_was_killed(runs):
+    folder = runs.dir("run")
+    agent = start_torchrun(runs, "--max-restarts=2", num_steps="60")
+    victim = psutil.Process(agent.pid).children(recursive=True)[-1]
+    victim.kill()
+    assert agent.wait() == 0
+    assert [line["step"] for line in metrics(folder)] == list(range(1, 61))
+    died, finished = read_starts(read_events(folder))
+    assert (died.end, finished.end) == ("died", "finished")
+    assert not list((folder / "checkpoints").glob("*.tmp"))
+
+
+@pytest.mark.torchrun
+@pytest.mark.parametrize("ask", ["TERM", pytest.param("requeue", marks=slow)])
+def test_torchrun_that_is_asked_to_stop_saves_first(ask, runs):
+    """TERM reaches the ranks through torchrun, which exits with 1 then; after the file with 0."""
+    folder = runs.dir("run")
+    agent = start_torchrun(runs)
     if ask == "TERM":
         agent.terminate()
     else:
