@@ -18,8 +18,9 @@ NUM_COLUMNS = 250
 """A curve of more points is drawn as the least and the largest of each column."""
 SHARE = 50
 """The smooth curve averages so small a part of the points."""
-LEAST_POINTS = 20
-"""Fewer are not smoothed."""
+LEAST_POINTS = 100
+"""Fewer are not smoothed: the mean would lag behind what one sees."""
+LEAST_WINDOW = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +170,7 @@ def _curve(series: Series, x: Numbers, y: Numbers, axis: Axis, *, smooth: bool) 
     line, is_smoothed = raw, smooth and len(y) >= LEAST_POINTS
     if is_smoothed:
         columns = _columns(x)
-        means = running_means(y, max(LEAST_POINTS // 2, len(y) // SHARE))
+        means = running_means(y, max(LEAST_WINDOW, len(y) // SHARE))
         line = _path(_means(x, columns), axis.places(_means(means, columns)))
     points = zip(100 * x, 100 * (1 - axis.places(y)), strict=True)
     return Curve(

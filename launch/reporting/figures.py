@@ -4,8 +4,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+import numpy as np
+
 from triptych.launch.reporting.chart import Chart, Series, line_chart, stacked_chart
 from triptych.launch.reporting.run_record import RunRecord
+from triptych.launch.reporting.step_table import Numbers
 from triptych.launch.reporting.time_spent import PARTS, parts_of_steps
 from triptych.launch.reporting.timeline import marks_of
 
@@ -26,6 +29,8 @@ class Figure:
     is_log: bool = False
     from_zero: bool = False
     smooth: bool = False
+    hides_zeros: bool = False
+    """Draws nothing where all is 0, and good."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +51,8 @@ SECTIONS: dict[str, tuple[Figure, ...]] = {
             is_log=True,
             smooth=True,
         ),
+        Figure(title="Validation loss", metrics=("validation_loss_by_source/",), is_log=True),
+        Figure(title="Share of right answers", metrics=("accuracy/",), from_zero=True),
     ),
     "Optimiser": (
         Figure(
@@ -65,10 +72,29 @@ SECTIONS: dict[str, tuple[Figure, ...]] = {
     ),
     "Data": (
         Figure(title="Fill: share of the packs' positions with a token", metrics=("fill",)),
+        Figure(title="Tokens of each source", metrics=("tokens_by_source/",), smooth=True),
         Figure(title="Image patches per step", metrics=("num_patches",), from_zero=True),
-        Figure(title="Unreadable samples per step", metrics=("num_unreadable",), from_zero=True),
+        Figure(
+            title="Tokens per step", metrics=("num_tokens", "num_supervised_tokens"), from_zero=True
+        ),
+        Figure(title="Read per step, MiB", metrics=("read_bytes",), factor=2.0**-20),
+        Figure(
+            title="Unreadable samples per step",
+            metrics=("num_unreadable",),
+            from_zero=True,
+            hides_zeros=True,
+        ),
     ),
 }
+SPOKEN = {
+    "loss": "training",
+    "num_tokens": "all",
+    "num_supervised_tokens": "supervised",
+    "host_memory_bytes": "host",
+    "device_memory_bytes": "device",
+    "read_bytes": "read",
+}
+"""What the curve of a metric is called, where its own name says less beside the title."""
 MISSING = {
     "validation_loss": "No validation loss: train.validate_every=N measures it every N steps.",
     "mfu": "No MFU: cluster.peak_tflops says what a device can do.",
@@ -106,7 +132,7 @@ def _others(runs: Sequence[RunRecord]) -> list[Figure]:
     known |= {*OF_EACH_STEP, *PARTS, "step_time_s", "flops_per_s"}
     names = dict.fromkeys(_family(name) for run in runs for name in run.steps.names)
     return [
-        Figure(title=name.rstrip("/"), metrics=(name,))
+        Figure(title=name.rstrip("/").replace("_", " "), metrics=(name,))
         for name in names
         if name not in known and not name.startswith("consumed_")
     ]
@@ -132,7 +158,7 @@ def _charts(figure: Figure, runs: Sequence[RunRecord]) -> Iterator[Chart]:
             y=figure.factor * run.steps[same[0]],
             colour=runs.index(run) if len(runs) > 1 else names.index(same[0]),
             is_dashed=len(runs) > 1 and names.index(same[0]) > 0,
-            shows_points="validation" in same[0],
+            shows_points=_is_seldom(run.steps[same[0]]),
         )
         for run, same in found
     ]
@@ -151,9 +177,16 @@ def _alike(run: RunRecord, figure: Figure) -> list[list[str]]:
     """The metrics of a figure that a run has; those that are the same in every step together."""
     alike: dict[bytes, list[str]] = {}
     for name in run.steps.names:
+        if figure.hides_zeros and not np.nansum(run.steps[name]):
+            continue
         if name in figure.metrics or _family(name) in figure.metrics:
             alike.setdefault(run.steps[name].tobytes(), []).append(name)
     return list(alike.values())
+
+
+def _is_seldom(values: Numbers) -> bool:
+    """Whether a metric is measured in some steps only, as a validation loss."""
+    return 2 * int(np.isfinite(values).sum()) < len(values)
 
 
 def _abscissa(runs: Sequence[RunRecord]) -> tuple[str, str]:
@@ -174,7 +207,7 @@ def _label(run: RunRecord, names: Sequence[str], several_runs: bool, several_nam
 def _short(name: str) -> str:
     """``name`` of ``group/name``; a metric's own name in words."""
     inner = name.partition("/")[2]
-    return inner or {"loss": "training"}.get(name, name.removesuffix("_bytes").replace("_", " "))
+    return inner or SPOKEN.get(name, name.replace("_", " "))
 
 
 def _titled(title: str, runs: Sequence[RunRecord]) -> str:

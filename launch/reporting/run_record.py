@@ -25,8 +25,8 @@ from triptych.train.events import EVENTS, read_events
 from triptych.train.json_lines import read_lines
 from triptych.train.records import METRICS, QUARANTINE
 
-SHEETS = ("*contact_sheet*.png", "*/*contact_sheet*.png")
-"""Pictures of samples with what the model answered, in ``run.dir`` or a folder of it."""
+SHEETS = ("*contact_sheet*.png", "evaluation/step_*.png")
+"""Pictures of samples with what the model answered; of each, the last by name is shown."""
 T = TypeVar("T")
 
 
@@ -184,5 +184,5 @@ def _checkpoint(folder: Path) -> SavedCheckpoint:
 
 
 def contact_sheets(folder: Path) -> list[Path]:
-    """Those in the folder, and in folders of it."""
-    return sorted({path for pattern in SHEETS for path in folder.glob(pattern)})
+    """The newest of each kind."""
+    return [path for pattern in SHEETS for path in sorted(folder.glob(pattern))[-1:]]

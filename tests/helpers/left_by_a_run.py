@@ -81,7 +81,14 @@ def _line(
         "device_memory_bytes": None,
         "anything": 3.0,
     }
-    return line | ({"validation_loss": 2.1 * step**-0.19} if step % 50 == 0 else {})
+    if step % 50:
+        return line
+    loss = 2.1 * step**-0.19
+    return line | {
+        "validation_loss": loss,
+        "validation_loss_by_source": {"strings": 0.9 * loss, "captions": 1.1 * loss},
+        "accuracy": {"strings": 1 - 1 / step, "captions": 0.5},
+    }
 
 
 def _leave_events(run_dir: Path, began: datetime, again: int) -> None:
@@ -105,7 +112,7 @@ def _leave_events(run_dir: Path, began: datetime, again: int) -> None:
 
 
 def _leave_more(run_dir: Path) -> None:
-    """Checkpoints, one of them damaged, unreadable samples and a contact sheet."""
+    """Checkpoints, one of them damaged, unreadable samples and sheets of answers."""
     for step in (100, 200):
         store = CheckpointStore(run_dir / CHECKPOINTS, SingleProcess())
         writer = store.begin(step)
@@ -118,4 +125,7 @@ def _leave_more(run_dir: Path) -> None:
         for step in (7, 9):
             told = {"step": step, "name": "strings", "cause": "missing", "reason": "No such file"}
             file.write(json.dumps(told) + "\n")
-    Image.effect_noise((600, 200), 60).save(run_dir / "contact_sheet.png")
+    (run_dir / "evaluation").mkdir()
+    for step, width in ((100, 500), (200, 600)):
+        picture = Image.effect_noise((width, 200), 60)
+        picture.save(run_dir / "evaluation" / f"step_{step:09d}.png")

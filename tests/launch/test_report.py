@@ -74,6 +74,9 @@ def test_a_page_says_all_that_a_run_left(whole, tmp_path, capsys):
         "Loss per supervised token, stage2",
         "training (",
         "validation loss (",
+        "Validation loss, stage2",
+        "Share of right answers, stage2",
+        "strings (",
         "Learning rate, stage2",
         "vit (",
         "adapter, llm (",  # which are the same in every step
@@ -91,7 +94,8 @@ def test_a_page_says_all_that_a_run_left(whole, tmp_path, capsys):
         "tp=1 pp=1 dp=2, cpu, node7",
     ):
         assert expected in told, expected
-    assert "data:image/webp;base64,UklGR" in page
+    assert page.count("data:image/webp;base64,UklGR") == 1
+    assert 'width="600"' in page  # the newest sheet of answers
     assert len(page) < 200_000
     assert capsys.readouterr().out.endswith("1 runs, 300 steps, " + f"{len(page) / 1e3:,.0f} kB\n")
 
