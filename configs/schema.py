@@ -328,6 +328,9 @@ class ClusterConfig:
     timeout_s: int = 600
     """A collective that takes longer fails on every rank, instead of hanging; rounded up to whole
     minutes for all but the default process group."""
+    hang_s: int = 10
+    """Seconds beyond three usual steps in which a run that hangs is noticed, explained and ended;
+    0 watches for neither hangs nor slow ranks."""
     peak_tflops: float | None = None
     """Dense TFLOP/s of one device at ``train.precision``; MFU is a share of it."""
     efficiency: EfficiencyConfig = field(default_factory=EfficiencyConfig)

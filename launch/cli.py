@@ -11,9 +11,9 @@ from types import FrameType
 from typing import NoReturn
 
 from triptych.errors import CheckpointError, ConfigError, CrashLoopError, TriptychError
-from triptych.launch.last_words import speaks_first
 from triptych.train.console import console
 from triptych.train.failures import lost_a_peer
+from triptych.train.last_words import speaks_first
 
 SPEAKER_FIRST_S = 3.0
 """How long the other ranks wait, so that torchrun stops none before it has spoken."""

@@ -95,6 +95,26 @@ class HostBuffer:
         return self.content[offset : offset + numel * dtype.itemsize].view(dtype)
 
 
+class DeviceTimer:
+    """Seconds that the current CUDA stream takes from here to ``stop``; the host waits for none."""
+
+    def __init__(self) -> None:
+        self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._begin.record()
+
+    def stop(self) -> None:
+        """What is launched from now on is not counted."""
+        self._end.record()
+
+    def is_done(self) -> bool:
+        """Whether the stream has come to the end."""
+        return bool(self._end.query())
+
+    def seconds(self) -> float:
+        """Once it is done."""
+        return float(self._begin.elapsed_time(self._end)) / 1000
+
+
 def let_peers_work() -> None:
     """This thread, and those it starts from now on, take turns instead of interrupting each other.
 

@@ -8,6 +8,7 @@ import os
 import platform
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -104,6 +105,11 @@ class Mesh:
         ]
 
     @property
+    def axes(self) -> dict[str, dist.ProcessGroup]:
+        """Its group along each axis."""
+        return {"tp": self.tp_group, "pp": self.pp_group, "dp": self.dp_group}
+
+    @property
     def reads_media(self) -> bool:
         """Reads and decodes for its tensor-parallel group.
 
@@ -122,29 +128,45 @@ class Mesh:
         return self.rank == 0
 
 
-def init_distributed(timeout_s: int) -> int:
-    """Start the default process group from torchrun's environment, or alone without it.
+@dataclass(frozen=True, slots=True)
+class Meeting:
+    """Where the ranks of a run meet, before any process group is there."""
 
-    Returns the world size.
-    """
-    if not dist.is_initialized():
-        let_peers_work()
+    store: Any
+    """Torch's, which its types do not name."""
+    rank: int
+    world_size: int
+
+
+def meet(timeout_s: int) -> Meeting:
+    """Find the other ranks by torchrun's environment, or be alone without it."""
+    if dist.is_initialized():
+        store = dist.distributed_c10d._get_default_store()  # no public name
+        return Meeting(store, dist.get_rank(), dist.get_world_size())
+    if "RANK" in os.environ:
         timeout = timedelta(seconds=timeout_s)
-        if "RANK" in os.environ:
-            local_device(int(os.environ.get("LOCAL_RANK", "0")))
-            found = dist.rendezvous("env://", timeout=timeout)  # type: ignore[attr-defined]  # as below
-            store, rank, world_size = next(found)
-            # torchrun keeps its store when it restarts its ranks: they would find the addresses of
-            # those before, and wait for them for ever
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            store = dist.PrefixStore(attempt, store)  # type: ignore[attr-defined]  # as below
-            dist.init_process_group(
-                BACKEND, store=store, rank=rank, world_size=world_size, timeout=timeout
-            )
-        else:
-            local_device(0)
-            store = dist.HashStore()  # type: ignore[attr-defined]  # not in its __all__
-            dist.init_process_group(BACKEND, store=store, rank=0, world_size=1, timeout=timeout)
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]  # not in its __all__
+        # torchrun keeps its store when it restarts its ranks: they would find the addresses of
+        # those before, and wait for them for ever
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(attempt, store)  # type: ignore[attr-defined]  # as above
+        return Meeting(store, rank, world_size)
+    return Meeting(dist.HashStore(), 0, 1)  # type: ignore[attr-defined]  # as above
+
+
+def init_distributed(timeout_s: int, meeting: Meeting | None = None) -> int:
+    """Start the default process group, where there is none. Returns the world size."""
+    if not dist.is_initialized():
+        meeting = meeting or meet(timeout_s)
+        let_peers_work()
+        local_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group(
+            BACKEND,
+            store=meeting.store,
+            rank=meeting.rank,
+            world_size=meeting.world_size,
+            timeout=timedelta(seconds=timeout_s),
+        )
     return dist.get_world_size()
 
 

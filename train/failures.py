@@ -21,14 +21,16 @@ def lost_a_peer(error: BaseException) -> bool:
     return type(error).__name__.startswith("Dist") or "gloo" in str(error)
 
 
-def leave_failure(run_dir: Path, rank: int, error: BaseException) -> None:
-    """Write down why this rank ends, if the disk lets it."""
+def leave_failure(
+    run_dir: Path, rank: int, error: BaseException, *, is_cause: bool | None = None
+) -> None:
+    """Write down why this rank ends, if the disk lets it; ``is_cause`` follows from the error."""
     left = {
         "rank": rank,
         "host": platform.node(),
         "time": time.time(),
         "error": describe(error),
-        "is_cause": not lost_a_peer(error),
+        "is_cause": not lost_a_peer(error) if is_cause is None else is_cause,
     }
     with contextlib.suppress(OSError):
         (run_dir / FAILURES).mkdir(exist_ok=True)

@@ -11,6 +11,7 @@ from triptych.train.metrics import StepTimes, step_metrics
 from triptych.train.state import TrainState
 from triptych.train.step import train_step
 from triptych.train.stop import StopReason
+from triptych.train.watch.place import Phase, enter, learn
 
 
 def train(
@@ -24,11 +25,13 @@ def train(
     asked, stops = None, False
     while not (stops or is_finished(config, engine, state)):
         hooks.before_step(state)
+        number = state.step + 1
+        enter(Phase.DATA, number)
         start = time.perf_counter()
         step = next(loader)
         has_data = time.perf_counter()
+        enter(Phase.COMPUTE)
         lr = engine.stage.learning_rates(state.consumed_tokens, state.step)
-        number = state.step + 1
         result = train_step(engine, step, lr, number=number, asks_to_stop=asked is not None)
         totals, stops = result.totals, result.totals.num_asking_to_stop > 0
         state = state.after(
@@ -39,6 +42,7 @@ def train(
             cursor=loader.cursor,
         )
         times = StepTimes(data_s=has_data - start, compute_s=time.perf_counter() - has_data)
+        learn(times.step_s)
         metrics = step_metrics(config, state, result, times, engine.mesh.dims.world_size)
         is_last = stops or is_finished(config, engine, state)
         asked = hooks.after_step(StepEvent(state, result, step, is_last, metrics)) or asked

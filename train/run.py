@@ -16,7 +16,8 @@ from triptych.errors import ConfigError, TrainingError
 from triptych.models.kernels import Installed, choose_adam, choose_grad_sum
 from triptych.parallel.agree import differing_ranks
 from triptych.parallel.device import be_deterministic
-from triptych.parallel.mesh import Mesh, build_mesh, init_distributed, shutdown
+from triptych.parallel.mesh import Mesh, build_mesh, init_distributed, meet, shutdown
+from triptych.parallel.waits import measure_waits
 from triptych.train.console import say, take_over_libraries
 from triptych.train.crash_loop import refuse_crash_loop
 from triptych.train.data import Mixture, generate_samples
@@ -32,6 +33,7 @@ from triptych.train.hooks.loss_curve import LossCurve
 from triptych.train.hooks.profiler import Profiler
 from triptych.train.hooks.progress import Progress
 from triptych.train.hooks.quarantine import Quarantine
+from triptych.train.hooks.slow_ranks import SlowRanks
 from triptych.train.hooks.stop_request import StopRequest, tell_of_stop
 from triptych.train.hooks.trackers import MetricsFile, TensorBoardTracker, WandbTracker
 from triptych.train.hooks.unreadable_budget import UnreadableBudget, out_of_budget
@@ -44,6 +46,8 @@ from triptych.train.start import find_start, load_start
 from triptych.train.start_up import StartUp
 from triptych.train.state import TrainState
 from triptych.train.stop import StopReason, gather_reasons
+from triptych.train.watch.place import Phase, enter
+from triptych.train.watch.watchdog import watching
 
 
 def pretrain(config: Config) -> TrainState:
@@ -56,20 +60,24 @@ def pretrain(config: Config) -> TrainState:
     start_up.done("imports")
     if config.train.deterministic:
         be_deterministic()
-    init_distributed(config.cluster.timeout_s)
-    mesh = build_mesh(
-        config.parallel.tp,
-        config.parallel.pp,
-        vpp=config.parallel.vpp,
-        seed=config.seed,
-        timeout_s=config.cluster.timeout_s,
-    )
-    with lock_run_dir(Path(config.run.dir), mesh.world):
-        start_up.done("groups")
-        return _run_stage(config, mesh, start_up)
+    meeting = meet(config.cluster.timeout_s)
+    with watching(config, meeting.store, meeting.rank, meeting.world_size):
+        init_distributed(config.cluster.timeout_s, meeting)
+        mesh = build_mesh(
+            config.parallel.tp,
+            config.parallel.pp,
+            vpp=config.parallel.vpp,
+            seed=config.seed,
+            timeout_s=config.cluster.timeout_s,
+        )
+        measure_waits(mesh.axes)
+        with lock_run_dir(Path(config.run.dir), mesh.world):
+            start_up.done("groups")
+            return _run_stage(config, mesh, start_up)
 
 
 def _run_stage(config: Config, mesh: Mesh, start_up: StartUp) -> TrainState:
+    enter(Phase.START, doing="data")
     generate_samples(config, mesh)
     data = Mixture.open(config, config.data.mixtures[config.stage.name])
     _refuse_different_plans(data.plan, mesh)
@@ -77,11 +85,13 @@ def _run_stage(config: Config, mesh: Mesh, start_up: StartUp) -> TrainState:
     if config.train.validate_every:
         held_out = Mixture.open(config, config.data.validation, once=True)
     start_up.done("data")
+    enter(Phase.START, doing="model")
     engine = build_engine(config, mesh)
     start_up.done("model")
     take_over_libraries()
     run_dir = Path(config.run.dir)
     store = CheckpointStore(run_dir / CHECKPOINTS, mesh.world)
+    enter(Phase.START, doing="weights")
     start = find_start(config, engine, data.plan, store)
     tell_of_the_start_before(run_dir, mesh)
     refuse_crash_loop(config, mesh, data, start.state)
@@ -189,6 +199,7 @@ def _hooks(
         History(run_dir, mesh),
         UnreadableBudget(config),
         StopRequest(run_dir, mesh),
+        SlowRanks(run_dir, mesh, config.run.checkpoint_every),
     ]
     if held_out is not None:
         hooks.append(Validation(config, engine, held_out.validation_step(config, mesh)))

@@ -61,6 +61,7 @@ AT_LEAST = {
         "run.weights_every",
         "seed",
         "data.prefetch_steps",
+        "cluster.hang_s",
         "cluster.reserved_gib",
         "cluster.latency_us",
         "optimizer.weight_decay",
@@ -104,7 +105,7 @@ AT_MOST = {
         "data.window",
         "cluster.gpus",
     ),
-    2_592_000: ("cluster.timeout_s",),
+    2_592_000: ("cluster.timeout_s", "cluster.hang_s"),
     16_777_216: (
         "model.language.vocab_size",
         "model.language.max_position_embeddings",

@@ -37,6 +37,7 @@ SMALL = (
     "stage.token_budget=40000",
     "data.window=64",
     f"cluster.timeout_s={HANG_S}",
+    f"cluster.hang_s={HANG_S}",
 )
 """A tenth of the debug model, on packs of half the length."""
 

@@ -10,6 +10,7 @@ from typing import Any
 from triptych.train.hooks.hook import Hook, StepEvent
 from triptych.train.state import TrainState
 from triptych.train.stop import StopReason
+from triptych.train.watch.place import Phase, enter
 
 _log = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ class HookChain:
 
     def before_step(self, state: TrainState) -> None:
         """Tell every hook that the step after ``state`` begins."""
-        for hook in self._hooks:
+        for hook in self._entered():
             hook.before_step(state)
 
     def after_step(self, event: StepEvent) -> StopReason | None:
@@ -54,11 +55,17 @@ class HookChain:
         Everyone sees all metrics, in whatever order the hooks are.
         """
         measured: dict[str, Any] = dict(event.metrics)
-        for hook in self._hooks:
+        for hook in self._entered():
             measured |= hook.measure(event)
         event = replace(event, metrics=measured)
-        reasons = [hook.after_step(event) for hook in self._hooks]
+        reasons = [hook.after_step(event) for hook in self._entered()]
         return next((reason for reason in reasons if reason is not None), None)
+
+    def _entered(self) -> Iterator[Hook]:
+        """Each hook, and for the watch that it is its turn."""
+        for hook in self._hooks:
+            enter(Phase.HOOKS, doing=hook.kind)
+            yield hook
 
 
 def _errors_of(calls: Iterable[Callable[[], None]]) -> list[Exception]:

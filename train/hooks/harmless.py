@@ -21,6 +21,11 @@ class Harmless(Hook):
     def __init__(self, hook: Hook) -> None:
         self._hook: Hook | None = hook
 
+    @property
+    def kind(self) -> str:
+        """That of what it guards."""
+        return type(self._hook or self).__name__
+
     def on_start(self, state: TrainState) -> None:
         """Pass it on."""
         if self._hook is not None:

@@ -37,6 +37,11 @@ class Hook:
     ``close`` must not call a collective: after an error the other ranks may never come.
     """
 
+    @property
+    def kind(self) -> str:
+        """What people know it by."""
+        return type(self).__name__
+
     def on_start(self, state: TrainState) -> None:
         """The first step after ``state`` is about to begin."""
 

@@ -1,0 +1,178 @@
+"""A rank of a real run that hangs is named, the stacks of all are there, and all leave."""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch.distributed as dist
+
+from triptych.configs.schema import Config
+from triptych.tests.helpers.pool import RankFailureError
+from triptych.tests.helpers.runs import LAYOUTS, Runs, train
+from triptych.train.events import read_events
+
+slow = pytest.mark.slow
+PLACES = {
+    "data": "triptych.data.loading.loader.Loader.__next__",
+    "compute": "triptych.train.step.sum_losses",
+    "save": "triptych.checkpoints.background_save.BackgroundSave.begin",
+}
+"""What is called once a step there."""
+WORDS = ("train.num_steps=9", "run.checkpoint_every=1", "cluster.hang_s=10")
+STOPPED_IN = 4
+
+
+@pytest.fixture
+def runs(pool, digits, tmp_path) -> Runs:
+    return Runs(pool, digits, tmp_path)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("place", "how", "layout", "rank"),
+    [
+        ("compute", "stopped", "dp2", 1),
+        pytest.param("data", "stopped", "dp2", 0, marks=slow),
+        pytest.param("save", "stopped", "dp2", 1, marks=slow),
+        pytest.param("save", "stopped", "tp2 pp2", 2, marks=slow),
+        pytest.param("compute", "asleep", "tp2 pp2", 3, marks=slow),
+        pytest.param("compute", "killed", "dp2", 0, marks=slow),
+    ],
+)
+def test_a_rank_that_hangs_is_named_and_all_leave(place, how, layout, rank, runs):
+    """Stopped as by kill -STOP, rank 0 that judges too; or alive, and waiting for nobody.
+
+    One that was killed is noticed by the collectives before, and not taken for a hang.
+    """
+    with pytest.raises(RankFailureError) as failed:
+        runs.call(train_and_hang, "run", layout, *WORDS, place=place, how=how, rank=rank)
+    hangs = [event for event in read_events(runs.dir("run")) if event["what"] == "hang"]
+    if how == "killed":
+        assert not hangs
+        return
+    num_ranks = LAYOUTS[layout][0]
+    assert str(failed.value).count("died, exit code 1") == num_ranks
+    assert [late["rank"] for late in hangs[0]["late"]] == [rank]
+    assert hangs[0]["step"] in (STOPPED_IN - 1, STOPPED_IN)
+    assert hangs[0]["late"][0]["process"] > 0
+    stacks = Path(hangs[0]["stacks"])
+    for each in range(num_ranks):
+        text = (stacks / f"rank_{each:05d}.txt").read_text()
+        assert text.startswith(f"rank {each}, host ")
+        assert "train/loop.py" in text
+    trace = pickle.loads((stacks / f"collectives_{num_ranks - 1}").read_bytes())
+    assert any(entry["profiling_name"] == "gloo:all_reduce" for entry in trace["entries"])
+    told = str(failed.value)
+    assert f"TrainingError: the run hangs: rank {rank} (host " in told
+    assert f"-> stacks of all ranks: {stacks}" in told
+
+
+def train_and_hang(config: Config, place: str, how: str, rank: int) -> None:
+    """Train; one rank hangs in a step."""
+    from importlib import import_module
+
+    module, _, name = PLACES[place].rpartition(".")
+    try:
+        owner = import_module(module)
+    except ModuleNotFoundError:
+        module, _, kind = module.rpartition(".")
+        owner = getattr(import_module(module), kind)
+    original, calls = getattr(owner, name), iter(range(1, 100))
+
+    def hang_once(*args, **options):
+        if next(calls) == STOPPED_IN and dist.get_rank() == rank:
+            hang(how)
+        return original(*args, **options)
+
+    with mock.patch.object(owner, name, hang_once):
+        train(config)
+
+
+def hang(how: str) -> None:
+    if how == "asleep":
+        time.sleep(10_000)
+    os.kill(os.getpid(), signal.SIGSTOP if how == "stopped" else signal.SIGKILL)
+
+
+@pytest.mark.distributed
+def test_a_run_that_waits_rightly_is_left_alone(runs):
+    """Two ranks that save, validate and wait for late data, all for longer than three steps.
+
+    The slack is what keeps a busy machine from raising a false alarm here.
+    """
+    words = ("train.num_steps=3", "train.validate_every=1", f"cluster.hang_s={60}")
+    runs.call(train_with_late_data, "run", "dp2", *words)
+    assert not [event for event in read_events(runs.dir("run")) if event["what"] == "hang"]
+
+
+def train_with_late_data(config: Config) -> None:
+    from triptych.data.loading.loader import Loader
+
+    original = Loader.__next__
+
+    def late(loader):
+        time.sleep(2.0 if dist.get_rank() else 0.0)
+        return original(loader)
+
+    with mock.patch.object(Loader, "__next__", late):
+        train(config)
+
+
+FROZEN_START = """
+import os, signal, sys, time
+from triptych.configs.compose import load_config
+from triptych.parallel.mesh import init_distributed, meet
+from triptych.train.watch.watchdog import watching
+
+config = load_config(sys.argv[1:])
+meeting = meet(600)
+with watching(config, meeting.store, meeting.rank, meeting.world_size):
+    print(meeting.rank, os.getpid(), flush=True)
+    if meeting.rank == 1:
+        time.sleep(2 * 0.5 + 1)  # a sign of life
+        os.kill(os.getpid(), signal.SIGKILL)
+    init_distributed(600, meeting)  # waits for rank 1, for as long as collectives may
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.torchrun
+def test_a_rank_that_dies_early_in_a_start_does_not_keep_the_others_waiting(tmp_path):
+    """Without a launcher that sees it, as where the rank is on another node."""
+    script = tmp_path / "start.py"
+    script.write_text(FROZEN_START)
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": "2",
+    }
+    words = ["stage=2", f"run.dir={tmp_path}", "cluster.hang_s=4"]
+    command = [sys.executable, str(script), *words]
+    ranks = [
+        subprocess.Popen(
+            command, env={**environment, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    _, told = ranks[0].communicate()
+    ranks[1].communicate()
+    assert [rank.returncode for rank in ranks] == [1, -signal.SIGKILL]
+    assert "the run hangs: rank 1 (host " in told
+    assert "shows no sign of life" in told
+    assert "no step is done yet" in told
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
