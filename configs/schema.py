@@ -132,6 +132,11 @@ class TrainConfig:
     """Steps between validation losses; 0 never validates."""
     validation_packs: int = 64
     """Packs of ``data.validation`` that a validation loss is computed on."""
+    evaluate_every: int = 0
+    """Steps between answers to held-out questions; 0 never asks."""
+    evaluation_questions: int = 64
+    """Of each source of ``data.evaluation``; they are answered greedily, so each costs a prompt and
+    its answer's tokens one by one."""
     profile: str | None = None
     """First and last step that torch's profiler traces, as 20..22, on one rank of each pipeline
     stage; the files are large, so few."""
@@ -231,6 +236,8 @@ class DataConfig:
     to, as OmegaConf cannot merge a second file into floats two mappings deep."""
     validation: dict[str, float] = field(default_factory=dict)
     """Source name -> weight, of the packs that validation losses are computed on."""
+    evaluation: list[str] = field(default_factory=list)
+    """Sources whose chats are asked, up to the assistant's first answer."""
     generate: bool = False
     """Make the sample datasets under ``data.root`` first, where they are not there yet."""
     root: str = ""

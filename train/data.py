@@ -51,8 +51,7 @@ class Mixture:
                 f"than model.language.vocab_size={config.model.language.vocab_size}"
                 "  -> take the tokenizer that the model was made with"
             )
-        fallback = Path(config.run.dir) / SIZES
-        sources = [_open(config, name, fallback) for name in weights]
+        sources = [open_source(config, name) for name in weights]
         for source in sources:
             source.check_tokens(config.model.tokens, tokenizer.fingerprint)
         num_samples = sum(len(source) for source in sources)
@@ -63,7 +62,7 @@ class Mixture:
             max_patches=config.data.max_patches,
             window=min(config.data.window, num_samples) if once else config.data.window,
             oversize=config.data.oversize,
-            remember=remember_in([*(source.path / SIZES for source in sources), fallback]),
+            remember=remember_in([*(source.path / SIZES for source in sources), _fallback(config)]),
         )
         return cls(sources, plan)
 
@@ -73,7 +72,7 @@ class Mixture:
             self.plan,
             self.sources,
             cursor,
-            _form(config, mesh),
+            batch_format(config, mesh),
             dp_rank=mesh.dp_rank,
             dp_size=mesh.dims.dp,
             global_batch_size=config.train.global_batch_size,
@@ -88,7 +87,7 @@ class Mixture:
         return validation_step(
             self.plan,
             self.sources,
-            _form(config, mesh),
+            batch_format(config, mesh),
             num_packs=config.train.validation_packs,
             dp_rank=mesh.dp_rank,
             dp_size=mesh.dims.dp,
@@ -106,10 +105,20 @@ class Mixture:
         return f"{listed}; plan {self.plan.hash[:12]}"
 
 
-def _open(config: Config, name: str, fallback: Path) -> Dataset:
+def open_source(config: Config, name: str) -> Dataset:
+    """A dataset of ``data.sources``.
+
+    Raises:
+        DataError: it is missing or damaged.
+    """
     source = config.data.sources[name]
     store = open_store(source.shards, config.data.requests_per_s) if source.shards else None
-    return Dataset.open(source.path, name, fallback, store)
+    return Dataset.open(source.path, name, _fallback(config), store)
+
+
+def _fallback(config: Config) -> Path:
+    """Where counts are kept of a dataset whose folder cannot be written to."""
+    return Path(config.run.dir) / SIZES
 
 
 def generate_samples(config: Config, mesh: Mesh) -> None:
@@ -137,7 +146,8 @@ def _too_long(count: int) -> str:
     return f" ({count:,} too long for a pack, skipped)" if count else ""
 
 
-def _form(config: Config, mesh: Mesh) -> BatchFormat:
+def batch_format(config: Config, mesh: Mesh) -> BatchFormat:
+    """How this rank reads samples."""
     cache = config.data.cache
     max_bytes = int(cache.max_gb * 1e9)
     return BatchFormat(

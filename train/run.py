@@ -22,9 +22,12 @@ from triptych.train.console import say, take_over_libraries
 from triptych.train.crash_loop import refuse_crash_loop
 from triptych.train.data import Mixture, generate_samples
 from triptych.train.engine import Engine, build_engine
+from triptych.train.evaluation_set import EvaluationSet
 from triptych.train.events import record_event
+from triptych.train.hooks.answer_sheet import AnswerSheet
 from triptych.train.hooks.chain import HookChain
 from triptych.train.hooks.checkpoint import Checkpointing
+from triptych.train.hooks.evaluation import Evaluation
 from triptych.train.hooks.harmless import Harmless
 from triptych.train.hooks.history import History
 from triptych.train.hooks.hook import Hook
@@ -84,6 +87,7 @@ def _run_stage(config: Config, mesh: Mesh, start_up: StartUp) -> TrainState:
     held_out = None
     if config.train.validate_every:
         held_out = Mixture.open(config, config.data.validation, once=True)
+    questions = EvaluationSet.open(config) if config.train.evaluate_every else None
     start_up.done("data")
     enter(Phase.START, doing="model")
     engine = build_engine(config, mesh)
@@ -105,7 +109,7 @@ def _run_stage(config: Config, mesh: Mesh, start_up: StartUp) -> TrainState:
     open_run_folder(config, mesh, state, start_up, store.damaged)
     loader = data.loader(config, mesh, state.cursor)
     with contextlib.closing(loader), contextlib.ExitStack() as stack:
-        hooks = _hooks(config, engine, store, held_out, start_up)
+        hooks = _hooks(config, engine, store, held_out, questions, start_up)
         stack.enter_context(hooks.running(state))
         gc.collect()
         gc.freeze()  # what is there stays: no rank shall keep the others waiting to look it through
@@ -187,6 +191,7 @@ def _hooks(
     engine: Engine,
     store: CheckpointStore,
     held_out: Mixture | None,
+    questions: EvaluationSet | None,
     start_up: StartUp,
 ) -> HookChain:
     """Everything optional.
@@ -203,6 +208,11 @@ def _hooks(
     ]
     if held_out is not None:
         hooks.append(Validation(config, engine, held_out.validation_step(config, mesh)))
+    if questions is not None:
+        evaluation = Evaluation(config, engine, questions)
+        hooks.append(evaluation)
+        if mesh.is_main:
+            hooks.append(Harmless(AnswerSheet(config, evaluation, questions)))
     if mesh.is_main:
         hooks.append(MetricsFile(run_dir))
         hooks.append(Harmless(LossCurve(config, run_dir)))

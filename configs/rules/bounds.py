@@ -31,6 +31,7 @@ AT_LEAST = {
         "train.micro_batch_size",
         "train.seq_len",
         "train.validation_packs",
+        "train.evaluation_questions",
         "parallel.tp",
         "parallel.pp",
         "parallel.vpp",
@@ -57,6 +58,7 @@ AT_LEAST = {
     0: (
         "model.vision.window_size",
         "train.validate_every",
+        "train.evaluate_every",
         "run.keep_every",
         "run.weights_every",
         "seed",
@@ -93,6 +95,7 @@ AT_MOST = {
         "model.language.num_heads",
         "model.language.num_kv_heads",
         "train.validation_packs",
+        "train.evaluation_questions",
     ),
     65_536: ("train.global_batch_size", "data.video.min_frames", "data.video.max_frames"),
     1_048_576: (
@@ -126,6 +129,7 @@ AT_MOST = {
         "stage.token_budget",
         "train.num_steps",
         "train.validate_every",
+        "train.evaluate_every",
         "run.checkpoint_every",
         "run.keep",
         "run.keep_every",

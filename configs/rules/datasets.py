@@ -5,7 +5,7 @@ from difflib import get_close_matches
 from math import inf
 from pathlib import Path
 
-from triptych.configs.problems import Problem, either, from_hub
+from triptych.configs.problems import Problem, either, from_hub, typed_list
 from triptych.configs.schema import Config
 
 
@@ -15,6 +15,7 @@ def check_data(config: Config) -> Iterator[Problem]:
     mixture = f"data.mixtures.{name}"
     weights = {f"{mixture}.{source}": w for source, w in data.mixtures.get(name, {}).items()}
     read = {*data.mixtures.get(name, {}), *(data.validation if config.train.validate_every else {})}
+    read |= {*(data.evaluation if config.train.evaluate_every else [])}
     weights |= {f"data.validation.{source}": w for source, w in data.validation.items()}
     if not data.mixtures.get(name):
         yield Problem(f"{mixture} is empty: stage.name={name} has no data", f"{mixture}.SOURCE=1.0")
@@ -23,6 +24,12 @@ def check_data(config: Config) -> Iterator[Problem]:
             f"train.validate_every={config.train.validate_every} has no data.validation to read",
             "train.validate_every=0 or data.validation.SOURCE=1.0",
         )
+    if config.train.evaluate_every and not data.evaluation:
+        yield Problem(
+            f"train.evaluate_every={config.train.evaluate_every} has no data.evaluation to ask",
+            "train.evaluate_every=0 or data.evaluation=[SOURCE]",
+        )
+    yield from _check_asked(data.evaluation, list(data.sources))
     for key, weight in weights.items():
         parent, _, source = key.rpartition(".")
         if source not in data.sources:
@@ -51,6 +58,19 @@ def check_data(config: Config) -> Iterator[Problem]:
                 f"data.sources.{source}.path={data.sources[source].path} is no folder",
                 f"data.sources.{source}.path=FOLDER, one that launch/prepare.py wrote",
             )
+
+
+def _check_asked(asked: list[str], sources: list[str]) -> Iterator[Problem]:
+    """What is asked for answers exists, and is asked once."""
+    given = f"data.evaluation={typed_list(asked)}"
+    for source in asked:
+        if source not in sources:
+            near = get_close_matches(source, sources) or sources or ["SOURCE"]
+            named = [f"data.evaluation=[{other}]" for other in near]
+            yield Problem(f"{given} names {source}, no source of data.sources", either(named))
+    if len(set(asked)) < len(asked):
+        once = typed_list(list(dict.fromkeys(asked)))
+        yield Problem(f"{given} names a source twice", f"data.evaluation={once}")
 
 
 def check_images(config: Config) -> Iterator[Problem]:

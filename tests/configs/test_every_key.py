@@ -116,6 +116,7 @@ IS_REFUSED = {
     "model.tokens.im_start": "-1",
     "parallel.overlap.p2p": "true",
     "data.tokenizer": "nowhere",
+    "data.evaluation": "[nowhere]",
     "data.sources": "{mine:{path:nowhere}}",
     "data.mixtures": "{stage2:{}}",
     "data.generate": "false",
@@ -176,6 +177,8 @@ CHANGES_A_RUN = {
     "seed": "1",
 }
 SHOWN_ELSEWHERE = {
+    "train.evaluate_every": "tests/train/test_evaluation.py",
+    "train.evaluation_questions": "tests/train/test_evaluation.py",
     "train.kernels": "test_kernels_are_chosen",
     "train.deterministic": "test_a_deterministic_run_is_one_from_its_beginning",
     "cluster.timeout_s": "test_groups_have_the_timeout",

@@ -169,6 +169,20 @@ def test_a_stage_with_an_empty_mixture(tmp_path: Path) -> None:
         validate(config, world_size=1)
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("data.evaluation=[]", r"evaluate_every=5 has no data.evaluation to ask  -> try train\."),
+        ("data.evaluation=[held]", r"names held, no source of data.sources  -> try .*\[heldout\]"),
+        ("data.evaluation=[chat,chat]", r"names a source twice .*-> try data.evaluation=\[chat\]"),
+        ("train.evaluation_questions=0", "train.evaluation_questions=0 must be at least 1"),
+    ],
+)
+def test_evaluation_needs_questions(words: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        validate(load_config(["train.evaluate_every=5", words]), world_size=1)
+
+
 def test_validation_needs_data() -> None:
     config = load_config(["train.validate_every=5"])
     validate(config, world_size=1)
