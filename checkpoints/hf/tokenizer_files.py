@@ -20,6 +20,9 @@ COPIED = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
 SETTINGS, SPECIAL_TOKENS = "tokenizer_config.json", "special_tokens_map.json"
 TEMPLATE, LEGACY_TEMPLATE = "chat_template.jinja", "chat_template.json"
 """Where processors of transformers look, those of 5 and those of early 4."""
+MODEL_INPUTS = ["input_ids", "attention_mask"]
+"""What a tokenizer gives a model. ``AutoTokenizer`` of transformers 4 has ``token_type_ids`` beside
+them where the class is not Qwen2's, and its Qwen2-VL fails on those."""
 END_OF_TURN, END_OF_TEXT = "<|im_end|>", "<|endoftext|>"
 
 _IMAGE, _VIDEO = {"type": "image"}, {"type": "video"}
@@ -68,6 +71,7 @@ def write_tokenizer(source: Path, folder: Path, *, is_base: bool, max_length: in
         "padding_side": "left",
         "model_max_length": max_length,
         "chat_template": template,
+        "model_input_names": MODEL_INPUTS,
     }
     _write_json(folder / SETTINGS, settings)
     if (source / SPECIAL_TOKENS).exists():

@@ -72,6 +72,7 @@ def test_the_tokenizer_ends_pads_and_cuts_as_the_model_needs(is_base, end, token
     loaded = AutoTokenizer.from_pretrained(folder)
     assert (loaded.eos_token, loaded.pad_token) == (end, "<|endoftext|>")
     assert (loaded.padding_side, loaded.model_max_length) == ("left", 4096)
+    assert loaded.model_input_names == ["input_ids", "attention_mask"]
     special = json.loads((folder / "special_tokens_map.json").read_text())
     assert special == {"eos_token": end, "pad_token": "<|endoftext|>", "bos_token": "x"}
     assert load_tokenizer(folder).tokens == load_tokenizer(tokenizer).tokens
