@@ -13,7 +13,7 @@ Source: the order is that of megatron-core 0.16.1, pipeline_parallel/schedules.p
 ``microbatch_group_size_per_vp_stage`` = pp; tests/costs/test_bubble.py compares it with a real run.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -76,6 +76,42 @@ def simulate(
     makespan = max(event.end_s for event in events)
     busy = float(forward.sum() + backward.sum())
     return Timeline(makespan, 1.0 - busy / (pp * makespan) if makespan else 0.0, tuple(events))
+
+
+def makespan_of_orders(
+    forward_s: ArrayLike, backward_s: ArrayLike
+) -> Callable[[Sequence[int]], float]:
+    """A quick function from an order of the microbatches to the makespan that ``simulate`` finds.
+
+    Which pass waits for which does not depend on seconds, so one simulation orders all passes such
+    that each comes after those that it waits for.
+
+    Args:
+        forward_s: (vpp, pp, num_microbatches), as of ``simulate``.
+        backward_s: the same of the backward pass.
+    """
+    seconds = np.array([forward_s, backward_s], dtype=np.float64)
+    _, vpp, pp, num_microbatches = seconds.shape
+    events = simulate(*seconds, num_microbatches=num_microbatches).events
+    number: dict[tuple[int, Pass], int] = {}
+    last_on = [-1] * pp
+    passes = []
+    for stage, chunk, microbatch, is_backward, _, _ in events:
+        todo = Pass(chunk, microbatch, is_backward)
+        source = _input_of(stage, todo, pp=pp, vpp=vpp)
+        row = ((is_backward * vpp + chunk) * pp + stage) * num_microbatches
+        waits_for = last_on[stage], -1 if source is None else number[source]
+        passes.append((row, microbatch, *waits_for))
+        last_on[stage] = number[stage, todo] = len(number)
+    took: list[float] = seconds.ravel().tolist()
+
+    def makespan(order: Sequence[int]) -> float:
+        ends = [0.0] * (len(passes) + 1)  # the last is of no pass: -1
+        for i, (row, microbatch, before, source) in enumerate(passes):
+            ends[i] = max(ends[before], ends[source]) + took[row + order[microbatch]]
+        return max(ends)
+
+    return makespan
 
 
 def ideal_bubble(*, pp: int, num_microbatches: int, vpp: int = 1) -> float:

@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from triptych.configs.schema import Config
 from triptych.costs.compute import compute_of_pack
+from triptych.costs.microbatch_order import pipeline_order
 from triptych.data.dataset.dataset import SIZES, Dataset
 from triptych.data.digits.make import have_digits, make_digits
 from triptych.data.loading.loader import Loader, validation_step
@@ -80,6 +81,7 @@ class Mixture:
             cost=compute_of_pack(config),
             num_workers=config.data.num_workers,
             prefetch_steps=config.data.prefetch_steps,
+            order=pipeline_order(config),
         )
 
     def validation_step(self, config: Config, mesh: Mesh) -> Step:

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from triptych.costs.flops import Workload
+from triptych.costs.flops import NO_WORK, Workload
 from triptych.data.loading.reader import BatchFormat, Reader
 from triptych.data.plan.balance import assign
 from triptych.data.plan.order import Cursor, Plan
@@ -36,6 +36,7 @@ class Loader:
         cost: Callable[[Workload], float],
         num_workers: int,
         prefetch_steps: int,
+        order: Callable[[Sequence[Workload]], Sequence[int]] | None = None,
     ) -> None:
         """Reads nothing before the first step is asked for.
 
@@ -51,10 +52,11 @@ class Loader:
             cost: of a pack; shares cost about the same. Must be the same on all ranks.
             num_workers: threads that decode media, at least 1.
             prefetch_steps: steps that are read while one is trained on.
+            order: of a share's microbatches, from dear to cheap, in which they go; None leaves it.
         """
         self.cursor = cursor
         """The place after the last step that was handed out."""
-        self._plan, self._cost = plan, cost
+        self._plan, self._cost, self._order = plan, cost, order
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self._global_batch_size, self._micro_batch_size = global_batch_size, micro_batch_size
         self._prefetch_steps = prefetch_steps
@@ -95,12 +97,17 @@ class Loader:
     def _next_step(self) -> tuple[Step, Cursor]:
         """Runs on the planning thread, the only one that moves ``_planned``."""
         packs, self._planned = self._plan.next_packs(self._planned, self._global_batch_size)
+        loads = [self._plan.workload(pack) for pack in packs]
         assignment = assign(
-            [self._cost(self._plan.workload(pack)) for pack in packs],
+            [self._cost(load) for load in loads],
             dp_size=self._dp_size,
             micro_batch_size=self._micro_batch_size,
         )
-        share = [[packs[i] for i in group] for group in assignment[self._dp_rank]]
+        groups = assignment[self._dp_rank]
+        if self._order is not None:
+            order = self._order([sum((loads[i] for i in group), NO_WORK) for group in groups])
+            groups = [groups[place] for place in order]
+        share = [[packs[i] for i in group] for group in groups]
         return self._reader.read(share), self._planned
 
 

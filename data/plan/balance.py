@@ -16,8 +16,8 @@ _GOOD_ENOUGH = 1.002
 def assign(costs: Sequence[float], *, dp_size: int, micro_batch_size: int) -> list[list[list[int]]]:
     """Spread the packs of one global batch over ranks, and over the microbatches of each rank.
 
-    Microbatches are ordered from dear to cheap on every rank, so that those with the same number
-    cost about the same everywhere.
+    Microbatches are ordered from dear to cheap on every rank, where costs/microbatch_order.py goes
+    on for a pipeline.
 
     Args:
         costs: (global_batch_size,) of each pack, in any unit.

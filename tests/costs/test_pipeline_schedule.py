@@ -8,7 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from triptych.costs.pipeline_schedule import Event, ideal_bubble, pp_stage_passes, simulate
+from triptych.costs.pipeline_schedule import (
+    Event,
+    ideal_bubble,
+    makespan_of_orders,
+    pp_stage_passes,
+    simulate,
+)
 
 
 def test_one_forward_one_backward_by_hand():
@@ -127,3 +133,17 @@ def test_any_schedule_is_a_schedule(schedule):
     busy = forward.sum() + backward.sum()
     assert timeline.makespan_s >= (forward + backward).sum(axis=(0, 2)).max() - 1e-9
     assert timeline.bubble == pytest.approx(1 - busy / (pp * timeline.makespan_s))
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.randoms(use_true_random=False))
+def test_the_quick_makespan_of_an_order_is_the_simulated_one(pp, vpp, groups, random):
+    m = groups * pp
+    forward, backward = np.array([random.uniform(0.1, 2) for _ in range(2 * vpp * pp * m)]).reshape(
+        2, vpp, pp, m
+    )
+    makespan = makespan_of_orders(forward, backward)
+    for _ in range(3):
+        order = random.sample(range(m), m)
+        timeline = simulate(forward[:, :, order], backward[:, :, order], num_microbatches=m)
+        assert makespan(order) == timeline.makespan_s

@@ -212,6 +212,20 @@ def test_a_global_batch_is_the_same_in_every_layout(open_loader, dp_size, micro_
     assert [packs for packs, _ in steps] == [list(range(8 * i, 8 * i + 8)) for i in range(5)]
 
 
+def test_microbatches_go_in_the_order_that_their_workloads_are_given(open_loader):
+    seen = []
+
+    def backwards(loads):
+        seen.append(loads)
+        return range(len(loads))[::-1]
+
+    (plain,) = take(open_loader(micro_batch_size=2), 1)
+    (ordered,) = take(open_loader(micro_batch_size=2, order=backwards), 1)
+    assert contents(ordered)[2] == contents(plain)[2][::-1]
+    assert [load.num_tokens for load in seen[0]] == [b.num_tokens for b in plain.microbatches]
+    assert [load.num_patches for load in seen[0]] == [b.num_patches for b in plain.microbatches]
+
+
 def test_changing_layout_on_resume_loses_and_repeats_nothing(open_loader):
     whole, _ = packs_of_steps(open_loader, 1, 1, 9)
     parts, cursor = [], None
