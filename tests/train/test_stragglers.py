@@ -127,10 +127,21 @@ def with_slow_link(ranks: list[Times], rank: int, seconds: float) -> list[Times]
     ]
 
 
-@pytest.mark.parametrize(("layout", "rank"), itertools.product([(2, 1, 2), (1, 2, 2)], range(4)))
+@pytest.mark.parametrize(("layout", "rank"), itertools.product([(2, 1, 2), (2, 2, 2)], range(4)))
 def test_a_slow_link_is_where_slow_groups_meet(layout, rank):
     [found] = stragglers(with_slow_link(cluster(*layout), rank, 0.05))
     assert (found.cause, found.ranks) == (NETWORK, (rank,))
+
+
+def test_a_stage_with_more_to_exchange_is_no_slow_link():
+    """One dp group per stage has no peers; the pp pairs have, and one of two ends it is."""
+    ranks = cluster(1, 2, 2)
+    for number in (2, 3):
+        times = ranks[number]
+        waits = {**times.waits_s, "dp": 0.2}
+        ranks[number] = Times(times.host, 1, times.step_s, times.own_s, waits, times.groups)
+    assert stragglers(ranks) == []
+    assert stragglers(with_slow_link(ranks, 3, 0.05)) == [Straggler(NETWORK, (1, 3), "pp")]
 
 
 def test_a_link_in_one_axis_is_one_of_its_ends():

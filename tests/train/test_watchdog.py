@@ -100,65 +100,35 @@ def hang(how: str) -> None:
     os.kill(os.getpid(), signal.SIGSTOP if how == "stopped" else signal.SIGKILL)
 
 
-@pytest.mark.distributed
-def test_a_run_that_waits_rightly_is_left_alone(runs):
-    """Two ranks that save, validate and wait for late data, all for longer than three steps.
-
-    The slack is what keeps a busy machine from raising a false alarm here.
-    """
-    words = ("train.num_steps=3", "train.validate_every=1", f"cluster.hang_s={60}")
-    runs.call(train_with_late_data, "run", "dp2", *words)
-    assert not [event for event in read_events(runs.dir("run")) if event["what"] == "hang"]
-
-
-def train_with_late_data(config: Config) -> None:
-    from triptych.data.loading.loader import Loader
-
-    original = Loader.__next__
-
-    def late(loader):
-        time.sleep(2.0 if dist.get_rank() else 0.0)
-        return original(loader)
-
-    with mock.patch.object(Loader, "__next__", late):
-        train(config)
-
-
-FROZEN_START = """
+DIES_EARLY = """
 import os, signal, sys, time
+import torch.distributed as dist
 from triptych.configs.compose import load_config
-from triptych.parallel.mesh import init_distributed, meet
+from triptych.parallel.mesh import Meeting, init_distributed
 from triptych.train.watch.watchdog import watching
 
-config = load_config(sys.argv[1:])
-meeting = meet(600)
-with watching(config, meeting.store, meeting.rank, meeting.world_size):
-    print(meeting.rank, os.getpid(), flush=True)
+rank, place, *words = sys.argv[1:]
+meeting = Meeting(dist.FileStore(place, 2), int(rank), 2)
+with watching(load_config(words), meeting.store, meeting.rank, meeting.world_size):
     if meeting.rank == 1:
-        time.sleep(2 * 0.5 + 1)  # a sign of life
+        while not meeting.store.check(["watch/rank/1"]):
+            time.sleep(0.1)
         os.kill(os.getpid(), signal.SIGKILL)
     init_distributed(600, meeting)  # waits for rank 1, for as long as collectives may
 """
 
 
 @pytest.mark.slow
-@pytest.mark.torchrun
 def test_a_rank_that_dies_early_in_a_start_does_not_keep_the_others_waiting(tmp_path):
     """Without a launcher that sees it, as where the rank is on another node."""
-    script = tmp_path / "start.py"
-    script.write_text(FROZEN_START)
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(free_port()),
-        "WORLD_SIZE": "2",
-    }
     words = ["stage=2", f"run.dir={tmp_path}", "cluster.hang_s=4"]
-    command = [sys.executable, str(script), *words]
+    command = [sys.executable, "-c", DIES_EARLY]
     ranks = [
         subprocess.Popen(
-            command, env={**environment, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True
+            [*command, str(rank), str(tmp_path / "store"), *words],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for rank in range(2)
     ]
@@ -168,11 +138,3 @@ def test_a_rank_that_dies_early_in_a_start_does_not_keep_the_others_waiting(tmp_
     assert "the run hangs: rank 1 (host " in told
     assert "shows no sign of life" in told
     assert "no step is done yet" in told
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]

@@ -52,31 +52,36 @@ def stragglers(ranks: Sequence[Times]) -> list[Straggler]:
     notable_s = NOTABLE * median(times.step_s for times in ranks)
     found = []
     for cause in (COMPUTE, DATA, CHECKPOINT):
-        for rank, times in enumerate(ranks):
-            peers = [
-                peer.own_s.get(cause, 0.0)
-                for peer in ranks
-                if cause != COMPUTE or peer.pp_rank == times.pp_rank
-            ]
-            extra_s = times.own_s.get(cause, 0.0) - median_low(peers)
-            if extra_s > notable_s:
+        stages = [times.pp_rank if cause == COMPUTE else 0 for times in ranks]
+        seconds = [times.own_s.get(cause, 0.0) for times in ranks]
+        by_stage: dict[int, list[float]] = {}
+        for stage, taken_s in zip(stages, seconds, strict=True):
+            by_stage.setdefault(stage, []).append(taken_s)
+        usual_s = {stage: median_low(all_s) for stage, all_s in by_stage.items()}
+        for rank, (stage, taken_s) in enumerate(zip(stages, seconds, strict=True)):
+            if taken_s - usual_s[stage] > notable_s:
+                extra_s = taken_s - usual_s[stage]
                 found.append(Straggler(cause, (rank,), extra_s=extra_s))
     return found or _slow_links(ranks, notable_s)
 
 
 def _slow_links(ranks: Sequence[Times], notable_s: float) -> list[Straggler]:
-    """Groups whose messages take longer than those of other groups of their axis.
+    """Groups whose messages take longer than those of other groups that exchange as much.
 
-    A rank that is in slow groups of two axes is where the link is.
+    These are groups of one axis and, as stages have different layers, within one pipeline stage; pp
+    groups go through all of them. A rank in slow groups of several axes is where the link is.
     """
+    alike: dict[tuple[str, int], set[tuple[int, ...]]] = {}
+    for times in ranks:
+        for axis, group in times.groups.items():
+            alike.setdefault((axis, 0 if axis == "pp" else times.pp_rank), set()).add(group)
     slow: list[Straggler] = []
-    for axis in sorted({axis for times in ranks for axis in times.groups}):
-        groups = {times.groups[axis] for times in ranks if axis in times.groups}
+    for (axis, _), groups in sorted(alike.items()):
         least = {
             group: min(ranks[rank].waits_s.get(axis, 0.0) for rank in group) for group in groups
         }
-        for group in sorted(groups):
-            extra_s = least[group] - median_low(least.values())
+        for group, least_s in sorted(least.items()):
+            extra_s = least_s - median_low(least.values())
             if extra_s > notable_s:
                 slow.append(Straggler(NETWORK, group, axis, extra_s))
     common = set.intersection(*(set(one.ranks) for one in slow)) if len(slow) > 1 else set()
