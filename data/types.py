@@ -301,3 +301,5 @@ class Step:
     """Samples whose media this rank could not read; empty where it reads none."""
     media_work: MediaWork = field(default_factory=MediaWork)
     """Of this rank."""
+    imbalance: float = 1.0
+    """Planned cost of the dearest data-parallel rank's share over the mean of all."""

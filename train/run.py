@@ -36,6 +36,7 @@ from triptych.train.hooks.loss_curve import LossCurve
 from triptych.train.hooks.profiler import Profiler
 from triptych.train.hooks.progress import Progress
 from triptych.train.hooks.quarantine import Quarantine
+from triptych.train.hooks.rank_balance import RankBalance
 from triptych.train.hooks.slow_ranks import SlowRanks
 from triptych.train.hooks.stop_request import StopRequest, tell_of_stop
 from triptych.train.hooks.trackers import MetricsFile, TensorBoardTracker, WandbTracker
@@ -214,7 +215,7 @@ def _hooks(
         if mesh.is_main:
             hooks.append(Harmless(AnswerSheet(config, evaluation, questions)))
     if mesh.is_main:
-        hooks.append(MetricsFile(run_dir))
+        hooks += [RankBalance(), MetricsFile(run_dir)]
         hooks.append(Harmless(LossCurve(config, run_dir)))
         if config.log.wandb:
             hooks.append(Harmless(WandbTracker(config, run_dir)))

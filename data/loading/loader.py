@@ -98,8 +98,9 @@ class Loader:
         """Runs on the planning thread, the only one that moves ``_planned``."""
         packs, self._planned = self._plan.next_packs(self._planned, self._global_batch_size)
         loads = [self._plan.workload(pack) for pack in packs]
+        costs = [self._cost(load) for load in loads]
         assignment = assign(
-            [self._cost(load) for load in loads],
+            costs,
             dp_size=self._dp_size,
             micro_batch_size=self._micro_batch_size,
         )
@@ -107,8 +108,10 @@ class Loader:
         if self._order is not None:
             order = self._order([sum((loads[i] for i in group), NO_WORK) for group in groups])
             groups = [groups[place] for place in order]
-        share = [[packs[i] for i in group] for group in groups]
-        return self._reader.read(share), self._planned
+        step = self._reader.read([[packs[i] for i in group] for group in groups])
+        of_ranks = [sum(costs[i] for group in rank for i in group) for rank in assignment]
+        step.imbalance = max(of_ranks) * self._dp_size / sum(of_ranks)
+        return step, self._planned
 
 
 def validation_step(

@@ -45,6 +45,7 @@ def facts(run: RunRecord, now: datetime) -> dict[str, str]:
     told = {
         "Last step": _last_step(run, now),
         "Steps": _of(steps.last("step"), run.config.get("train.num_steps")),
+        "Left": _left(run),
         "Tokens": _of(steps.last("consumed_tokens"), run.config.get("stage.token_budget")),
         "Loss": _recent_loss(run),
         "Validation loss": _validation(run),
@@ -53,6 +54,7 @@ def facts(run: RunRecord, now: datetime) -> dict[str, str]:
         "Work": f"{_middle(run, 'flops_per_s', recent)} FLOP/s of the model",
         "MFU": _mfu(run, recent),
         "Fill": f"{np.nanmean(steps['fill']):.4f}" if np.isfinite(steps["fill"]).any() else "",
+        "Imbalance": _middle(run, "imbalance", recent) if "imbalance" in steps.names else "",
         "Starts": _starts(run),
         "Steps without update": f"{skipped:,}" if skipped else "",
         "Unreadable": f"{unreadable:,.0f} of {samples:,.0f} samples" if samples else "",
@@ -98,6 +100,12 @@ def _last_step(run: RunRecord, now: datetime) -> str:
         return "at an unknown time"
     then = datetime.fromtimestamp(ended).astimezone()
     return f"{then:%Y-%m-%d %H:%M:%S}, {duration(max(0.0, now.timestamp() - ended))} ago"
+
+
+def _left(run: RunRecord) -> str:
+    """As the newest step told it."""
+    left = run.steps["left_s"][-1]
+    return duration(left) if np.isfinite(left) and left > 0 else ""
 
 
 def _of(done: float | None, whole: str | None) -> str:

@@ -12,7 +12,7 @@ from triptych.launch.reporting.step_table import Numbers
 from triptych.launch.reporting.time_spent import PARTS, parts_of_steps
 from triptych.launch.reporting.timeline import marks_of
 
-OF_EACH_STEP = ("step", "time", "flops", "num_kept", "num_decoded", "decode_s")
+OF_EACH_STEP = ("step", "time", "left_s", "flops", "num_kept", "num_decoded", "decode_s")
 """Numbers that say little as curves, or are part of others."""
 SAME_TOKENS = 1.01
 """Runs of one stage are drawn over steps if their tokens per step differ by less, else over
@@ -72,6 +72,7 @@ SECTIONS: dict[str, tuple[Figure, ...]] = {
     ),
     "Data": (
         Figure(title="Fill: share of the packs' positions with a token", metrics=("fill",)),
+        Figure(title="Imbalance: planned cost, dearest rank over mean", metrics=("imbalance",)),
         Figure(title="Tokens of each source", metrics=("tokens_by_source/",), smooth=True),
         Figure(title="Image patches per step", metrics=("num_patches",), from_zero=True),
         Figure(

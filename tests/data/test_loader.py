@@ -226,6 +226,21 @@ def test_microbatches_go_in_the_order_that_their_workloads_are_given(open_loader
     assert [load.num_patches for load in seen[0]] == [b.num_patches for b in plain.microbatches]
 
 
+def test_every_rank_tells_how_uneven_the_shares_are(open_loader):
+    """The dearest over the mean, added up from the batches of all ranks."""
+    loaders = [open_loader(dp_rank=r, dp_size=4, cost=cost_of) for r in range(4)]
+    for _ in range(3):
+        shares = [next(loader) for loader in loaders]
+        costs = [sum(cost_of(batch.workload) for batch in step.microbatches) for step in shares]
+        expected = max(costs) * 4 / sum(costs)
+        assert [step.imbalance for step in shares] == pytest.approx([expected] * 4)
+    assert next(open_loader()).imbalance == 1.0
+
+
+def cost_of(load):
+    return load.num_tokens + load.num_patches
+
+
 def test_changing_layout_on_resume_loses_and_repeats_nothing(open_loader):
     whole, _ = packs_of_steps(open_loader, 1, 1, 9)
     parts, cursor = [], None

@@ -76,6 +76,8 @@ def _line(
         "flops": 1e12,
         "flops_per_s": 1e12,
         "mfu": 0.38 + 0.1 * noise,
+        "imbalance": 1.002 + 0.01 * noise,
+        "left_s": 1.5 * (1000 - step),
         "fill": 0.99 + 0.05 * noise,
         "host_memory_bytes": 2**31 + step * 2**18,
         "device_memory_bytes": None,

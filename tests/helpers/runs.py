@@ -154,14 +154,16 @@ TIMES = (
     "tokens_per_s",
     "flops_per_s",
     "mfu",
+    "left_s",
 )
 MEMORY = ("host_memory_bytes", "device_memory_bytes")
 """The metrics that no two runs share."""
 
 
 def without_times(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of ``metrics.jsonl``, without what depends on the clock."""
-    return [{k: v for k, v in line.items() if k not in TIMES + MEMORY} for line in metrics(run_dir)]
+    """The lines of ``metrics.jsonl``, without what depends on clock or layout."""
+    left_out = (*TIMES, *MEMORY, "imbalance")
+    return [{k: v for k, v in line.items() if k not in left_out} for line in metrics(run_dir)]
 
 
 def losses(run_dir: Path) -> list[float]:

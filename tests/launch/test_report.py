@@ -83,6 +83,8 @@ def test_a_page_says_all_that_a_run_left(whole, tmp_path, capsys):
         "MFU, %, stage2",
         "Where a step's time goes, s, stage2",
         "Fill: share of the packs",
+        "Imbalance: planned cost",
+        "Left 17m 30s",
         "More numbers",
         "anything (",
         "2; 20 steps trained again, effective training time ",

@@ -62,7 +62,9 @@ def lines(monkeypatch, capsys):
             told.on_start(event(start, last).state)
             for step, step_s in enumerate(seconds, start + 1):
                 clock.now += step_s
-                told.after_step(event(step, last, **metrics))
+                seen = event(step, last, **metrics)
+                seen = replace(seen, metrics={**seen.metrics, **told.measure(seen)})
+                told.after_step(seen)
         return capsys.readouterr().out.splitlines()
 
     return of

@@ -2,6 +2,7 @@
 
 import time
 from collections import deque
+from collections.abc import Mapping
 from itertools import accumulate
 from statistics import mean, median
 
@@ -36,18 +37,24 @@ class Progress(Hook):
         """The first step counts from here; what was before is start-up."""
         self._step_ended = self._told = time.perf_counter()
 
+    def measure(self, event: StepEvent) -> Mapping[str, float]:
+        """``left_s``, from the second step on: seconds until the stage ends, at the recent rate."""
+        now = time.perf_counter()
+        self._step_s, self._step_ended = now - self._step_ended, now
+        if self._is_first:  # it loads, compiles and allocates: rates follow the steps after it
+            return {}
+        self._steps_s.append(self._step_s)
+        self._tokens.append(event.result.totals.workload.num_tokens)
+        self._flops.append(event.metrics["flops"])
+        self._waits_s.append(event.metrics["data_s"])
+        return {"left_s": self._steps_left(event) * median(self._steps_s)}
+
     def after_step(self, event: StepEvent) -> None:
         """Print every ``log.every`` steps, at the first and the last, and where it was silent."""
         now = time.perf_counter()
-        step_s, self._step_ended = now - self._step_ended, now
         is_first, self._is_first = self._is_first, False
-        if is_first:  # it loads, compiles and allocates: rates follow the steps after it
-            say(f"start-up took {self._start_up}, the first step {step_s:.1f} s")
-        else:
-            self._steps_s.append(step_s)
-            self._tokens.append(event.result.totals.workload.num_tokens)
-            self._flops.append(event.metrics["flops"])
-            self._waits_s.append(event.metrics["data_s"])
+        if is_first:
+            say(f"start-up took {self._start_up}, the first step {self._step_s:.1f} s")
         is_due = event.state.step % self._config.log.every == 0 or now - self._told >= SILENT_S
         if is_due or is_first or event.is_last:
             self._told = now
@@ -82,7 +89,7 @@ class Progress(Hook):
         waits = sum(self._waits_s) / sum(self._steps_s)
         return [
             f"{_compact(rate)} tok/s, {step_s:.3g} s/step",
-            f"left {duration(self._steps_left(event) * step_s)}",
+            f"left {duration(event.metrics['left_s'])}",
             *([f"data {waits:.0%}"] if waits >= NOTABLE else []),
         ]
 
