@@ -109,10 +109,10 @@ def peak_bytes(engine: Engine, batches: Sequence[Batch]) -> int:
     rates = dict.fromkeys(("vit", "adapter", "llm"), 0.0)
     step = Step(microbatches=list(batches), packs=tuple(range(len(batches))), unreadable=[])
     before = torch.cuda.memory_allocated() if HAS_CUDA else 0
-    for number in (1, 2):
+    for _ in (1, 2):
         if HAS_CUDA:
             torch.cuda.reset_peak_memory_stats()
-        train_step(engine, step, rates, number=number)
+        train_step(engine, step, rates)
     print(f"allocated before the first step: {before / GIB:.2f} GiB")
     return torch.cuda.max_memory_allocated() if HAS_CUDA else 0
 

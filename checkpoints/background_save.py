@@ -1,7 +1,8 @@
 """Saves beside training: the ranks write and hash in threads of their own, one save at a time.
 
     begin    a folder, and in a thread of each rank: write, hash, put on disk
-    poll     after each step. Once all ranks are done: in a thread of rank 0, commit and retire
+    poll     after each step. Once all ranks are done, and it is proven or waited for: in a thread
+             of rank 0, commit and retire
     poll     once that is done, it is told; a failure of any rank is raised on all
 
 What threads do here lets others run: writing, hashing and waiting for a disk hold no lock of
@@ -53,12 +54,18 @@ class BackgroundSave:
         self._info: dict[str, Any] = {}
         self._writer: CheckpointWriter | None = None
         self._writing: futures.Future[Mapping[str, SavedFile]] | None = None
+        self._written: dict[str, SavedFile] = {}
         self._publishing: futures.Future[Path | None] | None = None
 
     @property
     def step(self) -> int | None:
         """The step that is being saved, if any."""
-        return self._step if self._writing or self._publishing else None
+        return self._step if self._writing or self._written or self._publishing else None
+
+    @property
+    def is_proven(self) -> bool:
+        """Whether there is one, and a later step has shown that it is worth keeping."""
+        return self.step is not None and bool(self._info["proven"])
 
     def begin(self, step: int, part: Savable, info: Mapping[str, Any]) -> None:
         """Begin to save ``part``, which stays as it is until ``poll`` has told of it.
@@ -83,7 +90,7 @@ class BackgroundSave:
 
         Args:
             wait: for the save, until it is committed.
-            proven: whether a step after it has shown a finite loss, for the manifest to say.
+            proven: whether a step after it has shown a sound loss, for the manifest to say.
 
         Raises:
             CheckpointError: on every rank alike, if any failed; names each of them.
@@ -97,8 +104,10 @@ class BackgroundSave:
             shares = self._results(self._writing, wait=wait)
             if shares is None:
                 return None
-            files = {name: file for share in shares for name, file in sorted(share.items())}
+            self._written = {n: file for share in shares for n, file in sorted(share.items())}
             self._writing = None
+        if self._written and (wait or self._info["proven"]):
+            files, self._written = self._written, {}
             self._publishing = self._executor.submit(self._publish, files, dict(self._info))
         if self._publishing is not None:
             paths: list[Path | None] | None = self._results(self._publishing, wait=wait)

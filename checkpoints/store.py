@@ -69,18 +69,22 @@ class CheckpointStore:
         self._writer = CheckpointWriter(folder, self._ranks)
         return self._writer
 
-    def newest(self) -> Path | None:
+    def newest(self, *, proven: bool = False) -> Path | None:
         """The newest checkpoint whose every byte is as it was written; None in a run without any.
 
         A damaged one is renamed ``.damaged``, with a warning that says which file is wrong and how,
         and the one before is tried.
+
+        Args:
+            proven: pass over those that are not.
 
         Raises:
             CheckpointError: there are checkpoints, and none of them is good; or one that might be
                 the newest good one cannot be read, or is of a format that is not known here.
         """
         self._on_rank_0(self._tidy)
-        for folder in self._on_rank_0(lambda: step_folders(self.root)):
+        candidates = proven_folders if proven else step_folders
+        for folder in self._on_rank_0(lambda: candidates(self.root)):
             problems = verify(folder, self._ranks)
             if not problems:
                 return folder
@@ -163,7 +167,7 @@ def to_retire(root: Path, keep: int, keep_every: int) -> list[Path]:
     And but those of steps that are multiples of ``keep_every``, where it is not 0.
     """
     folders = step_folders(root)
-    proven = next((folder for folder in folders if is_proven(folder)), None)
+    proven = next(iter(proven_folders(root)), None)
     return [
         folder
         for folder in folders[keep:]
@@ -178,8 +182,13 @@ def delete(folders: list[Path]) -> list[Path]:
     return folders
 
 
+def proven_folders(root: Path) -> list[Path]:
+    """The checkpoints under ``root`` that are proven, newest first."""
+    return [folder for folder in step_folders(root) if is_proven(folder)]
+
+
 def is_proven(folder: Path) -> bool:
-    """Whether the loss of the step after it was finite, before it was committed."""
+    """Whether a step after it had a sound loss, before it was committed."""
     try:
         return read_manifest(folder).info.get("proven", False) is True
     except (OSError, CheckpointError):

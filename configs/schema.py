@@ -109,6 +109,29 @@ class StageConfig:
     llm: PartConfig = field(default_factory=PartConfig)
 
 
+class SpikeAction(Enum):
+    """What becomes of a step whose loss is a spike."""
+
+    warn = "warn"
+    """It updates the weights as any other."""
+    skip = "skip"
+    """It updates nothing."""
+    roll_back = "roll_back"
+    """The run goes on from the newest proven checkpoint, and passes over all data since."""
+
+
+@dataclass(kw_only=True, slots=True)
+class SpikesConfig:
+    """When a loss is far above those before it, and what is done then."""
+
+    action: SpikeAction = SpikeAction.warn
+    """warn, skip or roll_back."""
+    sigmas: float = 6.0
+    """Standard deviations above the mean of the last ``window`` losses that make a spike."""
+    window: int = 100
+    """Steps that updated; before there are so many, nothing is a spike."""
+
+
 @dataclass(kw_only=True, slots=True)
 class TrainConfig:
     """Size of a step, and how many."""
@@ -125,6 +148,7 @@ class TrainConfig:
     kernels: Kernels = Kernels.auto
     """auto takes fused ones where they are installed; torch takes only torch's own, to rule the
     others out. Attention follows the same."""
+    spikes: SpikesConfig = field(default_factory=SpikesConfig)
     deterministic: bool = False
     """On CUDA, kernels that give the same bits each time, slower: only with them is a repeated or
     a resumed run bit-equal. On a CPU it always is."""
@@ -368,6 +392,9 @@ class RunConfig:
     dir: str = MISSING
     checkpoint_every: int = 500
     """Steps between checkpoints; one is always written at the end."""
+    save_every_minutes: float = 0.0
+    """Minutes from one checkpoint to the next, by rank 0's clock, whatever the steps; 0: only
+    ``checkpoint_every`` decides."""
     keep: int = 3
     """Newest checkpoints that are kept; the newest after which a loss was finite stays as well."""
     keep_every: int = 0

@@ -1,6 +1,6 @@
 """The datasets of a run: opened, checked against tokenizer and model, planned, and read."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,14 +12,14 @@ from triptych.costs.microbatch_order import pipeline_order
 from triptych.data.dataset.dataset import SIZES, Dataset
 from triptych.data.digits.make import have_digits, make_digits
 from triptych.data.loading.loader import Loader, validation_step
-from triptych.data.loading.reader import BatchFormat
+from triptych.data.loading.reader import BatchFormat, Reader
 from triptych.data.media.cache import FrameCache
 from triptych.data.plan.order import Cursor, Plan
 from triptych.data.plan.passes import remember_in
 from triptych.data.plan.plan_sources import plan_sources
 from triptych.data.stores.media_store import open_store
 from triptych.data.tokenizer import load_tokenizer
-from triptych.data.types import PixelLimits, Step
+from triptych.data.types import Pack, PixelLimits, SampleId, Step
 from triptych.errors import ConfigError, DataError
 from triptych.parallel.mesh import Mesh
 from triptych.train.console import say
@@ -83,6 +83,29 @@ class Mixture:
             prefetch_steps=config.data.prefetch_steps,
             order=pipeline_order(config),
         )
+
+    def one_by_one(self, config: Config, mesh: Mesh, samples: Sequence[SampleId]) -> Step:
+        """A step of which each sample is a microbatch of its own.
+
+        The last one comes again, to fill up a whole number of rounds of an interleaved pipeline.
+        """
+        sizes = [source.sizes for source in self.plan.sources]
+        packs = [
+            Pack(
+                number,
+                (sample,),
+                int(sizes[sample.source].num_tokens[sample.index]),
+                int(sizes[sample.source].num_patches[sample.index]),
+            )
+            for number, sample in enumerate(samples)
+        ]
+        round_to = mesh.dims.pp if config.parallel.vpp > 1 else 1
+        packs += [packs[-1]] * (-len(packs) % round_to)
+        reader = Reader(self.sources, _form(config, mesh), num_workers=config.data.num_workers)
+        try:
+            return reader.read([[pack] for pack in packs])
+        finally:
+            reader.close()
 
     def validation_step(self, config: Config, mesh: Mesh) -> Step:
         """This rank's share of the ``train.validation_packs`` first packs."""

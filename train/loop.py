@@ -2,14 +2,16 @@
 
 import time
 
-from triptych.configs.schema import Config
+from triptych.configs.schema import Config, SpikeAction, SpikesConfig
 from triptych.data.loading.loader import Loader
+from triptych.data.plan.order import Cursor
 from triptych.train.engine import Engine
 from triptych.train.hooks.chain import HookChain
 from triptych.train.hooks.hook import StepEvent
 from triptych.train.metrics import StepTimes, step_metrics
+from triptych.train.spikes import loss_limit
 from triptych.train.state import TrainState
-from triptych.train.step import train_step
+from triptych.train.step import StepResult, train_step
 from triptych.train.stop import StopReason
 from triptych.train.watch.place import Phase, enter, learn
 
@@ -22,31 +24,46 @@ def train(
     Returns where training stands, and why this rank asked to stop, if it did. Every rank must call
     this.
     """
-    asked, stops = None, False
+    asked, stops, spikes = None, False, config.train.spikes
     while not (stops or is_finished(config, engine, state)):
         hooks.before_step(state)
-        number = state.step + 1
-        enter(Phase.DATA, number)
+        enter(Phase.DATA, state.step + 1)
         start = time.perf_counter()
         step = next(loader)
         has_data = time.perf_counter()
         enter(Phase.COMPUTE)
         lr = engine.stage.learning_rates(state.consumed_tokens, state.step)
-        result = train_step(engine, step, lr, number=number, asks_to_stop=asked is not None)
-        totals, stops = result.totals, result.totals.num_asking_to_stop > 0
-        state = state.after(
-            num_tokens=totals.workload.num_tokens,
-            num_samples=totals.num_samples,
-            num_with_media=totals.num_with_media,
-            num_unreadable=totals.num_unreadable,
-            cursor=loader.cursor,
+        result = train_step(
+            engine,
+            step,
+            lr,
+            loss_limit=loss_limit(state.recent_losses, spikes),
+            vetoes_spikes=spikes.action is not SpikeAction.warn,
+            asks_to_stop=asked is not None,
+            asks_to_save=hooks.asks_to_save(),
         )
+        stops = result.totals.num_asking_to_stop > 0
+        state = place_after(state, result, loader.cursor, spikes)
         times = StepTimes(data_s=has_data - start, compute_s=time.perf_counter() - has_data)
         learn(times.step_s)
         metrics = step_metrics(config, state, result, times, engine.mesh.dims.world_size)
         is_last = stops or is_finished(config, engine, state)
         asked = hooks.after_step(StepEvent(state, result, step, is_last, metrics)) or asked
     return state, asked
+
+
+def place_after(
+    state: TrainState, result: StepResult, cursor: Cursor, spikes: SpikesConfig
+) -> TrainState:
+    """Where a run stands after a step that led to ``cursor``."""
+    totals = result.totals
+    return state.after(
+        num_tokens=totals.workload.num_tokens,
+        num_samples=totals.num_samples,
+        num_with_media=totals.num_with_media,
+        num_unreadable=totals.num_unreadable,
+        cursor=cursor,
+    ).judged(result.loss, is_skipped=result.veto is not None, window=spikes.window)
 
 
 def is_finished(config: Config, engine: Engine, state: TrainState) -> bool:

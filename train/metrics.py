@@ -40,8 +40,8 @@ def step_metrics(
     """
     totals, load = result.totals, result.totals.workload
     peak = config.cluster.peak_tflops
-    skipped = result.loss is None
-    flops = 0.0 if skipped else stage_flops(config.model, config.stage, load)
+    has_loss = totals.num_supervised_tokens > 0
+    flops = stage_flops(config.model, config.stage, load) if has_loss else 0.0
     flops_per_s = flops / times.step_s
     return {
         "step": state.step,
@@ -49,6 +49,7 @@ def step_metrics(
         "stage": config.stage.name,
         "loss": result.loss,
         "grad_norm": result.grad_norm,
+        "skipped": None if result.veto is None else result.veto.cause.value,
         "lr": result.lr,
         "num_tokens": load.num_tokens,
         "num_supervised_tokens": totals.num_supervised_tokens,

@@ -2,7 +2,10 @@
 
 import contextlib
 import gc
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,14 +27,16 @@ from triptych.train.data import Mixture, generate_samples
 from triptych.train.engine import Engine, build_engine
 from triptych.train.evaluation_set import EvaluationSet
 from triptych.train.events import record_event
+from triptych.train.go_back import earlier_start
 from triptych.train.hooks.answer_sheet import AnswerSheet
 from triptych.train.hooks.chain import HookChain
 from triptych.train.hooks.checkpoint import Checkpointing
 from triptych.train.hooks.evaluation import Evaluation
+from triptych.train.hooks.gone_wrong import GoneWrong
 from triptych.train.hooks.harmless import Harmless
 from triptych.train.hooks.history import History
 from triptych.train.hooks.hook import Hook
-from triptych.train.hooks.ledger import Ledger
+from triptych.train.hooks.ledger import Ledger, trained_after
 from triptych.train.hooks.loss_curve import LossCurve
 from triptych.train.hooks.profiler import Profiler
 from triptych.train.hooks.progress import Progress
@@ -45,11 +50,11 @@ from triptych.train.hooks.validation import Validation
 from triptych.train.hooks.weights import WEIGHTS, WeightsOnly
 from triptych.train.lock import lock_run_dir
 from triptych.train.loop import is_finished, train
-from triptych.train.run_folder import open_run_folder, tell_of_the_start_before
-from triptych.train.start import find_start, load_start
+from triptych.train.run_folder import cut_records, open_run_folder, tell_of_the_start_before
+from triptych.train.start import StartingPoint, find_start, load_start
 from triptych.train.start_up import StartUp
 from triptych.train.state import TrainState
-from triptych.train.stop import StopReason, gather_reasons
+from triptych.train.stop import GoBackError, StopReason, gather_reasons
 from triptych.train.watch.place import Phase, enter
 from triptych.train.watch.watchdog import watching
 
@@ -108,14 +113,10 @@ def _run_stage(config: Config, mesh: Mesh, start_up: StartUp) -> TrainState:
         return state
     start_up.done("weights")
     open_run_folder(config, mesh, state, start_up, store.damaged)
-    loader = data.loader(config, mesh, state.cursor)
-    with contextlib.closing(loader), contextlib.ExitStack() as stack:
-        hooks = _hooks(config, engine, store, held_out, questions, start_up)
-        stack.enter_context(hooks.running(state))
-        gc.collect()
-        gc.freeze()  # what is there stays: no rank shall keep the others waiting to look it through
-        stack.callback(gc.unfreeze)
-        state, asked = train(config, engine, loader, state, hooks)
+    hooks_of = partial(
+        _hooks, config, engine, held_out, questions, start_up, History(run_dir, mesh)
+    )
+    state, asked = _train_from(start, config, engine, data, hooks_of)
     if asked is not None and asked.is_error:
         raise TrainingError(out_of_budget(asked.text, config, state))
     if is_finished(config, engine, state):
@@ -128,6 +129,41 @@ def _run_stage(config: Config, mesh: Mesh, start_up: StartUp) -> TrainState:
             tell_of_stop(run_dir, state.step, reasons)
         say(_stopped(config, state, reasons))
     return state
+
+
+def _train_from(
+    start: StartingPoint,
+    config: Config,
+    engine: Engine,
+    data: Mixture,
+    hooks_of: Callable[..., HookChain],
+) -> tuple[TrainState, StopReason | None]:
+    """Train, and go on from an earlier checkpoint as often as the numbers go wrong."""
+    mesh, run_dir = engine.mesh, Path(config.run.dir)
+    passed_over = None
+    while True:
+        loader = data.loader(config, mesh, start.state.cursor)
+        store = CheckpointStore(run_dir / CHECKPOINTS, mesh.world)
+        try:
+            with contextlib.closing(loader), contextlib.ExitStack() as stack:
+                hooks = hooks_of(store=store, start=start, passed_over=passed_over)
+                stack.enter_context(hooks.running(start.state))
+                gc.collect()
+                gc.freeze()  # no rank shall keep the others waiting to look through what stays
+                stack.callback(gc.unfreeze)
+                return train(config, engine, loader, start.state, hooks)
+        except GoBackError as error:
+            back = error
+        enter(Phase.START, doing="weights of before")
+        start = earlier_start(back, store)
+        step = start.state.step
+        passes_over = back.passes_over and mesh.reads_media
+        passed_over = trained_after(step, run_dir, mesh) if passes_over else None
+        if mesh.is_main:
+            told = {"to_step": step, "passed_over": back.passes_over}
+            record_event(run_dir, "went_back", step=back.state.step, **told)
+        cut_records(run_dir, mesh, step)
+        load_start(start, config, engine)
 
 
 def leave() -> None:
@@ -190,10 +226,14 @@ def _kernels(config: Config, engine: Engine) -> str:
 def _hooks(
     config: Config,
     engine: Engine,
-    store: CheckpointStore,
     held_out: Mixture | None,
     questions: EvaluationSet | None,
     start_up: StartUp,
+    history: History,
+    *,
+    store: CheckpointStore,
+    start: StartingPoint,
+    passed_over: dict[str, Any] | None,
 ) -> HookChain:
     """Everything optional.
 
@@ -202,7 +242,7 @@ def _hooks(
     """
     mesh, run_dir = engine.mesh, Path(config.run.dir)
     hooks: list[Hook] = [
-        History(run_dir, mesh),
+        history,
         UnreadableBudget(config),
         StopRequest(run_dir, mesh),
         SlowRanks(run_dir, mesh, config.run.checkpoint_every),
@@ -225,8 +265,10 @@ def _hooks(
         hooks.append(Harmless(Profiler(config, mesh)))
     if mesh.reads_media:
         sources = list(config.data.mixtures[config.stage.name])
-        hooks += [Ledger(run_dir, mesh), Quarantine(run_dir, mesh, sources)]
-    hooks += [Progress(config, mesh, start_up), Checkpointing(config, engine, store)]
+        hooks += [Ledger(run_dir, mesh, passed_over), Quarantine(run_dir, mesh, sources)]
+    checkpointing = Checkpointing(config, engine, store)
+    gone_wrong = GoneWrong(config, mesh, start, checkpointing)
+    hooks += [Progress(config, mesh, start_up), gone_wrong, checkpointing]
     if config.run.weights_every:
         weights = CheckpointStore(run_dir / WEIGHTS, mesh.world)
         hooks.append(WeightsOnly(config, engine, weights))

@@ -53,8 +53,7 @@ def open_run_folder(
 ) -> None:
     """Make ``run.dir``, write what runs and where, and cut records of steps back to here.
 
-    Only a run that will train does: what was refused leaves no trace. All files of an earlier start
-    are cut, of however many ranks, before any rank appends to its own. Every rank must call this.
+    Only a run that will train does: what was refused leaves no trace. Every rank must call this.
     """
     run_dir = Path(config.run.dir)
     hosts = list(dict.fromkeys(mesh.world.all_gather(platform.node())))
@@ -63,12 +62,22 @@ def open_run_folder(
         save_config(config, run_dir / "config.yaml")
         write_environment(run_dir / ENVIRONMENT, mesh)
         forget_stop(run_dir)
-        for pattern in (METRICS, f"{LEDGER}/*.jsonl", f"{QUARANTINE}/*.jsonl"):
-            for record in run_dir.glob(pattern):
-                keep_until(record, state.step)
         _record_start(run_dir, mesh, state, start_up, hosts)
         for found in damaged:
             record_event(run_dir, "fell_back", step=state.step, damaged=found)
+    cut_records(run_dir, mesh, state.step)
+
+
+def cut_records(run_dir: Path, mesh: Mesh, step: int) -> None:
+    """Cut what was written of steps after ``step``. Every rank must call this.
+
+    All files of an earlier start are cut, of however many ranks, before any appends to its own.
+    """
+    dist.barrier()  # who still has to read its own has done so
+    if mesh.is_main:
+        for pattern in (METRICS, f"{LEDGER}/*.jsonl", f"{QUARANTINE}/*.jsonl"):
+            for record in run_dir.glob(pattern):
+                keep_until(record, step)
     dist.barrier()
 
 

@@ -13,12 +13,11 @@ from torch import Tensor, nn
 
 from triptych.costs.flops import NO_WORK, Workload
 from triptych.data.types import Batch, MediaWork, Step, UnreadableSample
-from triptych.errors import TrainingError
 from triptych.models.feed import on_device
-from triptych.parallel.agree import ranks_where
 from triptych.parallel.mesh import Mesh
 from triptych.parallel.schedule import LossFunction, run_microbatches
 from triptych.train.engine import Engine
+from triptych.train.veto import Veto, VetoCause, find_veto
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +34,8 @@ class Totals:
     media_work: MediaWork
     num_asking_to_stop: int
     """Ranks that ask for the run to end after this step."""
+    num_asking_to_save: int = 0
+    """Ranks that ask for it to be saved after this step."""
 
     @property
     def num_supervised_tokens(self) -> int:
@@ -51,43 +52,71 @@ class StepResult:
     loss: float | None
     """Mean over the supervised tokens of the global batch.
 
-    None where there was none and nothing was updated.
+    None where there was none and nothing was updated, or where it is not finite.
     """
-    grad_norm: float
-    """Before clipping."""
+    grad_norm: float | None
+    """Before clipping; None where nothing was updated because of a veto."""
     lr: dict[str, float]
     totals: Totals
+    loss_limit: float = math.inf
+    """From which on a loss is a spike."""
+    veto: Veto | None = None
+    """Why nothing was updated."""
+
+    @property
+    def is_spike(self) -> bool:
+        """Whether the loss is finite, and too high."""
+        if self.veto is not None:
+            return self.veto.cause is VetoCause.spike
+        return self.loss is not None and self.loss >= self.loss_limit
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether there is a loss, and nothing is wrong with it."""
+        return self.loss is not None and self.veto is None and not self.is_spike
 
 
 def train_step(
-    engine: Engine, step: Step, lr: dict[str, float], *, number: int, asks_to_stop: bool = False
+    engine: Engine,
+    step: Step,
+    lr: dict[str, float],
+    *,
+    loss_limit: float = math.inf,
+    vetoes_spikes: bool = False,
+    asks_to_stop: bool = False,
+    asks_to_save: bool = False,
 ) -> StepResult:
-    """Forward, backward, update. Every rank must call this.
+    """Forward, backward, and update unless a number is wrong. Every rank must call this.
 
     Args:
         engine: model and optimizer.
         step: this data-parallel rank's microbatches.
         lr: by part.
-        number: of the step, for messages.
+        loss_limit: from which on a loss is a spike.
+        vetoes_spikes: whether a spike updates nothing; a loss or gradient that is not finite never
+            does.
         asks_to_stop: whether this rank asks for the run to end after this step.
-
-    Raises:
-        TrainingError: loss or gradient is not finite; on every rank, before anything is updated.
+        asks_to_save: whether it asks for the run to be saved then.
     """
     mesh, optimizer = engine.mesh, engine.optimizer
-    totals = count(step, mesh, asks_to_stop=asks_to_stop)
+    totals = count(step, mesh, asks_to_stop=asks_to_stop, asks_to_save=asks_to_save)
     if totals.num_supervised_tokens == 0:
         return StepResult(None, 0.0, lr, totals)
     optimizer.zero_grad()
-    loss_sum = sum_losses(engine.chunks, step.microbatches, mesh, forward_only=False)
-    total_loss = _over_ranks(loss_sum, mesh)
+    losses = microbatch_losses(engine.chunks, step.microbatches, mesh, forward_only=False)
+    total_loss = _over_ranks(losses.sum(), mesh)
+    most = (loss_limit if vetoes_spikes else math.inf) * totals.num_supervised_tokens
+    squared_norm = optimizer.squared_grad_norm(veto=~(total_loss < most))
     # The step's one wait for the device.
-    loss, grad_norm = torch.stack([total_loss, optimizer.squared_grad_norm()]).tolist()
-    loss, grad_norm = loss / totals.num_supervised_tokens, grad_norm**0.5
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        _stop(number, loss, grad_norm, loss_sum, mesh)
-    optimizer.step(lr, grad_norm)
-    return StepResult(loss, grad_norm, lr, totals)
+    loss, squared_norm = torch.stack([total_loss, squared_norm]).tolist()
+    loss /= totals.num_supervised_tokens
+    if math.isfinite(squared_norm):
+        optimizer.step(lr, squared_norm**0.5)
+        return StepResult(loss, squared_norm**0.5, lr, totals, loss_limit)
+    is_spike = math.isfinite(loss) and squared_norm == -math.inf
+    veto = find_veto(step, losses, is_spike=is_spike, mesh=mesh)
+    told_loss = loss if math.isfinite(loss) else None
+    return StepResult(told_loss, None, lr, totals, loss_limit, veto)
 
 
 def validation_loss(chunks: Sequence[nn.Module], step: Step, mesh: Mesh) -> float:
@@ -105,6 +134,16 @@ def sum_losses(
 
     0 but on the last stage. Every rank must call this.
     """
+    return microbatch_losses(chunks, batches, mesh, forward_only=forward_only).sum()
+
+
+def microbatch_losses(
+    chunks: Sequence[nn.Module], batches: Sequence[Batch], mesh: Mesh, *, forward_only: bool
+) -> Tensor:
+    """(num_microbatches,) float64: the loss of each, summed over its supervised tokens.
+
+    (0,) but on the last stage. Every rank must call this.
+    """
 
     def forward(chunk: nn.Module, batch: Batch) -> tuple[Tensor, LossFunction[Tensor]]:
         return chunk(batch), lambda loss_sum: counted(loss_sum, batch.num_supervised_tokens)
@@ -112,8 +151,8 @@ def sum_losses(
     lengths = [len(batch.input_ids) for batch in batches]
     feeds = [on_device(batches, mesh, place) for place in mesh.places(len(chunks))]
     sums = run_microbatches(chunks, feeds, lengths, forward, mesh, forward_only=forward_only)
-    zero = torch.zeros((), dtype=torch.float64, device=mesh.device)
-    return torch.stack(sums).sum() if sums else zero
+    none = torch.zeros(0, dtype=torch.float64, device=mesh.device)
+    return torch.stack(sums) if sums else none
 
 
 def counted(loss_sum: Tensor, num_supervised_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -131,7 +170,9 @@ def counted(loss_sum: Tensor, num_supervised_tokens: int) -> tuple[Tensor, Tenso
     return loss_sum, torch.tensor(num_supervised_tokens, dtype=torch.int32), loss_sum.detach()
 
 
-def count(step: Step, mesh: Mesh, *, asks_to_stop: bool = False) -> Totals:
+def count(
+    step: Step, mesh: Mesh, *, asks_to_stop: bool = False, asks_to_save: bool = False
+) -> Totals:
     """Add up the batches of all replicas, without the samples that could not be read.
 
     Only the reading rank of a replica knows of those, so it counts for the others, and tells them
@@ -144,9 +185,9 @@ def count(step: Step, mesh: Mesh, *, asks_to_stop: bool = False) -> Totals:
     counts = [*astuple(workload), num_samples, len(step.unreadable), num_with_media]
     if not mesh.reads_media:
         counts = [0] * len(counts)
-    totals = mesh.world.add_up([*counts, *astuple(step.media_work), asks_to_stop])
+    totals = mesh.world.add_up([*counts, *astuple(step.media_work), asks_to_stop, asks_to_save])
     *loads, num_samples, num_unreadable, num_with_media = totals[: len(counts)]
-    *work, num_asking = totals[len(counts) :]
+    *work, num_asking_to_stop, num_asking_to_save = totals[len(counts) :]
     if num_unreadable:
         drop_unreadable(step, mesh.world.all_gather(step.unreadable)[mesh.media_reader])
     return Totals(
@@ -155,7 +196,8 @@ def count(step: Step, mesh: Mesh, *, asks_to_stop: bool = False) -> Totals:
         num_unreadable,
         num_with_media,
         MediaWork(*work),
-        num_asking,
+        num_asking_to_stop,
+        num_asking_to_save,
     )
 
 
@@ -175,16 +217,3 @@ def _over_ranks(loss_sum: Tensor, mesh: Mesh) -> Tensor:
     dist.all_reduce(total, group=mesh.dp_group)
     dist.all_reduce(total, group=mesh.pp_group)
     return total
-
-
-def _stop(number: int, loss: float, grad_norm: float, loss_sum: Tensor, mesh: Mesh) -> None:
-    """Name the ranks whose own loss is not finite, and stop all."""
-    ranks = ranks_where(mesh.world, not math.isfinite(float(loss_sum)))
-    where = (
-        f"the loss of rank {', '.join(map(str, ranks))}" if ranks else "a gradient, but no loss,"
-    )
-    raise TrainingError(
-        f"step {number}: {where} is not finite (loss {loss}, gradient norm {grad_norm}); "
-        "nothing was updated  -> run.dir/ledger names the packs of each step; resume from an "
-        "earlier checkpoint, with a lower learning rate or without the data at fault"
-    )

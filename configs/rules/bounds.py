@@ -55,10 +55,12 @@ AT_LEAST = {
         "run.keep",
         "log.every",
     ),
+    2: ("train.spikes.window",),
     0: (
         "model.vision.window_size",
         "train.validate_every",
         "train.evaluate_every",
+        "run.save_every_minutes",
         "run.keep_every",
         "run.weights_every",
         "seed",
@@ -97,6 +99,7 @@ AT_MOST = {
         "train.validation_packs",
         "train.evaluation_questions",
     ),
+    10_000: ("train.spikes.window",),
     65_536: ("train.global_batch_size", "data.video.min_frames", "data.video.max_frames"),
     1_048_576: (
         "data.requests_per_s",
@@ -108,6 +111,7 @@ AT_MOST = {
         "data.window",
         "cluster.gpus",
     ),
+    1_000_000: ("run.save_every_minutes",),
     2_592_000: ("cluster.timeout_s", "cluster.hang_s"),
     16_777_216: (
         "model.language.vocab_size",
@@ -143,6 +147,7 @@ Far above, a typing error would end in a traceback, in a full memory, or in hour
 ABOVE_0 = {
     "data.video.fps": "2.0",
     "data.cache.max_gb": "100.0",
+    "train.spikes.sigmas": "6.0",
     "optimizer.eps": "1e-8",
     "cluster.peak_tflops": "989",
     "cluster.efficiency.vit": "1.0",

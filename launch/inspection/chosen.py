@@ -43,7 +43,7 @@ def read_samples(folder: Path, numbers: Sequence[int], config: Config) -> Chosen
         num_tokens=int(sizes.num_tokens[list(numbers)].sum()),
         num_patches=int(sizes.num_patches[list(numbers)].sum()),
     )
-    return _read([dataset], pack, config)
+    return read_whole([dataset], pack, config)
 
 
 def read_pack(number: int, config: Config) -> Chosen:
@@ -54,10 +54,11 @@ def read_pack(number: int, config: Config) -> Chosen:
         DataError: a dataset is missing, damaged, or of another tokenizer.
     """
     mixture = Mixture.open(config, config.data.mixtures[config.stage.name])
-    return _read(mixture.sources, mixture.plan.first_packs(number + 1)[number], config)
+    return read_whole(mixture.sources, mixture.plan.first_packs(number + 1)[number], config)
 
 
-def _read(sources: Sequence[Dataset], pack: Pack, config: Config) -> Chosen:
+def read_whole(sources: Sequence[Dataset], pack: Pack, config: Config) -> Chosen:
+    """One pack, its pixels too; ``sources`` as its plan numbers them."""
     form = BatchFormat(
         model=config.model,
         limits=PixelLimits.of(config.data),

@@ -60,7 +60,7 @@ class DeepSpeedZero(ShardedOptimizer):
         self._zero.zero_grad()
         self._zero.averaged_gradients.clear()  # in bf16 DeepSpeed adds to them until it steps
 
-    def squared_grad_norm(self) -> Tensor:
+    def squared_grad_norm(self, veto: Tensor | None = None) -> Tensor:
         """Reduce the gradients over dp; squared L2 norm of the whole model's.
 
         Every rank must call this.
@@ -72,7 +72,7 @@ class DeepSpeedZero(ShardedOptimizer):
         for stand_in in self._stand_ins:
             self._hand_over(stand_in, torch.zeros_like(stand_in, dtype=torch.float32))
         self._zero.reduce_gradients(pipeline_parallel=True)
-        return self._squared_norm(list(self._counted_grads()))
+        return self._squared_norm(list(self._counted_grads()), veto)
 
     def step(self, lr: Mapping[str, float], grad_norm: float) -> None:
         """Clip and update; ``squared_grad_norm()`` comes before. Every rank must call this."""

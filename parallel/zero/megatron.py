@@ -68,11 +68,11 @@ class MegatronZero(ShardedOptimizer):
         self._model.zero_grad()
         self._chain.zero_grad()
 
-    def squared_grad_norm(self) -> Tensor:
+    def squared_grad_norm(self, veto: Tensor | None = None) -> Tensor:
         """Squared L2 norm of the whole model's gradient. Every rank must call this."""
         self._chain.prepare_grads()
         return self._squared_norm(
-            [g for o in self._optimizers for g in o.get_main_grads_for_grad_norm()]
+            [g for o in self._optimizers for g in o.get_main_grads_for_grad_norm()], veto
         )
 
     def step(self, lr: Mapping[str, float], grad_norm: float) -> None:

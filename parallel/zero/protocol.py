@@ -1,5 +1,6 @@
 """What training asks of an optimizer that is sharded over the data-parallel ranks (ZeRO-1)."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -63,10 +64,14 @@ class ShardedOptimizer(ABC):
         """Forget the gradients. Before each step's first microbatch."""
 
     @abstractmethod
-    def squared_grad_norm(self) -> Tensor:
+    def squared_grad_norm(self, veto: Tensor | None = None) -> Tensor:
         """Squared L2 norm of the whole model's gradient; copies of a parameter count once.
 
         0-d float64, on the device: nobody has waited for it. A collective of all ranks.
+
+        Args:
+            veto: 0-d bool, on the device. True on any rank makes the result -inf on all of them,
+                or NaN where a gradient is not finite either.
         """
 
     @abstractmethod
@@ -96,7 +101,7 @@ class ShardedOptimizer(ABC):
     def refresh_master_weights(self) -> None:
         """Copy the model's weights to the master weights, after the weights were loaded."""
 
-    def _squared_norm(self, grads: Sequence[Tensor]) -> Tensor:
+    def _squared_norm(self, grads: Sequence[Tensor], veto: Tensor | None) -> Tensor:
         """Of what all ranks give together. A collective of all ranks.
 
         The norm of the tensors' norms. Both libraries' own wait for the device, once for each
@@ -104,6 +109,8 @@ class ShardedOptimizer(ABC):
         """
         zero = torch.zeros((), device=self._mesh.device)
         squared = (get_total_norm(grads) if grads else zero).square()
+        if veto is not None:
+            squared = squared.masked_fill(veto, -math.inf)
         dist.all_reduce(squared)
         return squared.double()
 

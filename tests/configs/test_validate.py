@@ -57,6 +57,8 @@ def test_every_count_has_an_upper_bound() -> None:
     [
         ("optimizer.beta1=1.0", "optimizer.beta1=1.0 must be at least 0 and below 1  -> try optimizer.beta1=0.9"),
         ("optimizer.beta2=-0.1", "optimizer.beta2=-0.1 must be at least 0 and below 1  -> try optimizer.beta2=0.95"),
+        ("train.spikes.window=1", "train.spikes.window=1 must be at least 2  -> try train.spikes.window=2"),
+        ("train.spikes.sigmas=0", "train.spikes.sigmas=0.0 must be above 0  -> try train.spikes.sigmas=6.0"),
         ("optimizer.eps=0", "optimizer.eps=0.0 must be above 0  -> try optimizer.eps=1e-8"),
         ("cluster.peak_tflops=0", "cluster.peak_tflops=0.0 must be above 0  -> try cluster.peak_tflops=989"),
         ("cluster.efficiency.vit=-1", "cluster.efficiency.vit=-1.0 must be above 0  -> try cluster.efficiency.vit=1.0"),

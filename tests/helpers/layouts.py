@@ -213,8 +213,8 @@ def _measure(case: LayoutCase, mesh: Mesh, num_steps: int) -> RankOutcome:
     targets = {kind: count(step, mesh).num_supervised_tokens for kind, step in steps.items()}
     lr = {part: LR if part in TRAINED[case.stage] else 0.0 for part in ("vit", "adapter", "llm")}
     kinds = itertools.islice(itertools.cycle(steps), num_steps)
-    for number, kind in enumerate(kinds):
-        train_step(engine, steps[kind], lr, number=number + 1)
+    for kind in kinds:
+        train_step(engine, steps[kind], lr)
     engine.optimizer.gather_weights()
     return RankOutcome(
         mesh.tp_rank,

@@ -4,7 +4,7 @@
         with pretended_cuda() as device:         # tensors on "cuda" exist within it
             engine = build_engine(config_of(case), mesh)
             device.waits.clear()
-            result = train_step(engine, step, lr, number=1)
+            result = train_step(engine, step, lr)
             return result.loss, [str(wait) for wait in device.waits]
 
     def test_it(pretended_pool):                 # ranks that have pretended from the start

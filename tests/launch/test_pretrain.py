@@ -13,8 +13,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 FIELDS = (
-    "step time stage loss grad_norm lr num_tokens num_supervised_tokens num_patches num_unreadable"
-    " num_decoded num_kept decode_s read_bytes consumed_tokens consumed_samples step_time_s data_s"
+    "step time stage loss grad_norm skipped lr num_tokens num_supervised_tokens num_patches"
+    " num_unreadable num_decoded num_kept decode_s read_bytes consumed_tokens consumed_samples"
+    " step_time_s data_s"
     " compute_s tokens_per_s flops flops_per_s mfu fill host_memory_bytes device_memory_bytes"
 ).split()
 

@@ -26,7 +26,7 @@ def loss_of_a_step() -> float:
     mesh = engine.mesh
     step = make_step("some", mesh, 1)
     step = replace(step, microbatches=step.microbatches[:1])
-    return train_step(engine, step, dict.fromkeys(("vit", "adapter", "llm"), 1e-3), number=1).loss
+    return train_step(engine, step, dict.fromkeys(("vit", "adapter", "llm"), 1e-3)).loss
 
 
 def with_and_without() -> tuple[float, float, dict[str, str], bool]:

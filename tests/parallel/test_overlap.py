@@ -41,9 +41,9 @@ def losses(case: LayoutCase, order: tuple[str, ...]) -> list[float]:
     mesh = engine.mesh
     rates = dict.fromkeys(("vit", "adapter", "llm"), LR)
     found = []
-    for number, kind in enumerate(order):
+    for kind in order:
         step = make_step(kind, mesh, 1)
-        found.append(train_step(engine, step, rates, number=number).loss)
+        found.append(train_step(engine, step, rates).loss)
         found.append(validation_loss(engine.chunks, make_step("first", mesh, 1), mesh))
     return found
 

@@ -64,12 +64,12 @@ def run_case(case: LayoutCase, waits: list[Wait], *, with_grads: bool) -> RankNu
     assert {p.device for p in engine.parameters.values()} == {mesh.device}
     lr = {part: LR if part in TRAINED[case.stage] else 0.0 for part in ("vit", "adapter", "llm")}
     numbers: list[float] = []
-    for number, kind in enumerate(KINDS, 1):
+    for kind in KINDS:
         step = make_step(kind, mesh, case.micro_batch_size)
         at_least = layout.pp if layout.vpp > 1 else 1
         del step.microbatches[max(at_least, NUM_MICROBATCHES // layout.dp) :]
         waits.clear()
-        result = train_step(engine, step, lr, number=number)
+        result = train_step(engine, step, lr)
         numbers += [result.loss, result.grad_norm]
     found = list(waits)
     grads = {}

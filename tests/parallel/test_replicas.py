@@ -26,7 +26,7 @@ def trained_engine(zero: str, layout: Layout) -> Engine:
     engine = engine_of(LayoutCase(layout, zero=zero))
     mesh = engine.mesh
     rates = dict.fromkeys(("vit", "adapter", "llm"), LR)
-    train_step(engine, make_step("some", mesh, 1), rates, number=1)
+    train_step(engine, make_step("some", mesh, 1), rates)
     return engine
 
 

@@ -1,6 +1,7 @@
 """Hooks are told in order and closed in reverse, whatever fails; what they are told is fixed."""
 
 import dataclasses
+import itertools
 from unittest import mock
 
 import pytest
@@ -161,12 +162,12 @@ def fail_in_step_3(config: Config) -> tuple[list, str]:
     """What a hook was told, and the error of the command."""
     from triptych.train import loop
 
-    told, train_step = [], loop.train_step
+    told, train_step, numbers = [], loop.train_step, itertools.count(1)
 
-    def broken(*arguments, number: int, **more):
-        if number == 3:
+    def broken(*arguments, **more):
+        if next(numbers) == 3:
             raise TrainingError("it broke")
-        return train_step(*arguments, number=number, **more)
+        return train_step(*arguments, **more)
 
     def with_mine(hooks):
         return HookChain([*hooks, Recording("mine", told)])

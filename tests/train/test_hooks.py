@@ -1,7 +1,6 @@
 """What a run writes besides checkpoints, and when it stops itself: in every layout."""
 
 import json
-import math
 import re
 import shutil
 import struct
@@ -11,7 +10,6 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-import torch
 import torch.distributed as dist
 
 from triptych.configs.compose import read_config
@@ -28,11 +26,9 @@ from triptych.tests.helpers.runs import (
     losses,
     metrics,
     packs,
-    refusal,
     train,
 )
 from triptych.train.json_lines import JsonLines, keep_until, read_lines
-from triptych.train.step import counted
 
 distributed = pytest.mark.distributed
 every_layout = pytest.mark.parametrize(
@@ -243,48 +239,6 @@ def test_validation_leaves_training_as_it_is(runs):
     validated = [line.pop("validation_loss", None) for line in metrics(runs.dir("with"))]
     assert [loss is None for loss in validated] == [True, False, True, False]
     assert losses(runs.dir("with")) == losses(runs.dir("without"))
-
-
-@distributed
-@pytest.mark.parametrize(
-    ("layout", "ranks", "microbatch"),
-    [("dp2", [1], 5), pytest.param("pp2", [1], 9, marks=pytest.mark.slow), ("tp2 pp2", [2, 3], 9)],
-)
-def test_a_loss_that_is_not_finite_stops_every_rank(layout, ranks, microbatch, runs):
-    """In the first microbatch of step 3; nothing is updated, logged or saved."""
-    options = ("train.num_steps=6", "run.checkpoint_every=1")
-    messages = runs.call(spoil_loss, "run", layout, *options, ranks=ranks, microbatch=microbatch)
-    assert len({message for message, _ in messages}) == 1
-    named = f"TrainingError: step 3: the loss of rank {str(ranks)[1:-1]} is not finite (loss nan"
-    assert messages[0][0].startswith(named)
-    assert "nothing was updated" in messages[0][0]
-    assert {updates for _, updates in messages} == {2}
-    assert len(losses(runs.dir("run"))) == 2
-    runs.train("run", layout, *options)  # and it can be resumed
-    assert len(losses(runs.dir("run"))) == 6
-
-
-def spoil_loss(config: Config, ranks: list[int], microbatch: int) -> tuple[str, int]:
-    """Returns the error, and how many updates were made."""
-    calls, updates = Counter(), Counter()
-
-    def spoilt(loss_sum: torch.Tensor, num_supervised_tokens: int):
-        calls["loss"] += 1
-        at_fault = calls["loss"] == microbatch and dist.get_rank() in ranks
-        return counted(loss_sum * (math.nan if at_fault else 1.0), num_supervised_tokens)
-
-    def counted_step(self, lr, grad_norm):
-        updates["step"] += 1
-        return step(self, lr, grad_norm)
-
-    from triptych.parallel.zero.megatron import MegatronZero
-
-    step = MegatronZero.step
-    with (
-        mock.patch("triptych.train.step.counted", spoilt),
-        mock.patch.object(MegatronZero, "step", counted_step),
-    ):
-        return refusal(config), updates["step"]
 
 
 @distributed

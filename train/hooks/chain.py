@@ -9,7 +9,7 @@ from typing import Any
 
 from triptych.train.hooks.hook import Hook, StepEvent
 from triptych.train.state import TrainState
-from triptych.train.stop import StopReason
+from triptych.train.stop import GoBackError, StopReason
 from triptych.train.watch.place import Phase, enter
 
 _log = logging.getLogger(__name__)
@@ -26,8 +26,8 @@ class HookChain:
         """Start the hooks, and close those that were started, however this ends.
 
         The error that ends it is what the caller sees: errors that follow from it, in ``on_error``
-        or ``close``, are logged. Where all went well, the first error of ``close`` is raised, when
-        all are closed.
+        or ``close``, are logged. A run that goes back only closes them. Where all went well, the
+        first error of ``close`` is raised, when all are closed.
         """
         started: list[Hook] = []
         try:
@@ -35,6 +35,9 @@ class HookChain:
                 hook.on_start(state)
                 started.append(hook)
             yield
+        except GoBackError:
+            _log_errors(_errors_of(hook.close for hook in reversed(started)))
+            raise
         except BaseException as error:
             _log_errors(_errors_of(partial(hook.on_error, error) for hook in started))
             _log_errors(_errors_of(hook.close for hook in reversed(started)))
@@ -48,6 +51,10 @@ class HookChain:
         """Tell every hook that the step after ``state`` begins."""
         for hook in self._entered():
             hook.before_step(state)
+
+    def asks_to_save(self) -> bool:
+        """Whether any hook of this rank asks for it; all ranks learn of it in the step."""
+        return any([hook.asks_to_save() for hook in self._hooks])
 
     def after_step(self, event: StepEvent) -> StopReason | None:
         """Collect what the hooks measure, then tell all of them; returns the first reason to stop.

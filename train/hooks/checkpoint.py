@@ -1,4 +1,4 @@
-"""Saves the run every ``run.checkpoint_every`` steps, and at its end, beside training."""
+"""Saves the run every so many steps or minutes, and at its end, beside training."""
 
 import time
 from pathlib import Path
@@ -18,8 +18,9 @@ from triptych.train.hooks.hook import Hook, StepEvent
 class Checkpointing(Hook):
     """On every rank: each writes its share, rank 0 commits.
 
-    A checkpoint is committed after a later step, whose loss was finite: it is proven. Only the one
-    at the end of a run is not, as no step follows.
+    A checkpoint is committed after a later step, whose loss was finite and no spike: it is proven.
+    Only the one at the end of a run is not, as no step follows. A step that updated nothing is not
+    worth a checkpoint, but at the end.
     """
 
     def __init__(self, config: Config, engine: Engine, store: CheckpointStore) -> None:
@@ -35,15 +36,24 @@ class Checkpointing(Hook):
         }
         self._averaged = ""
         self._begun = self._stall_s = 0.0
+        self._last_save = time.monotonic()
+
+    def asks_to_save(self) -> bool:
+        """Rank 0's clock decides for all; one that is set back or forward is not asked."""
+        minutes = self._config.run.save_every_minutes
+        is_time = time.monotonic() - self._last_save >= minutes * 60
+        return self._engine.mesh.is_main and minutes > 0 and is_time
 
     def after_step(self, event: StepEvent) -> None:
         """Go on with the save in flight; begin one where it is time to."""
         step = event.state.step
-        is_due = step % self._config.run.checkpoint_every == 0 or event.is_last
-        self._advance(wait=is_due, proven=event.result.loss is not None)
+        is_time = event.result.totals.num_asking_to_save > 0
+        is_due = is_time or step % self._config.run.checkpoint_every == 0
+        is_due = (is_due and event.result.veto is None) or event.is_last
+        self._advance(wait=is_due, proven=event.result.is_sound)
         if not is_due:
             return
-        self._begun = time.perf_counter()
+        self._begun, self._last_save = time.perf_counter(), time.monotonic()
         drift = reduce_replicas(self._replicas, self._engine.optimizer, self._engine.mesh)
         self._averaged = (
             f" (tp copies of weights had drifted: {drift}; averaged)" if drift.name else ""
@@ -58,6 +68,14 @@ class Checkpointing(Hook):
         self._stall_s = time.perf_counter() - self._begun
         if event.is_last:
             self._advance(wait=True, proven=False)
+
+    def settle(self) -> None:
+        """Wait for the save in flight if it is proven: the run goes back. Every rank must call it.
+
+        So what it goes back to follows from its steps, not from how fast a disk is.
+        """
+        if self._save.is_proven:
+            self._advance(wait=True, proven=True)
 
     def close(self) -> None:
         """Leave nothing running."""

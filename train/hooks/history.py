@@ -17,10 +17,13 @@ class History(Hook):
         self._run_dir, self._mesh = run_dir, mesh
         self._step = 0
         self._began: float | None = None
+        self._is_first = True
 
     def on_start(self, state: TrainState) -> None:
-        """The first step counts from here."""
-        self._step, self._began = state.step, time.monotonic()
+        """The first step counts from here; not again where the run goes back."""
+        self._step = state.step
+        self._began = time.monotonic() if self._is_first else None
+        self._is_first = False
 
     def after_step(self, event: StepEvent) -> None:
         """Record the first: start-up ends with it."""

@@ -48,6 +48,10 @@ class Hook:
     def before_step(self, state: TrainState) -> None:
         """The step after ``state`` is about to begin."""
 
+    def asks_to_save(self) -> bool:
+        """Whether the run is to be saved after the step that is about to begin."""
+        return False
+
     def measure(self, event: StepEvent) -> Mapping[str, Any]:
         """More metrics of the step, which ``after_step`` of every hook is then told."""
         return {}

@@ -69,7 +69,7 @@ class Progress(Hook):
         validated = "" if validation is None else f", validation {validation:.4f}"
         parts = [
             f"{self._config.stage.name} step {event.state.step}{of}",
-            f"loss {loss}{validated}, norm {event.result.grad_norm:.3g}",
+            f"loss {loss}{validated}, {_norm(event)}",
             _memory(event),
             *self._rates(event),
             *self._mfu(),
@@ -106,6 +106,12 @@ class Progress(Hook):
         left = (self._config.stage.token_budget - event.state.consumed_tokens) / mean(self._tokens)
         cap = self._config.train.num_steps
         return max(0.0, left if cap is None else min(left, cap - event.state.step))
+
+
+def _norm(event: StepEvent) -> str:
+    """Of the gradient; or that none was applied."""
+    veto, norm = event.result.veto, event.result.grad_norm
+    return f"{veto.cause.value}: skipped" if veto else f"norm {norm:.3g}"
 
 
 def _memory(event: StepEvent) -> str:
