@@ -6,6 +6,7 @@ the hash of the manifest. A folder without a matching ``COMMIT`` is not a checkp
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,7 @@ def read_manifest(folder: Path) -> CheckpointManifest:
 def verify(folder: Path, ranks: Ranks) -> list[str]:
     """What is damaged in a checkpoint, file by file; empty if it is good. Reads every byte once.
 
+    A file too many among those of the ranks is damage as well: whoever loads takes what is there.
     Each rank hashes its share of the files. Every rank must call this; all get the same answer.
 
     Raises:
@@ -121,7 +123,8 @@ def verify(folder: Path, ranks: Ranks) -> list[str]:
     share = largest_first[ranks.rank :: ranks.world_size]
 
     def check() -> list[str]:
-        return [text for name in share if (text := _check(folder, name, files[name]))]
+        too_many = _too_many(folder, files) if ranks.rank == 0 else []
+        return [*too_many, *(text for name in share if (text := _check(folder, name, files[name])))]
 
     try:
         everyone = on_every_rank(ranks, check, os_error=CheckpointError)
@@ -156,6 +159,19 @@ def _check(folder: Path, name: str, record: SavedFile) -> str | None:
     if digest != record.xxh3_128:
         return f"{name} has xxh3-128 {digest}, {MANIFEST} says {record.xxh3_128}"
     return None
+
+
+def _too_many(folder: Path, files: Mapping[str, SavedFile]) -> list[str]:
+    """What lies in the folders of the ranks' files and is not listed; hidden files do not count."""
+    parents = sorted({name.rpartition("/")[0] for name in files} - {""})
+    found = [f"{parent}/{entry}" for parent in parents for entry in _entries(folder / parent)]
+    return [f"{name} is not in {MANIFEST}" for name in found if name not in files]
+
+
+def _entries(folder: Path) -> list[str]:
+    """Names in it; none where it is missing, which its files tell."""
+    names = os.listdir(folder) if folder.is_dir() else []
+    return sorted(name for name in names if not name.startswith("."))
 
 
 def write_synced(path: Path, content: bytes) -> None:

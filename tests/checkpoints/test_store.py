@@ -161,6 +161,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda f: os.truncate(f / "rng/rank_00000.safetensors", 0),
         "rng/rank_00000.safetensors has 0 bytes",
     ),
+    "one too many": (
+        lambda f: shutil.copy(f / "shards/rank_0.bin", f / "shards/rank_1.bin"),
+        "shards/rank_1.bin is not in MANIFEST.json",
+    ),
     "missing": (lambda f: (f / "data.json").unlink(), "data.json is missing"),
     "no COMMIT": (lambda f: (f / COMMIT).unlink(), "COMMIT is missing"),
     "empty COMMIT": (lambda f: os.truncate(f / COMMIT, 0), "COMMIT says ''"),
@@ -500,6 +504,39 @@ def test_ranks_write_and_find_the_same_checkpoint(tmp_path, world_size):
     assert resumed == [tmp_path / "step_000000002.0"] * 3
     named = on_ranks(3, lambda ranks: locate(tmp_path / "step_000000002.0", ranks))
     assert named == [tmp_path / "step_000000002.0"] * 3
+
+
+@pytest.mark.parametrize("rank", [0, 3, 7])
+@pytest.mark.parametrize("kind", ["flipped bit", "cut", "missing", "emptied", "one too many"])
+def test_one_of_eight_ranks_files_is_wrong(kind, rank, tmp_path, caplog):
+    """Each is found and named, and all ranks fall back together."""
+
+    def run(ranks: ThreadRanks) -> None:
+        for step in (1, 2):
+            save(CheckpointStore(tmp_path, ranks), step, ranks.rank)
+
+    assert on_ranks(8, run) == [None] * 8
+    [bad, good] = step_folders(tmp_path)
+    name = f"shards/rank_{rank}.bin"
+    harms = {
+        "flipped bit": lambda: flip_bit(bad / name),
+        "cut": lambda: os.truncate(bad / name, 999),
+        "missing": (bad / name).unlink,
+        "emptied": lambda: os.truncate(bad / name, 0),
+        "one too many": lambda: shutil.copy(bad / name, bad / "shards" / f"rank_{rank + 8}.bin"),
+    }
+    harms[kind]()
+    assert on_ranks(8, lambda ranks: CheckpointStore(tmp_path, ranks).newest()) == [good] * 8
+    wrong = f"shards/rank_{rank + 8}.bin" if kind == "one too many" else name
+    assert caplog.text.count("is damaged") == 1
+    assert f"  {wrong} " in caplog.text
+
+
+def test_a_hidden_file_among_a_checkpoints_is_no_damage(tmp_path):
+    """As NFS leaves one where another process has a deleted file open."""
+    [folder] = run_with(1, root=tmp_path)
+    (folder / "shards" / ".nfs0000001").touch()
+    assert newest(tmp_path) == folder
 
 
 def test_a_rank_that_cannot_read_its_file_back_fails_the_commit_on_all(tmp_path):
