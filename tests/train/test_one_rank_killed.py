@@ -1,4 +1,4 @@
-"""One rank is killed anywhere in a save while its peers live: the newest committed one loads."""
+"""One rank is killed, or asked to stop, anywhere in a save: the newest committed one loads."""
 
 import itertools
 import json
@@ -8,11 +8,14 @@ import signal
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
 
+from triptych.checkpoints.layout import parse_step, step_folders
 from triptych.checkpoints.manifest import verify
+from triptych.checkpoints.shard_file import Snapshot
 from triptych.checkpoints.store import CheckpointStore
 from triptych.configs.schema import Config
 from triptych.parallel.agree import SingleProcess
@@ -101,3 +104,34 @@ def train_and_kill(config: Config, rank: int, count: int) -> None:
         train(config)
     finally:
         armed[0] = False
+
+
+def test_asked_to_stop_while_it_saves_a_run_commits_both(pool, digits, tmp_path):
+    """TERM reaches rank 1's training thread while its other one writes step 2."""
+    runs = Runs(pool, digits, tmp_path)
+    runs.call(train, "whole", "dp2", "train.num_steps=6")
+    told, _ = runs.call(train_and_ask, "run", "dp2", *WORDS, "run.keep=9", "train.num_steps=6")
+    stopped = json.loads((runs.dir("run") / "stopped.json").read_text())
+    assert 2 < stopped["step"] < 6
+    assert "asked by rank 1: SIGTERM" in told
+    root = runs.dir("run") / "checkpoints"
+    saved = [parse_step(folder.name).step for folder in step_folders(root)]
+    assert saved[0] == stopped["step"]
+    assert 2 in saved
+    assert not [folder for folder in step_folders(root) if verify(folder, SingleProcess())]
+    runs.call(train, "run", "dp2", *WORDS, "train.num_steps=6")
+    assert losses(runs.dir("run")) == losses(runs.dir("whole"))
+
+
+def train_and_ask(config: Config) -> str:
+    """Train; rank 1 is asked to stop by a TERM in the middle of its first save."""
+    write, asked = Snapshot.write, []
+
+    def ask(self, *arguments):
+        if dist.get_rank() == 1 and not asked:
+            asked.append(True)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return write(self, *arguments)
+
+    with mock.patch.object(Snapshot, "write", ask):
+        return train(config)
