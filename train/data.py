@@ -101,7 +101,9 @@ class Mixture:
         ]
         round_to = mesh.dims.pp if config.parallel.vpp > 1 else 1
         packs += [packs[-1]] * (-len(packs) % round_to)
-        reader = Reader(self.sources, _form(config, mesh), num_workers=config.data.num_workers)
+        reader = Reader(
+            self.sources, batch_format(config, mesh), num_workers=config.data.num_workers
+        )
         try:
             return reader.read([[pack] for pack in packs])
         finally:
