@@ -56,6 +56,10 @@ class Questions:
         """The encoded file."""
         return self._dataset.read_media(media)
 
+    def read_span(self, media: Media, size: int) -> bytes:
+        """``size`` bytes of its shard from where a file begins, not compared with any hash."""
+        return self._dataset.read_span(media, size)
+
     def sample(self, index: int) -> Sample:
         """What is asked; nothing is a target.
 

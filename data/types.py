@@ -153,6 +153,9 @@ class Source(Protocol):
     def read_media(self, media: Media) -> bytes:
         """The encoded file. Raises DataError if its hash is not the recorded one."""
 
+    def read_span(self, media: Media, size: int) -> bytes:
+        """``size`` bytes of its shard from where a file begins, not compared with any hash."""
+
 
 @dataclass(slots=True)
 class Batch:

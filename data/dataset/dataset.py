@@ -71,6 +71,7 @@ class Dataset:
         self._elsewhere = [Path(shard) for shard in manifest.shards_elsewhere]
         for shard, size in manifest.shards_elsewhere.items():
             check_size(Path(shard), size)
+        self._places: dict[int, tuple[Path, Store]] = {}
         self._stores_elsewhere = {
             shard.parent: open_store(str(shard.parent)) for shard in self._elsewhere
         }
@@ -202,7 +203,7 @@ class Dataset:
         if not 0 <= index < len(self):
             raise IndexError(f"{self.name} has {len(self)} samples; there is no {index}")
         span = self._text.span(index)
-        ids = self._text[index]
+        ids = self._text.ids(span)
         media = self._media.of_sample(index)
         num_placeholders = int(placeholders(ids, self.manifest.tokens).sum())
         if num_placeholders != len(media):
@@ -219,18 +220,33 @@ class Dataset:
         Raises:
             DataError: it cannot be read, or its hash is not the recorded one.
         """
-        shard, store = self.path / SHARDS / SHARD_NAME.format(media.shard), self._store
-        if media.shard >= ELSEWHERE:
-            shard = self._elsewhere[media.shard - ELSEWHERE]
-            store = self._stores_elsewhere[shard.parent]
         for _ in range(2):  # what was flipped on its way comes whole the second time
-            data = store.read(shard.name, media.offset, media.size)
+            data = self.read_span(media, media.size)
             if xxhash.xxh3_128_digest(data) == media.xxh3:
                 break
         else:
             raise DataError(
                 f"the {kind_of(media.kind).name} at byte {media.offset} of "
-                f"{shard} is damaged: its xxh3-128 is not the recorded one"
+                f"{self._place(media)[0]} is damaged: its xxh3-128 is not the recorded one"
                 "  -> copy the shard again"
             )
         return data
+
+    def read_span(self, media: Media, size: int) -> bytes:
+        """``size`` bytes of its shard from where a file begins, not compared with any hash.
+
+        Raises:
+            DataError: the shard ends before.
+        """
+        shard, store = self._place(media)
+        return store.read(shard.name, media.offset, size)
+
+    def _place(self, media: Media) -> tuple[Path, Store]:
+        """The shard of a file, and what reads it."""
+        if media.shard not in self._places:
+            shard, store = self.path / SHARDS / SHARD_NAME.format(media.shard), self._store
+            if media.shard >= ELSEWHERE:
+                shard = self._elsewhere[media.shard - ELSEWHERE]
+                store = self._stores_elsewhere[shard.parent]
+            self._places[media.shard] = shard, store
+        return self._places[media.shard]

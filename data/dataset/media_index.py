@@ -70,7 +70,7 @@ class MediaIndex:
         """
         starts = range(0, self._num_rows, _ROWS_PER_BLOCK)
         block = max(0, bisect_left(starts, start, key=self._first_sample) - 1)
-        found = [np.empty(0, dtype=ROW)]
+        found = []
         for first in starts[block:]:
             last = min(first + _ROWS_PER_BLOCK, self._num_rows)
             data = self._file.read(first * ROW.itemsize, last * ROW.itemsize)
@@ -84,7 +84,9 @@ class MediaIndex:
             found.append(rows[bisect_left(samples, start) : bisect_left(samples, end)])
             if samples[-1] >= end:
                 break
-        return np.concatenate(found)
+        if len(found) == 1:  # nearly always, and joining rows is dear
+            return found[0]
+        return np.concatenate([np.empty(0, dtype=ROW), *found])
 
     def _first_sample(self, row: int) -> int:
         return int.from_bytes(self._file.peek(row * ROW.itemsize, 8), "little")

@@ -68,13 +68,12 @@ class TextFile:
             )
         return slice(start, end)
 
-    def __getitem__(self, index: int) -> NDArray[np.int32]:
-        """(num_tokens,) int32 ids of a sample, read-only.
+    def ids(self, span: slice) -> NDArray[np.int32]:
+        """(num_tokens,) int32 ids of a ``span``, read-only.
 
         Raises:
             DataError: they are not those that were written.
         """
-        span = self.span(index)
         return np.frombuffer(self._ids.read(4 * span.start, 4 * span.stop), dtype="<i4")
 
     def _offsets(self, start: int, end: int) -> NDArray[np.int64]:

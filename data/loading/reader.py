@@ -2,9 +2,10 @@
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from triptych.configs.model_schema import ModelConfig
 from triptych.data.loading.collate import Segment, collate
+from triptych.data.loading.joined_media import JoinedMedia
 from triptych.data.media.cache import FrameCache
 from triptych.data.media.image import cut_patches
 from triptych.data.media.kinds import kind_of
@@ -123,10 +125,12 @@ class Reader:
         pixels: list[NDArray[np.uint8]] = []
         problems: list[tuple[Media, Unreadable, str]] = []
         work = MediaWork()
+        files = JoinedMedia(source, sample.media)
         for number, media in enumerate(sample.media if form.read_pixels else ()):
             where = f"{source.name}, sample {sample_id.index}, {kind_of(media.kind).name} {number}"
             try:
-                pixels.append(cut_patches(self._frames(source, media, where, work), vision))
+                frames = self._frames(partial(files.read, number), media, where, work)
+                pixels.append(cut_patches(frames, vision))
             except DataError as error:
                 undecodable = isinstance(error, _UndecodableError)
                 cause = Unreadable.undecodable if undecodable else Unreadable.damaged
@@ -139,14 +143,14 @@ class Reader:
         return _Read(segment, problems, work)
 
     def _frames(
-        self, source: Source, media: Media, where: str, work: MediaWork
+        self, read: Callable[[], bytes], media: Media, where: str, work: MediaWork
     ) -> NDArray[np.uint8]:
         """What is looked at of a medium, from the cache or decoded now; ``work`` counts it."""
         kind, form = kind_of(media.kind), self._form
         shape = kind.shape(media, form.limits, form.model.vision)
 
         def decode() -> NDArray[np.uint8]:
-            data = source.read_media(media)
+            data = read()
             work.num_decoded += 1
             work.read_bytes += len(data)
             started_s = time.perf_counter()

@@ -132,7 +132,8 @@ def decode_image(data: bytes, where: str) -> Image.Image:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_size(image.size, where)
             image.load()
-            return _to_rgb(ImageOps.exif_transpose(image), where)
+            ImageOps.exif_transpose(image, in_place=True)
+            return _to_rgb(image, where)
     except DataError:
         raise
     except Exception as error:  # on damaged files Pillow's decoders raise all kinds of exceptions
@@ -177,7 +178,7 @@ def _to_rgb(image: Image.Image, where: str) -> Image.Image:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
         return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
 
 
 def image_frames(image: Image.Image, size: tuple[int, int]) -> NDArray[np.uint8]:

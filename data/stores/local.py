@@ -13,11 +13,11 @@ class LocalStore:
     """Reads parts of files below a folder. Holds nothing open: threads and forks may share it."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root
+        self._root = str(root)
 
     def path(self, name: str) -> str:
         """The file's path."""
-        return str(self.root / name)
+        return f"{self._root}/{name}"
 
     def read(self, name: str, offset: int, size: int) -> bytes:
         """``size`` bytes of a file from ``offset`` on.
@@ -26,7 +26,7 @@ class LocalStore:
             DataError: the file ends before.
             OSError: the file is missing or unreadable.
         """
-        with FileIO(self.root / name) as file:
+        with FileIO(self.path(name)) as file:
             return _read_part(file, offset, size)
 
 

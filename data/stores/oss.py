@@ -3,10 +3,13 @@
     oss://bucket/prefix       OSS_ENDPOINT names the endpoint, OSS_REGION (cn-hangzhou) chooses
                               signature V4, which newer accounts need; V1 without it
     OSS_ACCESS_KEY_ID, OSS_ACCESS_KEY_SECRET, OSS_SESSION_TOKEN (of STS)
+    OSS_CREDENTIALS_FILE      in place of these; read anew whenever it is replaced
 
-Each request waits for its turn (``request_rate``). What may pass is tried again with full jitter
-for ``PATIENCE_S``; a body that breaks off goes on where it ended, of the same version of the object
-(If-Match). oss2 itself neither retries a GET nor compares what it got; hashes are the caller's.
+Each request waits for its turn (``request_rate``); one that takes longer than most is made twice
+(``hedging``), and while nothing is answered one thread asks (``breaker``). What may pass is tried
+again with full jitter for ``PATIENCE_S``; a body that breaks off goes on where it ended, of the
+same version of the object (If-Match). oss2 itself neither retries a GET nor compares what it got;
+hashes are the caller's.
 """
 
 import logging
@@ -15,13 +18,17 @@ import random
 import threading
 import time
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 import urllib3
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay
 
+from triptych.data.stores.breaker import Breaker
 from triptych.data.stores.cut_object import cut_object
+from triptych.data.stores.hedging import Hedge
 from triptych.data.stores.request_rate import RequestRate
 from triptych.errors import ConfigError, DataError, StorageError
 
@@ -45,6 +52,9 @@ _REFUSALS = {
     "NoSuchBucket": "there is no such bucket  -> set data.sources.*.shards",
 }
 """Code of an answer that waiting does not change -> what it means, and what to do."""
+_OLD_KEYS = ("InvalidAccessKeyId", "SecurityTokenExpired", "InvalidSecurityToken")
+"""What waiting may change where a file has the keys."""
+CREDENTIALS_FILE = "OSS_CREDENTIALS_FILE"
 
 
 class _TransientError(Exception):
@@ -56,11 +66,23 @@ class _TransientError(Exception):
 
 
 @dataclass(slots=True)
-class _Got:
-    """What there is of a range, and of which version of the object."""
+class _Part:
+    """What there is of a range, or of the rest of it, and of which version of the object."""
 
     body: bytearray = field(default_factory=bytearray)
     version: str = ""
+    broke_off: str = ""
+    """Why there is no more; empty where all came."""
+
+
+@dataclass(slots=True)
+class _Mine:
+    """What a process has for itself: connections, threads and locks do not outlive a fork."""
+
+    process_id: int
+    bucket: Any
+    breaker: Breaker
+    hedge: Hedge
 
 
 class OssStore:
@@ -78,7 +100,9 @@ class OssStore:
         """
         parts = urlsplit(url)
         self._bucket_name, self._prefix = parts.netloc, parts.path.strip("/")
-        needed = ("OSS_ENDPOINT", "OSS_ACCESS_KEY_ID", "OSS_ACCESS_KEY_SECRET")
+        keys = ("OSS_ACCESS_KEY_ID", "OSS_ACCESS_KEY_SECRET")
+        self._keys_are_renewed = bool(os.environ.get(CREDENTIALS_FILE))
+        needed = ("OSS_ENDPOINT", *(() if self._keys_are_renewed else keys))
         if missing := [name for name in needed if not os.environ.get(name)]:
             raise ConfigError(
                 f"{url} cannot be read: the environment has no {', '.join(missing)}"
@@ -86,7 +110,8 @@ class OssStore:
             )
         self._endpoint = os.environ["OSS_ENDPOINT"]
         self._rate = RequestRate(f"{self._endpoint}/{self._bucket_name}", requests_per_s)
-        self._lock, self._client, self._pid = threading.Lock(), None, 0
+        self._lock = threading.Lock()
+        self._held: _Mine | None = None
 
     def path(self, name: str) -> str:
         """The object's URL."""
@@ -99,7 +124,7 @@ class OssStore:
             DataError: the object ends before, or was replaced meanwhile.
             StorageError: it is refused, or cannot be reached and waiting did not help.
         """
-        got = _Got()
+        got = _Part()
         try:
             for attempt in Retrying(
                 stop=stop_after_delay(PATIENCE_S),
@@ -114,36 +139,53 @@ class OssStore:
             raise StorageError(f"{self.path(name)} cannot be read: {error}{_TOO_LATE}") from None
         return bytes(got.body)
 
-    def _read_on(self, name: str, offset: int, size: int, got: _Got) -> None:
-        """Ask once for what is missing."""
+    def _read_on(self, name: str, offset: int, size: int, got: _Part) -> None:
+        """Ask for what is missing; twice, where it takes longer than most (``hedging.py``)."""
+        mine = self._mine()
+        ask = partial(self._ask, name, offset, size, got.version, len(got.body))
+        with mine.breaker.turn():
+            self._rate.take()
+            try:
+                part = mine.hedge.first(ask, self._rate.take)
+            except _TransientError:
+                mine.breaker.failed()
+                raise
+            mine.breaker.answered()
+        got.body += part.body
+        got.version = part.version
+        if part.broke_off:
+            raise _TransientError(part.broke_off)
+
+    def _ask(self, name: str, offset: int, size: int, version: str, had: int) -> _Part:
+        """One request for what comes after the first ``had`` bytes; another thread may ask too."""
         from oss2.exceptions import RequestError, ServerError
 
-        self._rate.take()
-        had = len(got.body)
         wanted = {"x-oss-range-behavior": "standard"}  # or a range outside brings the whole object
-        if got.version:
-            wanted["If-Match"] = got.version
+        if version:
+            wanted["If-Match"] = version
         span = (offset + had, offset + size - 1)
         try:
-            answer = self._bucket().get_object(self._key(name), byte_range=span, headers=wanted)
+            answer = self._mine().bucket.get_object(
+                self._key(name), byte_range=span, headers=wanted
+            )
         except ServerError as error:
             self._answer(name, offset, size, error)
         except RequestError as error:
             raise _TransientError(f"no answer ({type(error.exception).__name__})") from None
-        got.version = answer.headers.get("ETag", "")
-        response = answer.resp.response
+        part, response = _Part(version=answer.headers.get("ETag", "")), answer.resp.response
         if answer.status != 206 or answer.content_length != size - had:
             response.close()
             raise cut_object(self.path(name), offset, size) from None
         try:
-            _fill(got.body, size, response.raw)
+            _fill(part.body, size - had, response.raw)
         except (urllib3.exceptions.HTTPError, OSError, EOFError) as error:
-            told = f"after {len(got.body)} of {size} bytes ({type(error).__name__})"
-            raise _TransientError(f"its body broke off {told}") from None
+            told = f"after {had + len(part.body)} of {size} bytes ({type(error).__name__})"
+            part.broke_off = f"its body broke off {told}"
         finally:
-            if len(got.body) < size:
+            if len(part.body) < size - had:
                 response.close()
         response.raw.drain_conn()  # nothing is left: the connection is free for others
+        return part
 
     def _answer(self, name: str, offset: int, size: int, error: Any) -> NoReturn:
         """What an answer that is no object means."""
@@ -161,6 +203,8 @@ class OssStore:
             ) from None
         if error.status == 416:
             raise cut_object(self.path(name), offset, size) from None
+        if self._keys_are_renewed and code in _OLD_KEYS:
+            raise _TransientError(f"{code}: {CREDENTIALS_FILE} holds keys that have expired")
         told = _REFUSALS.get(code, "OSS refuses it  -> the request's id tells its support why")
         raise StorageError(
             f"{url} cannot be read: {code} (request {error.request_id}): {told}"
@@ -169,26 +213,32 @@ class OssStore:
     def _key(self, name: str) -> str:
         return f"{self._prefix}/{name}" if self._prefix else name
 
-    def _bucket(self) -> Any:
-        """The client of this process: connections do not outlive a fork."""
+    def _mine(self) -> _Mine:
+        """Of this process, made by the first thread that asks."""
         with self._lock:
-            if self._pid != os.getpid():
-                import oss2
-                from oss2.credentials import EnvironmentVariableCredentialsProvider
+            if self._held is None or self._held.process_id != os.getpid():
+                bucket = self._connect()
+                self._held = _Mine(os.getpid(), bucket, Breaker(), Hedge())
+            return self._held
 
-                logging.getLogger("oss2").setLevel(logging.CRITICAL)  # it logs signed headers
-                region = os.environ.get("OSS_REGION")
-                auth = oss2.ProviderAuthV4 if region else oss2.ProviderAuth
-                self._client = oss2.Bucket(
-                    auth(EnvironmentVariableCredentialsProvider()),
-                    self._endpoint,
-                    self._bucket_name,
-                    region=region,
-                    connect_timeout=TIMEOUTS_S,
-                    session=oss2.Session(pool_size=MAX_CONNECTIONS),
-                )
-                self._pid = os.getpid()
-            return self._client
+    def _connect(self) -> Any:
+        import oss2
+        from oss2.credentials import EnvironmentVariableCredentialsProvider
+
+        from triptych.data.stores.oss_credentials import FileCredentials
+
+        logging.getLogger("oss2").setLevel(logging.CRITICAL)  # it logs signed headers
+        region, file = os.environ.get("OSS_REGION"), os.environ.get(CREDENTIALS_FILE)
+        keys = FileCredentials(Path(file)) if file else EnvironmentVariableCredentialsProvider()
+        auth = oss2.ProviderAuthV4 if region else oss2.ProviderAuth
+        return oss2.Bucket(
+            auth(keys),
+            self._endpoint,
+            self._bucket_name,
+            region=region,
+            connect_timeout=TIMEOUTS_S,
+            session=oss2.Session(pool_size=MAX_CONNECTIONS),
+        )
 
 
 def _fill(body: bytearray, size: int, raw: Any) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from triptych.configs.schema import Config
 from triptych.data.dataset.dataset import Dataset
+from triptych.data.loading.joined_media import JoinedMedia
 from triptych.data.loading.loader import Loader
 from triptych.data.media import kinds
 from triptych.tests.helpers.runs import COVERING, LAYOUTS, STAGE2, Runs, train
@@ -32,7 +33,7 @@ def runs(pool, digits, tmp_path) -> Runs:
 def count_decodes(config: Config) -> tuple[int, int, int]:
     """Train; returns what the loader says it decoded, and decodes and reads as counted here."""
     calls, told = Counter(), []
-    read, close = Dataset.read_media, Loader.close
+    read, close = JoinedMedia.read, Loader.close
 
     def counted(decode):
         def counted_decode(*args):
@@ -41,9 +42,9 @@ def count_decodes(config: Config) -> tuple[int, int, int]:
 
         return counted_decode
 
-    def counted_read(self, media):
+    def counted_read(self, number):
         calls["read"] += 1
-        return read(self, media)
+        return read(self, number)
 
     def telling_close(self):
         close(self)
@@ -52,7 +53,7 @@ def count_decodes(config: Config) -> tuple[int, int, int]:
     with (
         mock.patch.object(kinds, "decode_image", counted(kinds.decode_image)),
         mock.patch.object(kinds, "video_frames", counted(kinds.video_frames)),
-        mock.patch.object(Dataset, "read_media", counted_read),
+        mock.patch.object(JoinedMedia, "read", counted_read),
         mock.patch.object(Loader, "close", telling_close),
     ):
         train(config)

@@ -6,15 +6,18 @@ import os
 import shutil
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from triptych.data.dataset.dataset import Dataset
+from triptych.data.loading.joined_media import JoinedMedia
 from triptych.data.prepare.build_dataset import build_dataset
-from triptych.data.stores import oss, request_rate
+from triptych.data.stores import breaker, hedging, oss, request_rate
 from triptych.data.stores.media_store import open_store
 from triptych.data.tokenizer import train_tokenizer
 from triptych.errors import ConfigError, DataError, StorageError
@@ -30,6 +33,8 @@ CONTENT = np.random.default_rng(0).bytes(300_000)
 def server(monkeypatch, tmp_path):
     """One that has an object; its keys are in the environment, waits are short."""
     monkeypatch.setattr(oss, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(breaker, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(breaker, "LONGEST_PAUSE_S", 0.05)
     monkeypatch.setattr(request_rate.tempfile, "gettempdir", lambda: str(tmp_path))
     with serving() as server:
         server.objects[NAME] = CONTENT
@@ -105,6 +110,105 @@ def test_a_server_that_is_away_for_a_while_is_waited_for(server, monkeypatch):
     server.faults.extend([lambda h: h.refuse(503, "ServiceUnavailable") or 1] * 12)
     assert read() == CONTENT[1000:201_000]
     assert len(server.asked) == 13
+
+
+def test_of_all_threads_one_asks_while_nothing_is_answered():
+    """Then all have their turn; and none has failed for having waited."""
+    door, lock = breaker.Breaker(), threading.Lock()
+    calls, inside, most = Counter(), Counter(), Counter()
+
+    def ask(_):
+        while True:
+            with door.turn():
+                with lock:
+                    inside["now"] += 1
+                    calls["all"] += 1
+                    is_away = calls["all"] <= 20
+                    was_open = door._is_open
+                    most[was_open] = max(most[was_open], inside["now"])
+                time.sleep(0.002)
+                with lock:
+                    inside["now"] -= 1
+                if not is_away:
+                    return door.answered()
+                door.failed()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(breaker, "FIRST_PAUSE_S", 0.001)
+        patch.setattr(breaker, "LONGEST_PAUSE_S", 0.002)
+        for _ in range(breaker.OPEN_AFTER):
+            door.failed()
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(ask, range(8)))
+    assert most[True] == 1
+    assert calls["all"] == 20 + 8
+
+
+def test_many_threads_outlast_a_server_that_is_away(server):
+    server.faults.extend([lambda h: h.refuse(503, "ServiceUnavailable") or 1] * 60)
+    store = open_store(URL, 10_000)
+    with ThreadPoolExecutor(16) as threads:
+        found = list(threads.map(lambda i: store.read("000000.tar", i, 100), range(40)))
+    assert found == [CONTENT[i : i + 100] for i in range(40)]
+
+
+def test_a_request_that_takes_longer_than_most_is_made_twice(server, monkeypatch):
+    """One that never ends costs nobody's patience; the second one's answer counts."""
+    monkeypatch.setattr(oss, "TIMEOUTS_S", (60.0, 600.0))
+    store, released = open_store(URL, 10_000), threading.Event()
+    for _ in range(hedging.LEAST_SEEN):
+        store.read("000000.tar", 0, 10)
+    server.faults.append(lambda h: (released.wait(300) and h.reset()) or 1)
+    assert store.read("000000.tar", 5000, 10) == CONTENT[5000:5010]
+    released.set()
+    assert server.asked[hedging.LEAST_SEEN :] == ["bytes=5000-5009"] * 2
+
+
+def test_few_requests_are_made_twice_where_all_are_slow(monkeypatch):
+    monkeypatch.setattr(hedging, "LEAST_S", 0.0)
+    hedge, calls = hedging.Hedge(), Counter()
+
+    def request(seconds):
+        calls["all"] += 1
+        time.sleep(seconds)
+
+    waits = [*[0.0] * hedging.LEAST_SEEN, *[0.001 * 1.15**i for i in range(40)]]
+    for seconds in waits:
+        hedge.first(partial(request, seconds), lambda: None)
+    assert len(waits) < calls["all"] <= len(waits) * (1 + hedging.SHARE) + 1
+
+
+def test_keys_in_a_file_are_renewed_while_it_reads(server, monkeypatch, tmp_path):
+    """A token that has expired is waited for; a file that is half written changes nothing."""
+    file, fresh = tmp_path / "keys.json", tmp_path / "fresh.json"
+
+    def write(path, token):
+        keys = {"AccessKeyId": KEY, "AccessKeySecret": SECRET, "SecurityToken": token}
+        path.write_text(json.dumps({"Credentials": keys}))
+
+    for name in ("OSS_ACCESS_KEY_ID", "OSS_ACCESS_KEY_SECRET"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("OSS_CREDENTIALS_FILE", str(file))
+    with pytest.raises(ConfigError, match=r"keys.json holds no keys .* JSON with AccessKeyId"):
+        read()
+    write(file, "old")
+    server.token, store = "old", open_store(URL, 1000)
+    assert store.read("000000.tar", 0, 9) == CONTENT[:9]
+    file.write_text('{"AccessKeyId": "AK')
+    assert store.read("000000.tar", 0, 9) == CONTENT[:9]
+    server.token = "new"
+    with ThreadPoolExecutor(1) as thread:
+        late = thread.submit(store.read, "000000.tar", 9, 9)
+        while len(server.asked) < 4:  # refused twice, and asked again
+            assert not late.done()
+            time.sleep(0.01)
+        write(fresh, "new")
+        fresh.replace(file)
+        assert late.result() == CONTENT[9:18]
+    monkeypatch.setattr(oss, "PATIENCE_S", 0.2)
+    server.token = "newer"
+    with pytest.raises(StorageError, match="SecurityTokenExpired: OSS_CREDENTIALS_FILE holds keys"):
+        store.read("000000.tar", 0, 9)
 
 
 @pytest.mark.parametrize(
@@ -251,10 +355,33 @@ def prepared(tmp_path_factory):
     Image.fromarray(np.random.default_rng(1).integers(0, 256, (60, 60, 3), dtype=np.uint8)).save(
         folder / "a.png"
     )
-    line = {"content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "noise"}]}
-    (folder / "in.jsonl").write_text(json.dumps(line) + "\n")
+    image, text = {"type": "image", "image": "a.png"}, {"type": "text", "text": "noise"}
+    lines = [json.dumps({"content": content}) for content in ([image, text], [*[image] * 3, text])]
+    (folder / "in.jsonl").write_text("\n".join(lines))
     build_dataset([folder / "in.jsonl"], folder / "set", tokenizer, images=[folder])
     return folder / "set"
+
+
+def test_pictures_side_by_side_are_one_request(prepared, server):
+    """One that is damaged on its way is asked for alone."""
+    content = (prepared / "shards/000000.tar").read_bytes()
+    server.objects["bucket/mine/000000.tar"] = content
+    dataset = Dataset.open(prepared, "mine", store=open_store("oss://bucket/mine", 1000))
+    media = dataset.sample(1).media
+    wanted = [content[item.offset : item.offset + item.size] for item in media]
+
+    def read():
+        server.asked.clear()
+        joined = JoinedMedia(dataset, media)
+        return [joined.read(number) for number in range(3)]
+
+    assert read() == wanted
+    assert len(server.asked) == 1
+    server.faults.append(
+        lambda h: h.answer("bucket/mine/000000.tar", lambda b: bytes([b[0] ^ 1]) + b[1:])
+    )
+    assert read() == wanted
+    assert server.asked[1:] == [f"bytes={media[0].offset}-{media[0].offset + media[0].size - 1}"]
 
 
 def test_every_range_is_compared_with_the_index(prepared, server, tmp_path, capsys):

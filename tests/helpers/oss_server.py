@@ -40,6 +40,8 @@ class OssServer(ThreadingHTTPServer):
         self.clock_s = 0.0
         """What the server's clock is ahead."""
         self.token_is_valid = True
+        self.token: str | None = None
+        """The only one that is valid, where it is given."""
         self.lock = threading.Lock()
         self._recent: deque[float] = deque()
 
@@ -139,7 +141,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _problem(self) -> str | None:
         """What is wrong with who asks."""
         token = self.headers.get("x-oss-security-token")
-        if token is not None and not self.server.token_is_valid:
+        is_valid = self.server.token_is_valid and self.server.token in {None, token}
+        if token is not None and not is_valid:
             return "SecurityTokenExpired"
         said = self.headers["Authorization"]
         v4 = said.startswith("OSS4-HMAC-SHA256 ")
