@@ -31,13 +31,13 @@ from triptych.train.run import pretrain
 COMMAND = "python benchmarks/saves.py --folder /tmp/saves"
 EVERY = 6
 SIZES = (
-    "model.language.hidden_size=768",
+    "model.language.hidden_size=512",
     "model.language.num_layers=8",
-    "model.language.head_dim=96",
-    "model.language.mrope_section=[16,16,16]",
-    "model.language.intermediate_size=2048",
+    "model.language.head_dim=128",
+    "model.language.mrope_section=[16,24,24]",
+    "model.language.intermediate_size=1536",
     "train.seq_len=256",
-    "train.global_batch_size=4",
+    "train.global_batch_size=1",
     "stage.token_budget=1000000000",
     f"run.checkpoint_every={EVERY}",
 )

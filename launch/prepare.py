@@ -184,7 +184,7 @@ def main(args: Sequence[str]) -> None:
     progress.end()
     if manifest is None:
         print(
-            f"part {options.part[0]} of {options.part[1]} is there: {progress.last.num_samples} "
+            f"part {options.part[0]} of {options.part[1]} is there: {progress.num_samples} "
             "samples  -> when all are, the same command without --part puts them together"
         )
         return
@@ -208,6 +208,7 @@ class ProgressLine:
     def __init__(self) -> None:
         from tqdm import tqdm
 
+        self.num_samples = 0  # a part may have no block of the input
         self._bar = tqdm(
             total=100.0,
             unit="%",
@@ -219,7 +220,7 @@ class ProgressLine:
 
     def __call__(self, progress: "BuildProgress") -> None:
         """Called after every sample or block."""
-        self.last = progress
+        self.last, self.num_samples = progress, progress.num_samples
         num_read = progress.num_samples + progress.num_skipped
         rate = num_read / max(progress.elapsed_s, 1e-9)
         self._bar.set_postfix_str(

@@ -10,9 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from triptych.tests.helpers.runs import Runs, without_times
+from triptych.train.events import read_events
+from triptych.train.restarts import read_starts
+
 ROOT = Path(__file__).parents[2]
 WITH_SLURM = ROOT / "tests" / "helpers" / "slurm" / "with_slurm.sh"
 SBATCH_FILE = ROOT / "launch" / "slurm" / "pretrain.sbatch"
+PREPARE = ROOT / "launch" / "slurm" / "prepare.sbatch"
 GPU_CHECK = ROOT / "launch" / "slurm" / "gpu_check.sbatch"
 
 # Stands in for launch/pretrain.py where the test is about the job, not about training.
@@ -136,6 +141,174 @@ def test_a_job_that_is_given_notice_saves_and_is_requeued(tmp_path: Path):
     assert stopped["requeue"], log
     assert set(stopped["asked_by"].values()) == {"SIGUSR1"}
     assert (run / "checkpoints" / f"step_{stopped['step']:09d}.0" / "COMMIT").exists(), log
+
+
+# Another: its first start fails, the second goes on until it is told to stop, the third ends.
+FAILS_THEN_WAITS = """
+import signal, sys, time
+from pathlib import Path
+from triptych.train.events import record_event, read_events
+
+def stop(number, frame):
+    record_event(run, "stopped", step=start, requeue=number == signal.SIGUSR1)
+    sys.exit()
+
+run = Path(sys.argv[-1].removeprefix("run.dir="))
+run.mkdir(exist_ok=True)
+start = 1 + sum(event["what"] == "started" for event in read_events(run))
+for number in (signal.SIGUSR1, signal.SIGTERM):
+    signal.signal(number, stop)
+record_event(run, "started", step=start)
+if start == 1:
+    sys.exit("the first start fails")
+while start == 2:
+    time.sleep(0.1)
+record_event(run, "finished", step=start)
+"""
+FOLLOW = """
+    export LOG=$0 TIME=30
+    chain_of() {
+      python launch/submit.py --nodes="$NODES" --time="$TIME" --jobs="$1" --notice-s=60 \\
+        --sbatch=--output="$LOG" --sbatch=--open-mode=append -- "${@:2}" >&2
+    }
+    until_told() { # so often, of this kind of event
+      until [ "$(grep -c "\\"$2\\"" "$RUN/events.jsonl" 2>/dev/null)" = "$1" ] ||
+        [ -z "$(squeue --noheader)" ]; do sleep 0.2; done
+    }
+    the_running() { squeue --noheader --states=RUNNING --format=%i; }
+    until_none_is_left() {
+      while [ -n "$(squeue --noheader)" ]; do sleep 0.2; done
+      scontrol --oneliner show job | tee "$LOG.jobs"
+    }
+"""
+NOTICED_CHAIN = """
+    chain_of 4 "$@" || exit
+    until_told 2 started
+    scancel --signal=USR1 --batch "$(the_running)"
+    until_none_is_left
+"""
+CANCELLED_CHAIN = """
+    chain_of 4 "$@" || exit
+    until_told 2 started
+    scancel "$(the_running)"
+    until_none_is_left
+"""
+REQUEUED = """
+    chain_of 1 "$@" || exit
+    until_told 2 started
+    scancel --signal=USR1 --batch "$(the_running)"
+    until_none_is_left
+"""
+
+
+@pytest.mark.slurm
+@pytest.mark.parametrize(
+    ("script", "told", "states"),
+    [
+        (
+            NOTICED_CHAIN,
+            "started started stopped started finished",
+            "FAILED COMPLETED COMPLETED CANCELLED",
+        ),
+        pytest.param(
+            CANCELLED_CHAIN,
+            "started started stopped",
+            "FAILED CANCELLED CANCELLED CANCELLED",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            REQUEUED,
+            "started started stopped started finished",
+            "COMPLETED",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_jobs_go_on_after_a_failure_and_a_notice_until_the_run_ends_or_is_cancelled(
+    script, told, states, tmp_path
+):
+    """A chain by its next job, a single one by being requeued. What is not needed is cancelled."""
+    project = tmp_path / "project"
+    (project / "launch").mkdir(parents=True)
+    (project / "launch" / "pretrain.py").write_text(FAILS_THEN_WAITS)
+    for name in ("slurm", "submit.py"):
+        (project / "launch" / name).symlink_to(ROOT / "launch" / name)
+    run = tmp_path / "run"
+    words = ["stage=2", f"run.dir={run}"]
+    script = FOLLOW + "shift\n" + script
+    _, log = submit(tmp_path, project, *words, script=script, RUN=str(run), NODES="1")
+    assert [event["what"] for event in read_events(run)] == told.split(), log
+    jobs = (tmp_path / "job.log.jobs").read_text()
+    assert re.findall(r"JobState=(\w+)", jobs) == states.split(), log
+
+
+CHAIN = """
+    chain_of 4 "$@" || exit
+    until_told 1 first_step
+    kill -KILL "$(pgrep --oldest --full -- '-u launch/pretrain.py')"
+    until_told 2 first_step
+    scancel --signal=USR1 --batch "$(the_running)"
+    until_none_is_left
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.slurm
+def test_a_chain_goes_on_after_a_crash_and_a_notice_and_ends_with_the_run(pool, digits, tmp_path):
+    """The first job loses a rank, the second is given notice, the third ends, the last never runs.
+
+    Every step is made once, as by a run without interruption.
+    """
+    runs = Runs(pool, digits, tmp_path)
+    options = ["train.num_steps=150", "run.checkpoint_every=20"]
+    words = runs.words("chain", "dp2", *options)
+    *_, log = submit(
+        tmp_path,
+        ROOT,
+        *words,
+        script=FOLLOW + "shift\n" + CHAIN,
+        RUN=str(runs.dir("chain")),
+        NODES="2",
+    )
+    starts = read_starts(read_events(runs.dir("chain")))
+    assert [start.end for start in starts] == ["died", "stopped", "finished"], log
+    assert [start.hosts for start in starts] == [("n0", "n1")] * 3
+    assert starts[1].reached == starts[2].step
+    runs.train("whole", "dp2", *options)
+    assert without_times(runs.dir("chain")) == without_times(runs.dir("whole"))
+    assert log.count("pretrain.sbatch: job") == 3
+
+
+@pytest.mark.slurm
+def test_a_dataset_is_prepared_by_an_array_of_jobs(digits, tmp_path):
+    """Then by one more, that puts the parts together: the bytes are those of one process.
+
+    The input is one block, so the second task has nothing to do.
+    """
+    records = tmp_path / "texts.jsonl"
+    records.write_text("".join(f'{{"text": "number {i} of many"}}\n' for i in range(40)))
+    words = ["--input", str(records), "--tokenizer", str(digits / "tokenizer"), "--output"]
+    script = """
+        array=$(sbatch --parsable --array=1-2 --output="$0.%a" "$@") || exit
+        sbatch --dependency=afterok:$array --kill-on-invalid-dep=yes --output="$0" "$@" >&2 || exit
+        while [ -n "$(squeue --noheader)" ]; do sleep 0.2; done
+        scontrol --oneliner show job
+    """
+    state, log = submit(
+        tmp_path, ROOT, *words, str(tmp_path / "by_jobs"), file=PREPARE, script=script
+    )
+    assert state == "COMPLETED", log
+    command = [sys.executable, ROOT / "launch" / "prepare.py", *words, tmp_path / "alone"]
+    subprocess.run(command, check=True)
+    made, alone = contents(tmp_path / "by_jobs"), contents(tmp_path / "alone")
+    assert made == alone
+    assert "dataset.yaml" in made
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """What is of the dataset, by name."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.stem != "report"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 @pytest.mark.slurm
