@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -16,6 +17,8 @@ from triptych.data.tokenizer import load_tokenizer
 from triptych.data.types import PixelLimits
 from triptych.errors import DataError
 from triptych.tests.helpers.runs import Runs, metrics, train, without_times
+from triptych.train.hooks.answer_sheet import AnswerSheet
+from triptych.train.hooks.evaluation import Answered
 
 distributed = pytest.mark.distributed
 ASKED = ("train.evaluate_every=2", "train.evaluation_questions=4", "data.evaluation=[heldout,chat]")
@@ -137,3 +140,12 @@ def test_a_sheet_that_cannot_be_written_ends_no_run(runs):
     told = runs.train("run", "single", "train.num_steps=2", *ASKED)
     assert "AnswerSheet fails and is left out from here on; the run goes on" in told
     assert "accuracy" in metrics(runs.dir("run"))[1]
+
+
+def test_what_looks_like_a_formula_is_drawn_as_it_is(tmp_path):
+    """Matplotlib fails on one that it does not know."""
+    sheet = object.__new__(AnswerSheet)
+    sheet._shown, sheet._pictures = [0], {0: None}
+    question = SimpleNamespace(source="a_$_{", prompt=r"$5 and $ \frac{", expected=r"$\bad")
+    answered = Answered(question, r"a $ \foo $ \$")
+    sheet._drawn({0: answered}, "step 1").savefig(tmp_path / "sheet.png")

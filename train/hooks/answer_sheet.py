@@ -79,13 +79,13 @@ class AnswerSheet(Hook):
             if picture is not None:
                 panel.imshow(picture)
             panel.set_title(
-                f"{each.question.source}\n{_short(each.question.prompt)}",
+                f"{_short(each.question.source)}\n{_short(each.question.prompt)}",
                 fontsize=7, family=family, wrap=True,
             )  # fmt: skip
             panel.text(
                 0.5, -0.02, f"{_short(each.answer)}\nexpected {_short(each.question.expected)}",
                 transform=panel.transAxes, ha="center", va="top", fontsize=8, family=family,
-                color=RIGHT if each.is_right else WRONG, wrap=True, parse_math=False,
+                color=RIGHT if each.is_right else WRONG, wrap=True,
             )  # fmt: skip
         figure.suptitle(title)
         return figure
@@ -130,6 +130,7 @@ def _line(answered: Answered) -> dict[str, Any]:
 
 
 def _short(text: str) -> str:
-    """In one line."""
+    """In one line, whose dollar signs are no formula to Matplotlib."""
     line = " ".join(text.split())
-    return line if len(line) <= MAX_CHARS else f"{line[:MAX_CHARS]}\u2026"
+    cut = line if len(line) <= MAX_CHARS else f"{line[:MAX_CHARS]}\u2026"
+    return cut.replace("$", r"\$")
