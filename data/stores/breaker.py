@@ -1,7 +1,7 @@
 """While a storage answers nothing, one thread of a process asks it, and the others wait.
 
-Unlike most breakers it fails nothing: whoever waits is not late for it, since only an attempt that
-fails counts against a reader's patience.
+Unlike most breakers it fails nothing: whoever waits gets a turn, and only an attempt of its own
+that fails can end its patience.
 """
 
 import random
