@@ -5,6 +5,7 @@ import io
 import json
 import re
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -16,6 +17,10 @@ from triptych.tests.helpers.runs import Runs, metrics, packs, train
 from triptych.train.console import console
 
 pytestmark = pytest.mark.distributed
+
+
+def slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +74,10 @@ def test_a_step_is_rebuilt_and_run_again_bit_for_bit(pool, run_dir):
 @pytest.mark.parametrize(
     ("change", "verdict"),
     [
-        ({}, "the same but for rounding"),
+        slow({}, "the same but for rounding"),
         ({"loss": 1.5}, "they differ ("),
-        ({"loss": None, "grad_norm": None, "skipped": "not finite"}, "it is finite here: not the"),
-        (None, "does not tell of this step"),
+        slow({"loss": None, "grad_norm": None, "skipped": "not finite"}, "it is finite here: not"),
+        slow(None, "does not tell of this step"),
     ],
 )
 def test_a_flipped_bit_is_told_from_bad_data(change, verdict, pool, run_dir, tmp_path):

@@ -191,6 +191,7 @@ def test_weights_that_no_loss_has_proven_are_left_by_themselves(layout, runs, wh
     assert not back["passed_over"]
 
 
+@slow
 @distributed
 def test_a_spike_is_told_and_changes_nothing_by_default(runs, whole):
     wrong = {first_samples(whole, 6)[0]: 9.0}
