@@ -409,5 +409,4 @@ def test_the_documentation_shows_what_is_printed() -> None:
 def test_the_documentation_has_the_overrides_of_the_help() -> None:
     shown = (CONFIGS.parent / "docs/configuration.md").read_text()
     keys = re.findall(r"^\| `([\w.]+)` \|", shown, re.MULTILINE)
-    first = keys.index("stage")
-    assert keys[first : first + len(usage.OVERRIDES)] == list(usage.OVERRIDES)
+    assert [key for key in keys if key in usage.OVERRIDES] == list(usage.OVERRIDES)

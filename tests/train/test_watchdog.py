@@ -20,11 +20,11 @@ from triptych.train.events import read_events
 slow = pytest.mark.slow
 PLACES = {
     "data": "triptych.data.loading.loader.Loader.__next__",
-    "compute": "triptych.train.step.sum_losses",
+    "compute": "triptych.train.step.microbatch_losses",
     "save": "triptych.checkpoints.background_save.BackgroundSave.begin",
 }
 """What is called once a step there."""
-WORDS = ("train.num_steps=9", "run.checkpoint_every=1", "cluster.hang_s=10")
+WORDS = ("train.num_steps=9", "run.checkpoint_every=1", "cluster.hang_s=30")
 STOPPED_IN = 4
 
 
