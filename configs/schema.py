@@ -49,6 +49,13 @@ class Oversize(Enum):
     error = "error"
 
 
+class WeighBy(Enum):
+    """What a source's weight is its share of."""
+
+    samples = "samples"
+    tokens = "tokens"
+
+
 class Part(Enum):
     """A part of the model that trains or is frozen as a whole, and has its own learning rate."""
 
@@ -218,6 +225,8 @@ class SourceConfig:
     path: str = MISSING
     shards: str | None = None
     """Where its shards lie, as oss://bucket/prefix, s3://, gs:// or az://; null: in the folder."""
+    max_epochs: float | None = None
+    """How often a stage may go through it, in parts too, as 1.5; null: as often as it takes."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -256,12 +265,17 @@ class DataConfig:
     """Folder of a Hugging Face tokenizer with the Qwen2 special tokens."""
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     mixtures: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Stage name -> source name -> weight (share of samples): a float, which ``compose.py`` sees
-    to, as OmegaConf cannot merge a second file into floats two mappings deep."""
+    """Stage name -> source name -> weight (what ``weigh_by`` says): a float, which ``compose.py``
+    sees to, as OmegaConf cannot merge a second file into floats two mappings deep."""
     validation: dict[str, float] = field(default_factory=dict)
     """Source name -> weight, of the packs that validation losses are computed on."""
     evaluation: list[str] = field(default_factory=list)
     """Sources whose chats are asked, up to the assistant's first answer."""
+    weigh_by: WeighBy = WeighBy.samples
+    """What the weights of ``mixtures`` are shares of; those of ``validation`` are of samples."""
+    order: str | None = None
+    """FILE.npy with the packs to train on, in their order, instead of a plan by weights; as
+    ``launch/prepare.py export-order`` writes."""
     generate: bool = False
     """Make the sample datasets under ``data.root`` first, where they are not there yet."""
     root: str = ""

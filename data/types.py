@@ -211,6 +211,16 @@ class Batch:
             num_supervised_tokens=self.num_supervised_tokens,
         )
 
+    def by_source(self, num_sources: int) -> NDArray[np.int64]:
+        """(3, num_sources) samples, tokens and supervised tokens of each. While on the CPU."""
+        sources = [sample.source for sample in self.sample_ids]
+        ends = np.searchsorted(self.supervised_index.numpy(), self.segments)
+        counts = np.zeros((3, num_sources), dtype=np.int64)
+        np.add.at(counts[0], sources, 1)
+        for row, bounds in zip(counts[1:], (np.array(self.segments), ends), strict=True):
+            np.add.at(row, sources, np.diff(bounds)[: len(sources)])
+        return counts
+
     @property
     def num_with_media(self) -> int:
         """Samples that have media. While on the CPU."""
@@ -306,3 +316,5 @@ class Step:
     """Of this rank."""
     imbalance: float = 1.0
     """Planned cost of the dearest data-parallel rank's share over the mean of all."""
+    num_sources: int = 0
+    """Of the plan; samples are of sources below it."""

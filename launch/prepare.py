@@ -19,6 +19,10 @@ reads whole datasets, shards too, and names every file that is not as it was pre
     python launch/prepare.py inspect datasets/chats --sample 0,17
 
 draws samples as the model gets them; inspect --help has more.
+
+    python launch/prepare.py export-order --output order.npy --packs 100000 stage=2 data=mine
+
+writes the planned order of packs, for data.order= to take, edited or not.
 """
 
 import argparse
@@ -144,7 +148,7 @@ def _reading(options: argparse.Namespace) -> dict[str, object]:
 
 
 def main(args: Sequence[str]) -> None:
-    """Prepares, and prints what was made; or verifies, or draws."""
+    """Prepares, and prints what was made; or verifies, draws, or writes an order."""
     # What follows is imported late: --help does not pay for torch.
     if args[:1] == ["inspect"]:
         from triptych.launch.inspection.command import inspect
@@ -154,6 +158,10 @@ def main(args: Sequence[str]) -> None:
         from triptych.launch.inspection.verify_datasets import verify
 
         return verify(args[1:])
+    if args[:1] == ["export-order"]:
+        from triptych.launch.inspection.export_order import export
+
+        return export(args[1:])
     options = parse_args(args)
     from triptych.data.dataset.dataset import Dataset
     from triptych.data.prepare.build_block import OnBad, ReadingOptions

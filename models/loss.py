@@ -38,7 +38,14 @@ class SummedLoss(nn.Module):
         self.tp_group = tp_group
         self.sequence_parallel = sequence_parallel
 
-    def forward(self, hidden_T1H: Tensor, labels_T: Tensor, supervised_index: Tensor) -> Tensor:
+    def forward(
+        self,
+        hidden_T1H: Tensor,
+        labels_T: Tensor,
+        supervised_index: Tensor,
+        *,
+        segment_ends: Tensor | None = None,
+    ) -> Tensor:
         """Sum the losses. Every rank of ``tp_group`` must call this.
 
         Keeps for the backward pass (S, H) and, where the head trains, (V, H), both in the dtype of
@@ -49,9 +56,11 @@ class SummedLoss(nn.Module):
             hidden_T1H: (T, 1, H), or (T / tp, 1, H) of this rank with sequence parallelism.
             labels_T: (T,) int64.
             supervised_index: (S,) int64, the positions that count; S may be 0.
+            segment_ends: (num_segments,) int32; without gradients only.
 
         Returns:
-            0-d float64, the same on every rank of ``tp_group``.
+            0-d float64, the same on every rank of ``tp_group``; with ``segment_ends``
+            (num_segments + 1,), the sum of each segment, then that of all.
         """
         if self.sequence_parallel:  # its backward pass sums over the ranks, and scatters
             hidden_T1H = gather_from_sequence_parallel_region(hidden_T1H, group=self.tp_group)
@@ -59,6 +68,12 @@ class SummedLoss(nn.Module):
         if not self.sequence_parallel:  # its backward pass sums over the ranks
             hidden_SH = copy_to_tensor_model_parallel_region(hidden_SH, group=self.tp_group)
         labels_S = labels_T.index_select(0, supervised_index)
+        if segment_ends is not None:
+            segment_S = torch.bucketize(supervised_index, segment_ends.long(), right=True)
+            num_segments = len(segment_ends)
+            return _by_segment(
+                hidden_SH, self.weight, labels_S, self.tp_group, segment_S, num_segments
+            )
         loss: Tensor = _SummedCrossEntropy.apply(  # type: ignore[no-untyped-call]  # torch has none
             hidden_SH, self.weight, labels_S, self.tp_group, torch.is_grad_enabled()
         )
@@ -104,6 +119,25 @@ class _SummedCrossEntropy(torch.autograd.Function):
         [factor] = grad_outputs
         grads = [None if grad is None else grad.mul_(factor) for grad in ctx.saved_tensors]
         return *grads, None, None, None
+
+
+def _by_segment(
+    hidden_SH: Tensor,
+    weight_VH: Tensor,
+    labels_S: Tensor,
+    tp_group: dist.ProcessGroup,
+    segment_S: Tensor,
+    num_segments: int,
+) -> Tensor:
+    """(num_segments + 1,) float64, summed as ``_SummedCrossEntropy`` does; it has no gradient."""
+    sums = torch.zeros(num_segments + 1, dtype=torch.float64, device=hidden_SH.device)
+    for start in range(0, len(labels_S), CHUNK_TOKENS):
+        chunk = slice(start, start + CHUNK_TOKENS)
+        logits_CV = (hidden_SH[chunk] @ weight_VH.T).float()
+        loss_C = cross_entropy_(logits_CV, labels_S[chunk], tp_group).double()
+        sums[:-1].index_add_(0, segment_S[chunk], loss_C)
+        sums[-1] += loss_C.sum()
+    return sums
 
 
 def cross_entropy_(logits_CV: Tensor, labels_C: Tensor, tp_group: dist.ProcessGroup) -> Tensor:

@@ -65,6 +65,8 @@ def suspected_batch(
     for _ in range(ends.pop() - state.step):
         _, cursor = data.plan.next_packs(cursor, packs_per_step)
     packs, _ = data.plan.next_packs(cursor, packs_per_step)
+    if not packs:  # they got to the end of the data
+        return ""
     samples = [f"{data.plan.sources[s].name} {i}" for pack in packs for s, i in pack.samples]
     return (
         f"packs {packs[0].number} to {packs[-1].number}, samples {', '.join(samples[:MOST_NAMES])}"

@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
 
-from triptych.configs.schema import Config
+from triptych.configs.schema import Config, WeighBy
 from triptych.costs.compute import compute_of_pack
 from triptych.costs.microbatch_order import pipeline_order
 from triptych.data.dataset.dataset import SIZES, Dataset
@@ -14,6 +15,7 @@ from triptych.data.digits.make import have_digits, make_digits
 from triptych.data.loading.loader import Loader, validation_step
 from triptych.data.loading.reader import BatchFormat, Reader
 from triptych.data.media.cache import FrameCache
+from triptych.data.plan.given_order import GivenOrder
 from triptych.data.plan.order import Cursor, Plan
 from triptych.data.plan.passes import remember_in
 from triptych.data.plan.plan_sources import plan_sources
@@ -39,11 +41,13 @@ class Mixture:
         Args:
             config: of the run.
             weights: source name -> weight.
-            once: a window holds no sample twice, however few there are: for validation.
+            once: a window holds no sample twice, however few there are, no source ends, and weights
+                are shares of samples: for validation.
 
         Raises:
             ConfigError: tokenizer or weights cannot be used.
-            DataError: a dataset is missing, damaged, empty, or of another tokenizer.
+            DataError: a dataset is missing, damaged, empty, or of another tokenizer; or the order
+                that was brought does not fit them.
         """
         tokenizer = load_tokenizer(config.data.tokenizer)
         if tokenizer.vocab_size > config.model.language.vocab_size:
@@ -56,13 +60,23 @@ class Mixture:
         for source in sources:
             source.check_tokens(config.model.tokens, tokenizer.fingerprint)
         num_samples = sum(len(source) for source in sources)
-        plan = Plan(
-            plan_sources(sources, weights, PixelLimits.of(config.data), config.model.vision),
+        limits = {name: config.data.sources[name].max_epochs for name in weights}
+        file = None if once or config.data.order is None else Path(config.data.order)
+        make_plan = Plan if file is None else partial(GivenOrder, file)
+        plan = make_plan(
+            sources=plan_sources(
+                sources,
+                weights,
+                PixelLimits.of(config.data),
+                config.model.vision,
+                {} if once else limits,
+            ),
             seed=config.seed,
             seq_len=config.train.seq_len,
             max_patches=config.data.max_patches,
             window=min(config.data.window, num_samples) if once else config.data.window,
             oversize=config.data.oversize,
+            weigh_by=WeighBy.samples if once else config.data.weigh_by,
             remember=remember_in([*(source.path / SIZES for source in sources), _fallback(config)]),
         )
         return cls(sources, plan)
@@ -127,6 +141,7 @@ class Mixture:
         listed = ", ".join(
             f"{source.name} {source.weight:g} of {len(source):,} samples"
             + _too_long(len(source) - num_fitting)
+            + ("" if source.max_epochs is None else f" at most {source.max_epochs:g} times")
             for source, num_fitting in zip(self.plan.sources, self.plan.num_fitting, strict=True)
         )
         return f"{listed}; plan {self.plan.hash[:12]}"

@@ -19,13 +19,13 @@ from triptych.train.watch.place import Phase, enter, learn
 def train(
     config: Config, engine: Engine, loader: Loader, state: TrainState, hooks: HookChain
 ) -> tuple[TrainState, StopReason | None]:
-    """Train until the budget is used up, ``train.num_steps`` is reached, or the ranks stop.
+    """Train until budget or data are used up, ``train.num_steps`` is reached, or the ranks stop.
 
     Returns where training stands, and why this rank asked to stop, if it did. Every rank must call
     this.
     """
     asked, stops, spikes = None, False, config.train.spikes
-    while not (stops or is_finished(config, engine, state)):
+    while not (stops or loader.is_over or is_finished(config, engine, state)):
         hooks.before_step(state)
         enter(Phase.DATA, state.step + 1)
         start = time.perf_counter()
@@ -47,7 +47,7 @@ def train(
         times = StepTimes(data_s=has_data - start, compute_s=time.perf_counter() - has_data)
         learn(times.step_s)
         metrics = step_metrics(config, state, result, times, engine.mesh.dims.world_size)
-        is_last = stops or is_finished(config, engine, state)
+        is_last = stops or loader.is_over or is_finished(config, engine, state)
         asked = hooks.after_step(StepEvent(state, result, step, is_last, metrics)) or asked
     return state, asked
 

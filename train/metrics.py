@@ -39,6 +39,7 @@ def step_metrics(
     ``cluster.peak_tflops``.
     """
     totals, load = result.totals, result.totals.workload
+    sources = config.data.mixtures[config.stage.name]
     peak = config.cluster.peak_tflops
     has_loss = totals.num_supervised_tokens > 0
     flops = stage_flops(config.model, config.stage, load) if has_loss else 0.0
@@ -55,6 +56,8 @@ def step_metrics(
         "num_supervised_tokens": totals.num_supervised_tokens,
         "num_patches": load.num_patches,
         "num_unreadable": totals.num_unreadable,
+        "samples_by_source": dict(zip(sources, totals.samples_by_source, strict=True)),
+        "tokens_by_source": dict(zip(sources, totals.tokens_by_source, strict=True)),
         "num_decoded": totals.media_work.num_decoded,
         "num_kept": totals.media_work.num_kept,
         "decode_s": totals.media_work.decode_us / 1e6,

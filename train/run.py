@@ -90,6 +90,7 @@ def _run_stage(config: Config, mesh: Mesh, start_up: StartUp) -> TrainState:
     generate_samples(config, mesh)
     data = Mixture.open(config, config.data.mixtures[config.stage.name])
     _refuse_different_plans(data.plan, mesh)
+    _refuse_too_few_samples(data.plan, config)
     held_out = None
     if config.train.validate_every:
         held_out = Mixture.open(config, config.data.validation, once=True)
@@ -108,7 +109,7 @@ def _run_stage(config: Config, mesh: Mesh, start_up: StartUp) -> TrainState:
     _introduce(config, engine, data)  # whoever reads it knows that nothing was refused
     load_start(start, config, engine)
     state = start.state
-    if is_finished(config, engine, state):
+    if is_finished(config, engine, state) or not _has_step(data.plan, config, state):
         say(_finished(config, state))
         return state
     start_up.done("weights")
@@ -119,7 +120,7 @@ def _run_stage(config: Config, mesh: Mesh, start_up: StartUp) -> TrainState:
     state, asked = _train_from(start, config, engine, data, hooks_of)
     if asked is not None and asked.is_error:
         raise TrainingError(out_of_budget(asked.text, config, state))
-    if is_finished(config, engine, state):
+    if is_finished(config, engine, state) or not _has_step(data.plan, config, state):
         say(_finished(config, state))
         if mesh.is_main:
             record_event(run_dir, "finished", step=state.step)
@@ -183,6 +184,28 @@ def _refuse_different_plans(plan: Plan, mesh: Mesh) -> None:
             f"ranks {others} planned other data than rank 0: their dataset folders differ"
             "  -> let all nodes read the same folders"
         )
+
+
+def _refuse_too_few_samples(plan: Plan, config: Config) -> None:
+    """Learning rates follow the budget: a stage whose data end before would never decay.
+
+    Raises:
+        ConfigError: every source ends, or the order that was brought, before the budget is used up.
+    """
+    has, budget = plan.expected_tokens, config.stage.token_budget
+    if plan.ends and has < budget and config.train.num_steps is None:
+        raise ConfigError(
+            f"stage.token_budget={budget} is more than the {has} tokens that data.order has, or "
+            f"all sources at their max_epochs  -> stage.token_budget={has}, or more data"
+        )
+
+
+def _has_step(plan: Plan, config: Config, state: TrainState) -> bool:
+    """Whether the plan has a whole step after this place."""
+    if not plan.ends:
+        return True
+    packs, _ = plan.next_packs(state.cursor, config.train.global_batch_size)
+    return len(packs) == config.train.global_batch_size
 
 
 def _introduce(config: Config, engine: Engine, data: Mixture) -> None:
@@ -287,6 +310,11 @@ def _finished(config: Config, state: TrainState) -> str:
     used = f"{state.consumed_tokens:,} of {config.stage.token_budget:,} tokens"
     if state.consumed_tokens >= config.stage.token_budget:
         return f"{config.stage.name} is finished: its budget is used up, {used}, {state.step} steps"
+    if config.train.num_steps is None or state.step < config.train.num_steps:
+        return (
+            f"{config.stage.name} is finished: data.order, or every source's max_epochs, is used "
+            f"up, {used}, {state.step} steps"
+        )
     return (
         f"{config.stage.name} is finished: train.num_steps={config.train.num_steps} reached, {used}"
         "  -> a larger train.num_steps goes on from here, another run.dir starts anew"

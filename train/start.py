@@ -37,6 +37,8 @@ PLANNED_BY = (
     "data.max_pixels",
     *(key for key in schema_keys() if key.startswith("data.video.")),
     "data.window",
+    "data.weigh_by",
+    "data.order",
 )
 """Beside sources and the stage's mixture, all that the hash of a plan follows from."""
 
@@ -163,8 +165,8 @@ def _other_plan(
         why = f"because of\n{table(causes)}\n  -> {restored}"
     else:
         why = (
-            "though its keys are the same: a dataset of the mixture has other samples than it had"
-            "  -> restore its folder"
+            "though its keys are the same: a dataset of the mixture, or data.order, is other than "
+            "it was  -> restore it"
         )
     return (
         f"{folder} was trained on the data plan {state.segments[-1].plan}, this configuration "
@@ -176,9 +178,13 @@ def _other_plan(
 def causes_of_another_plan(changed: list[Change], config: Config) -> list[Change]:
     """Those of the changes that a plan follows from."""
     mixture = f"data.mixtures.{config.stage.name}"
-    paths = [f"data.sources.{name}.path" for name in config.data.mixtures[config.stage.name]]
+    of_sources = [
+        f"data.sources.{name}.{key}"
+        for name in config.data.mixtures[config.stage.name]
+        for key in ("path", "max_epochs")
+    ]
     return [
         change
         for change in changed
-        if change.key in (*PLANNED_BY, *paths) or change.key.startswith(f"{mixture}.")
+        if change.key in (*PLANNED_BY, *of_sources) or change.key.startswith(f"{mixture}.")
     ]

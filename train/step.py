@@ -4,9 +4,10 @@ The summed loss of the global batch, divided by its number of supervised tokens,
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -36,6 +37,12 @@ class Totals:
     """Ranks that ask for the run to end after this step."""
     num_asking_to_save: int = 0
     """Ranks that ask for it to be saved after this step."""
+    samples_by_source: Sequence[int] = ()
+    """In the order of the plan, unreadable ones included."""
+    tokens_by_source: Sequence[int] = ()
+    """LLM tokens, so counted."""
+    supervised_by_source: Sequence[int] = ()
+    """Of those, the ones that count in the loss."""
 
     @property
     def num_supervised_tokens(self) -> int:
@@ -119,12 +126,40 @@ def train_step(
     return StepResult(told_loss, None, lr, totals, loss_limit, veto)
 
 
-def validation_loss(chunks: Sequence[nn.Module], step: Step, mesh: Mesh) -> float:
-    """Mean loss over the supervised tokens of all ranks' batches. Every rank must call this."""
-    totals = count(step, mesh)
+def validation_loss(
+    chunks: Sequence[nn.Module], step: Step, mesh: Mesh
+) -> tuple[float, list[float | None]]:
+    """Mean loss over the supervised tokens of all ranks' batches, and over those of each source.
+
+    None for a source that has no such tokens. Every rank must call this.
+    """
+    totals, num_sources = count(step, mesh), step.num_sources
+
+    def forward(chunk: nn.Module, batch: Batch) -> tuple[Tensor, LossFunction[Tensor]]:
+        of_segments = chunk(batch, by_segment=True)
+        return of_segments, lambda sums: counted(
+            sums, batch.num_supervised_tokens, _by_source(sums, batch, num_sources)
+        )
+
     with torch.no_grad():
-        loss_sum = sum_losses(chunks, step.microbatches, mesh, forward_only=True)
-    return float(_over_ranks(loss_sum, mesh)) / max(1, totals.num_supervised_tokens)
+        sums = _run(chunks, step.microbatches, mesh, forward, forward_only=True)
+        total = torch.zeros(num_sources + 1, dtype=torch.float64, device=mesh.device)
+        for column, of_microbatches in enumerate(torch.stack(sums, dim=1) if sums else ()):
+            total[column] = of_microbatches.sum()
+        *by_source, loss_sum = _over_ranks(total, mesh).tolist()
+    return loss_sum / max(1, totals.num_supervised_tokens), [
+        loss / count if count else None
+        for loss, count in zip(by_source, totals.supervised_by_source, strict=True)
+    ]
+
+
+def _by_source(sums: Tensor, batch: Batch, num_sources: int) -> Tensor:
+    """(num_sources + 1,) from the loss of (num_segments + 1,); the last is that of all."""
+    sources = torch.tensor([sample.source for sample in batch.sample_ids], device=sums.device)
+    found = sums.new_zeros(num_sources + 1)
+    found.index_add_(0, sources, sums[: len(sources)])
+    found[-1] = sums[-1]
+    return found
 
 
 def sum_losses(
@@ -148,26 +183,42 @@ def microbatch_losses(
     def forward(chunk: nn.Module, batch: Batch) -> tuple[Tensor, LossFunction[Tensor]]:
         return chunk(batch), lambda loss_sum: counted(loss_sum, batch.num_supervised_tokens)
 
-    lengths = [len(batch.input_ids) for batch in batches]
-    feeds = [on_device(batches, mesh, place) for place in mesh.places(len(chunks))]
-    sums = run_microbatches(chunks, feeds, lengths, forward, mesh, forward_only=forward_only)
+    sums = _run(chunks, batches, mesh, forward, forward_only=forward_only)
     none = torch.zeros(0, dtype=torch.float64, device=mesh.device)
     return torch.stack(sums) if sums else none
 
 
-def counted(loss_sum: Tensor, num_supervised_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+def _run(
+    chunks: Sequence[nn.Module],
+    batches: Sequence[Batch],
+    mesh: Mesh,
+    forward: Callable[[nn.Module, Batch], tuple[Tensor, LossFunction[Tensor]]],
+    *,
+    forward_only: bool,
+) -> list[Tensor]:
+    """What ``forward`` reports of each microbatch; nothing but on the last stage."""
+    lengths = [len(batch.input_ids) for batch in batches]
+    feeds = [on_device(batches, mesh, place) for place in mesh.places(len(chunks))]
+    return run_microbatches(chunks, feeds, lengths, forward, mesh, forward_only=forward_only)
+
+
+def counted(
+    loss_sum: Tensor, num_supervised_tokens: int, report: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """What megatron-core's schedule wants of the last stage.
 
     Args:
         loss_sum: 0-d float64, over the supervised tokens.
         num_supervised_tokens: of the microbatch.
+        report: None for the sum.
 
     Returns:
         The sum to differentiate, the number as a 0-d int32 tensor, and the sum to report. The
         schedule turns the gradients of all sums into the gradient of the mean over the global
         batch (parallel/schedule.py).
     """
-    return loss_sum, torch.tensor(num_supervised_tokens, dtype=torch.int32), loss_sum.detach()
+    num_tokens = torch.tensor(num_supervised_tokens, dtype=torch.int32)
+    return loss_sum, num_tokens, loss_sum.detach() if report is None else report
 
 
 def count(
@@ -182,11 +233,20 @@ def count(
     workload = sum((batch.workload for batch in step.microbatches), NO_WORK)
     num_samples = sum(len(batch.sample_ids) for batch in step.microbatches)
     num_with_media = sum(batch.num_with_media for batch in step.microbatches)
-    counts = [*astuple(workload), num_samples, len(step.unreadable), num_with_media]
+    by_source = np.zeros((3, step.num_sources), dtype=np.int64)
+    for batch in step.microbatches:
+        by_source += batch.by_source(step.num_sources)
+    counts = [
+        *by_source.ravel().tolist(),
+        *astuple(workload),
+        num_samples,
+        len(step.unreadable),
+        num_with_media,
+    ]
     if not mesh.reads_media:
         counts = [0] * len(counts)
     totals = mesh.world.add_up([*counts, *astuple(step.media_work), asks_to_stop, asks_to_save])
-    *loads, num_samples, num_unreadable, num_with_media = totals[: len(counts)]
+    *loads, num_samples, num_unreadable, num_with_media = totals[by_source.size : len(counts)]
     *work, num_asking_to_stop, num_asking_to_save = totals[len(counts) :]
     if num_unreadable:
         drop_unreadable(step, mesh.world.all_gather(step.unreadable)[mesh.media_reader])
@@ -198,6 +258,7 @@ def count(
         MediaWork(*work),
         num_asking_to_stop,
         num_asking_to_save,
+        *np.reshape(totals[: by_source.size], by_source.shape).tolist(),
     )
 
 

@@ -6,7 +6,10 @@ from math import inf
 from pathlib import Path
 
 from triptych.configs.problems import Problem, either, from_hub, typed_list
-from triptych.configs.schema import Config
+from triptych.configs.schema import Config, WeighBy
+
+MOST_EPOCHS = 10**6
+"""Far more than anybody has asked for."""
 
 
 def check_data(config: Config) -> Iterator[Problem]:
@@ -40,6 +43,16 @@ def check_data(config: Config) -> Iterator[Problem]:
             )
         if not 0 < weight < inf:
             yield Problem(f"{key}={weight} must be above 0, and finite", f"{key}=1.0")
+    for source in data.sources:
+        most = data.sources[source].max_epochs
+        if most is not None and not 0 < most <= MOST_EPOCHS:
+            key = f"data.sources.{source}.max_epochs"
+            yield Problem(
+                f"{key}={most} must be above 0, and at most {MOST_EPOCHS:,}",
+                f"{key}=null, as often as it takes",
+            )
+    if data.order is not None:
+        yield from _check_order(config)
     if data.generate:
         if not data.root:
             yield Problem(
@@ -71,6 +84,25 @@ def _check_asked(asked: list[str], sources: list[str]) -> Iterator[Problem]:
     if len(set(asked)) < len(asked):
         once = typed_list(list(dict.fromkeys(asked)))
         yield Problem(f"{given} names a source twice", f"data.evaluation={once}")
+
+
+def _check_order(config: Config) -> Iterator[Problem]:
+    """An order names every sample itself, so nothing else may decide which come."""
+    data = config.data
+    if not Path(data.order or "").is_file():
+        yield Problem(
+            f"data.order={data.order} is no file",
+            "launch/prepare.py export-order, which writes one",
+        )
+    decided = [
+        f"data.sources.{name}.max_epochs={data.sources[name].max_epochs}"
+        for name in data.mixtures.get(config.stage.name, {})
+        if name in data.sources and data.sources[name].max_epochs is not None
+    ]
+    if data.weigh_by is not WeighBy.samples:
+        decided.append(f"data.weigh_by={data.weigh_by.name}")
+    for word in decided:
+        yield Problem(f"{word} says nothing beside data.order={data.order}", "one of the two")
 
 
 def check_images(config: Config) -> Iterator[Problem]:

@@ -16,11 +16,11 @@ from triptych.costs.flops import NO_WORK, Workload
 from triptych.data.loading.reader import BatchFormat, Reader
 from triptych.data.plan.balance import assign
 from triptych.data.plan.order import Cursor, Plan
-from triptych.data.types import Source, Step
+from triptych.data.types import Pack, Source, Step
 
 
 class Loader:
-    """Steps without end, an iterator. Whoever makes one must ``close`` it."""
+    """The whole steps that the plan has, an iterator. Whoever makes one must ``close`` it."""
 
     def __init__(
         self,
@@ -63,7 +63,10 @@ class Loader:
         self._reader = Reader(sources, form, num_workers=num_workers)
         self._planner = ThreadPoolExecutor(1, thread_name_prefix="plan-steps")
         self._planned = cursor
-        self._pending: deque[Future[tuple[Step, Cursor]]] = deque()
+        self._upcoming = self._next_packs() if plan.ends else None
+        self.is_over = self._has_ended()
+        """No whole step comes after ``cursor``."""
+        self._pending: deque[Future[tuple[Step, Cursor, bool]]] = deque()
 
     @property
     def num_decoded(self) -> int:
@@ -74,14 +77,17 @@ class Loader:
         return self
 
     def __next__(self) -> Step:
-        """The next step; waits until it is read. An error in any thread is raised here."""
+        """The next step; waits until it is read. An error in any thread is raised here.
+
+        Raises:
+            StopIteration: after the last whole step.
+        """
         self._read_ahead(max(1, self._prefetch_steps))
         try:
-            step, cursor = self._pending.popleft().result()
+            step, self.cursor, self.is_over = self._pending.popleft().result()
         except BaseException:
             self.close()
             raise
-        self.cursor = cursor
         self._read_ahead(self._prefetch_steps)
         return step
 
@@ -94,9 +100,12 @@ class Loader:
         while len(self._pending) < num_steps:
             self._pending.append(self._planner.submit(self._next_step))
 
-    def _next_step(self) -> tuple[Step, Cursor]:
+    def _next_step(self) -> tuple[Step, Cursor, bool]:
         """Runs on the planning thread, the only one that moves ``_planned``."""
-        packs, self._planned = self._plan.next_packs(self._planned, self._global_batch_size)
+        packs, self._planned = self._upcoming or self._next_packs()
+        if len(packs) < self._global_batch_size:
+            raise StopIteration
+        self._upcoming = self._next_packs() if self._plan.ends else None
         loads = [self._plan.workload(pack) for pack in packs]
         costs = [self._cost(load) for load in loads]
         assignment = assign(
@@ -111,7 +120,14 @@ class Loader:
         step = self._reader.read([[packs[i] for i in group] for group in groups])
         of_ranks = [sum(costs[i] for group in rank for i in group) for rank in assignment]
         step.imbalance = max(of_ranks) * self._dp_size / sum(of_ranks)
-        return step, self._planned
+        return step, self._planned, self._has_ended()
+
+    def _next_packs(self) -> tuple[list[Pack], Cursor]:
+        return self._plan.next_packs(self._planned, self._global_batch_size)
+
+    def _has_ended(self) -> bool:
+        """Whether what was looked up last is no whole step."""
+        return self._upcoming is not None and len(self._upcoming[0]) < self._global_batch_size
 
 
 def validation_step(

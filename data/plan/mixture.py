@@ -1,17 +1,25 @@
 """Which source each sample of the stream comes from: exact shares at every prefix, no randomness.
 
-With k sources, one may come next once it is behind its share by 1 / (2k - 2) of a sample; of those,
-the one that would be the first to fall behind by more than 1 - 1 / (2k - 2). After any number of
-samples every source is then within 1 - 1 / (2k - 2) of its share: less than one sample, and no rule
-does better. (Taking the source that is furthest behind exceeds one from about five sources on.)
+Shares of samples: with k sources, one may come next once it is behind its share by 1 / (2k - 2) of
+a sample; of those, the one that would be the first to fall behind by more than 1 - 1 / (2k - 2).
+After any number of samples every source is then within 1 - 1 / (2k - 2) of its share: less than one
+sample, and no rule does better. (Taking the source that is furthest behind exceeds one from about
+five sources on.)
+
+Shares of tokens: one may come next while it has no more than its share of all tokens so far; of
+those, the one whose next sample its share would have paid for first. After any number of samples a
+source is then above its share by less than its own longest sample, and below by no more than the
+longest of any source.
 
 Shares are integers over their sum, so nothing is ever rounded.
 
-Source: R. Tijdeman, The chairman assignment problem, Discrete Mathematics 32 (1980).
+Sources: R. Tijdeman, The chairman assignment problem, Discrete Mathematics 32 (1980);
+J. Bennett and H. Zhang, WF2Q: worst-case fair weighted fair queueing, INFOCOM 1996, of which a
+sample is a packet, and the tokens so far are the time.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from heapq import heapify, heappop, heappush
 
@@ -68,3 +76,48 @@ def draw_sources(
         taken[source] += 1
         heappush(waiting, release(source))
     return drawn
+
+
+def draw_by_tokens(
+    shares: Sequence[int],
+    counts: Sequence[int],
+    upcoming: Sequence[Iterator[int]],
+    num_samples: int,
+) -> NDArray[np.int64]:
+    """Sources of the next samples of the stream, where shares are of tokens.
+
+    Args:
+        shares: of each source, positive; see ``integer_shares``.
+        counts: tokens drawn of each source so far. Nothing else is remembered.
+        upcoming: of each source, the tokens of its next samples; what ends is a source that ends.
+        num_samples: how many to draw.
+
+    Returns:
+        (num_samples,) source numbers; fewer where a source ends, up to its last sample.
+    """
+    total_share, common = sum(shares), math.lcm(*shares)
+    taken, total = list(counts), sum(counts)
+    lengths = [next(source, 0) for source in upcoming]
+
+    def release(source: int) -> tuple[int, int]:
+        """The tokens of all sources from which on the source may come."""
+        return -(-taken[source] * total_share // shares[source]), source
+
+    def deadline(source: int) -> tuple[int, int]:
+        """The tokens of all sources at which its next sample is paid for, in one unit for all."""
+        return (taken[source] + lengths[source]) * (common // shares[source]), source
+
+    waiting = [release(source) for source in range(len(shares))]
+    heapify(waiting)
+    ready: list[tuple[int, int]] = []
+    drawn: list[int] = []
+    while len(drawn) < num_samples and 0 not in lengths:
+        while waiting and waiting[0][0] <= total:
+            heappush(ready, deadline(heappop(waiting)[1]))
+        source = heappop(ready)[1]
+        drawn.append(source)
+        taken[source] += lengths[source]
+        total += lengths[source]
+        lengths[source] = next(upcoming[source], 0)
+        heappush(waiting, release(source))
+    return np.array(drawn, dtype=np.int64)

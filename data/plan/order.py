@@ -2,27 +2,33 @@
 
     stream   sample n is of the source that the mixture names, the next of that source's shuffle
     window   the next ``window`` samples of the stream, packed by themselves, the packs shuffled
-    plan     the packs of one window after the other, without end
+    plan     the packs of one window after the other, without end unless all sources have one
 
 Neither ranks nor microbatches appear here: any layout trains on the same packs in the same order.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import xxhash
-from numpy.typing import NDArray
 
-from triptych.configs.schema import Oversize
+from triptych.configs.schema import Oversize, WeighBy
 from triptych.costs.flops import Workload
-from triptych.data.plan.mixture import draw_sources, integer_shares
+from triptych.data.plan.mixture import integer_shares
 from triptych.data.plan.pack import best_fit
 from triptych.data.plan.passes import Passes, Remember, compute_anew, pass_over
 from triptych.data.plan.permute import derive_key, shuffled
-from triptych.data.plan.plan_sources import PlanSource, check_samples, check_weights, fitting_share
+from triptych.data.plan.plan_sources import (
+    PlanSource,
+    check_samples,
+    check_weights,
+    expected_tokens,
+    fitting_share,
+)
+from triptych.data.plan.stream import Stream, StreamPlace
 from triptych.data.types import Pack, SampleId
 from triptych.errors import DataError
 
@@ -44,15 +50,25 @@ class Cursor:
     """Packs of the window before this place."""
     num_packs: int = 0
     """Packs before this place, of all windows."""
+    counted: tuple[int, ...] = ()
+    """See ``StreamPlace``."""
+
+    @property
+    def stream_place(self) -> StreamPlace:
+        """Where the window begins."""
+        return StreamPlace(self.drawn, self.skipped, self.counted)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain numbers and lists."""
-        return asdict(self)
+        """Plain numbers and lists; ``counted`` where there is something to say."""
+        return {key: value for key, value in asdict(self).items() if value != ()}
 
     @classmethod
     def from_json(cls, state: Mapping[str, Any]) -> "Cursor":
         """The cursor that ``to_json`` described."""
-        return cls(**{**state, "drawn": tuple(state["drawn"]), "skipped": tuple(state["skipped"])})
+        of_sources: dict[str, Any] = {
+            key: tuple(value) for key, value in state.items() if isinstance(value, list | tuple)
+        }
+        return cls(**{**state, **of_sources})
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +98,7 @@ class Plan:
         max_patches: int,
         window: int,
         oversize: Oversize,
+        weigh_by: WeighBy = WeighBy.samples,
         remember: Remember = compute_anew,
     ) -> None:
         """Checks and hashes the metadata: a pass over every count, unless it is remembered.
@@ -93,6 +110,7 @@ class Plan:
             max_patches: ViT patches in a pack, at most.
             window: samples that are packed together.
             oversize: what becomes of a sample beyond seq_len or max_patches.
+            weigh_by: what the sources' weights are shares of.
             remember: where results of that pass are kept.
 
         Raises:
@@ -103,18 +121,28 @@ class Plan:
         check_weights(sources)
         self.sources = tuple(sources)
         self.seed, self.seq_len, self.max_patches, self.window = seed, seq_len, max_patches, window
-        self._shares = integer_shares([source.weight for source in sources])
-        self._keys = [derive_key(seed, "samples", source.name) for source in sources]
         check_samples(sources)
-        passes = self._passes(remember)
+        self.ends = all(source.limit is not None for source in sources)
+        """Whether there is a last pack."""
+        passes = self._passes(weigh_by, remember)
         self.hash = passes.hash
         """xxh3-128, in hex, of all that decides the order and the costs."""
         self.num_fitting = passes.num_fitting
         """Samples of each source that fit into a pack."""
-        self._fitting_shares = [
+        self.expected_tokens = sum(map(expected_tokens, self.sources, passes.num_tokens))
+        """Of all packs, where there is a last one."""
+        fitting_shares = [
             fitting_share(*found, seq_len=seq_len, max_patches=max_patches, oversize=oversize)
             for found in zip(self.sources, passes.num_fitting, passes.misfits, strict=True)
         ]
+        self._stream = Stream(
+            self.sources,
+            fitting_shares,
+            seed=seed,
+            seq_len=seq_len,
+            max_patches=max_patches,
+            weigh_by=weigh_by,
+        )
         self._cached: _Window | None = None
 
     @property
@@ -124,19 +152,27 @@ class Plan:
         return Cursor(drawn=zeros, skipped=zeros)
 
     def next_packs(self, cursor: Cursor, num_packs: int) -> tuple[list[Pack], Cursor]:
-        """The packs after a place, and the place after them.
+        """The packs after a place, fewer where the plan ends, and the place after them.
 
         Raises:
             DataError: the cursor is not a place of this plan, or a file of counts was cut.
         """
+        if len(cursor.drawn) != len(self.sources) or len(cursor.skipped) != len(self.sources):
+            raise DataError(
+                f"a data position of {len(cursor.drawn)} sources, but the plan has "
+                f"{len(self.sources)}: {', '.join(source.name for source in self.sources)}"
+            )
         packs: list[Pack] = []
-        while True:
+        while len(packs) < num_packs and not self.is_over(cursor):
             window = self._window_at(cursor)
             taken = window.packs[cursor.offset : cursor.offset + num_packs - len(packs)]
             packs += taken
             cursor = window.cursor(cursor.offset + len(taken))
-            if len(packs) == num_packs:
-                return packs, cursor
+        return packs, cursor
+
+    def is_over(self, cursor: Cursor) -> bool:
+        """Whether no pack comes after a place."""
+        return self.ends and cursor.offset == 0 and self._stream.is_over(cursor.stream_place)
 
     def first_packs(self, num_packs: int) -> list[Pack]:
         """The packs that a validation loss is computed on: always the same."""
@@ -158,15 +194,10 @@ class Plan:
         )
 
     def _window_at(self, cursor: Cursor) -> _Window:
-        if len(cursor.drawn) != len(self.sources) or len(cursor.skipped) != len(self.sources):
-            raise DataError(
-                f"a data position of {len(cursor.drawn)} sources, but the plan has "
-                f"{len(self.sources)}: {', '.join(source.name for source in self.sources)}"
-            )
         start = replace(cursor, offset=0, num_packs=cursor.num_packs - cursor.offset)
         if self._cached is None or self._cached.start != start:
             self._cached = self._build(start)
-        if not 0 <= cursor.offset < len(self._cached.packs):
+        if not 0 <= cursor.offset < max(1, len(self._cached.packs)):
             raise DataError(
                 f"a data position before pack {cursor.offset} of window {cursor.window}, which has "
                 f"{len(self._cached.packs)} packs: it belongs to another plan"
@@ -175,27 +206,21 @@ class Plan:
 
     def _build(self, start: Cursor) -> _Window:
         """Draw and pack the window that begins at ``start``."""
-        counts = [drawn - skip for drawn, skip in zip(start.drawn, start.skipped, strict=True)]
-        source_of = draw_sources(self._shares, counts, self.window)
-        index_of, num_tokens, num_patches = np.empty((3, self.window), dtype=np.int64)
-        drawn, skipped = list(start.drawn), list(start.skipped)
+        source_of, index_of, after = self._stream.draw(start.stream_place, self.window)
+        num_tokens, num_patches = np.empty((2, len(source_of)), dtype=np.int64)
         for number, source in enumerate(self.sources):
-            source.sizes.check()
             places = np.flatnonzero(source_of == number)
-            indices, num_passed = self._draw(number, drawn[number], len(places))
-            index_of[places] = indices
-            num_tokens[places] = source.sizes.num_tokens[indices]
-            num_patches[places] = source.sizes.num_patches[indices]
-            drawn[number] += num_passed
-            skipped[number] += num_passed - len(places)
+            source.sizes.check()
+            num_tokens[places] = source.sizes.num_tokens[index_of[places]]
+            num_patches[places] = source.sizes.num_patches[index_of[places]]
 
         groups = best_fit(
             num_tokens, num_patches, max_tokens=self.seq_len, max_patches=self.max_patches
         )
         key = derive_key(self.seed, "packs", start.window)
-        order = shuffled(np.arange(len(groups)), len(groups), key).tolist()
+        order = shuffled(np.arange(len(groups)), max(1, len(groups)), key).tolist()
         groups = [groups[group] for group in order]
-        placed = np.concatenate(groups)
+        placed = np.fromiter(chain.from_iterable(groups), dtype=np.int64)
         bounds = np.cumsum([0, *map(len, groups)])
         ids = list(map(SampleId, source_of[placed].tolist(), index_of[placed].tolist()))
         packs = [
@@ -210,16 +235,20 @@ class Plan:
             )
         ]
         end = Cursor(
-            drawn=tuple(drawn),
-            skipped=tuple(skipped),
+            **after._asdict(),
             window=start.window + 1,
             num_packs=start.num_packs + len(packs),
         )
         return _Window(start, end, packs)
 
-    def _passes(self, remember: Remember) -> Passes:
+    def _passes(self, weigh_by: WeighBy, remember: Remember) -> Passes:
         budgets = (self.seq_len, self.max_patches, self.window)
-        head = repr((_VERSION, self.seed, *budgets, self._shares))
+        shares = integer_shares([source.weight for source in self.sources])
+        head = repr((_VERSION, self.seed, *budgets, shares))
+        if weigh_by is WeighBy.tokens:
+            head += repr(weigh_by.name)
+        if any(source.limit is not None for source in self.sources):
+            head += repr([source.limit for source in self.sources])
         counts = [(s.name, len(s), s.sizes.summary.xxh3_128) for s in self.sources]
         return remember(
             xxhash.xxh3_128_hexdigest(repr((head, counts)).encode()),
@@ -228,18 +257,3 @@ class Plan:
                 self.sources, head, seq_len=self.seq_len, max_patches=self.max_patches
             ),
         )
-
-    def _draw(self, number: int, first: int, count: int) -> tuple[NDArray[np.int64], int]:
-        """The next samples of a source that fit, and how many places of its shuffle they took."""
-        source = self.sources[number]
-        kept: list[NDArray[np.int64]] = [np.empty(0, dtype=np.int64)]
-        missing, place = count, first
-        while missing:
-            places = np.arange(place, place + math.ceil(missing / self._fitting_shares[number]))
-            indices = shuffled(places, len(source), self._keys[number])
-            fits = source.fits(indices, seq_len=self.seq_len, max_patches=self.max_patches)
-            fitting = np.flatnonzero(fits)[:missing]
-            kept.append(indices[fitting])
-            missing -= len(fitting)
-            place = 1 + int(places[-1] if missing else places[fitting[-1]])
-        return np.concatenate(kept), place - first

@@ -1,4 +1,4 @@
-"""What only a pass over every sample tells, and a plan needs: its hash, and how many samples fit.
+"""What only a pass over every sample tells, and a plan needs: its hash, and what of it fits.
 
 Its result is small, so it can be remembered: of the processes of a run one makes the pass, of those
 of the next run none.
@@ -6,7 +6,7 @@ of the next run none.
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +32,8 @@ class Passes:
     """Samples of each source that fit into a pack."""
     misfits: list[int | None]
     """The first sample of each source that does not fit."""
+    num_tokens: list[int] = field(default_factory=list)
+    """Of the samples of each source that fit; empty where one has no end."""
 
 
 Remember = Callable[[str, int, Callable[[], Passes]], Passes]
@@ -80,7 +82,11 @@ def pass_over(
         _hash_sizes(source, digest)
     fitting = [_count_fitting(source, seq_len, max_patches) for source in sources]
     numbers, misfits = zip(*fitting, strict=True)
-    return Passes(digest.hexdigest(), list(numbers), list(misfits))
+    passes = Passes(digest.hexdigest(), list(numbers), list(misfits))
+    if all(source.limit is not None for source in sources):
+        for source in sources:
+            passes.num_tokens.append(_count_tokens(source, seq_len, max_patches))
+    return passes
 
 
 def _hash_sizes(source: PlanSource, digest: xxhash.xxh3_128) -> None:
@@ -110,6 +116,15 @@ def _count_fitting(source: PlanSource, seq_len: int, max_patches: int) -> tuple[
         if misfit is None and not fits.all():
             misfit = start + int(fits.argmin())
     return num_fitting, misfit
+
+
+def _count_tokens(source: PlanSource, seq_len: int, max_patches: int) -> int:
+    total = 0
+    for start in range(0, len(source), _CHUNK):
+        chunk = slice(start, start + _CHUNK)
+        fits = source.fits(chunk, seq_len=seq_len, max_patches=max_patches)
+        total += int(source.sizes.num_tokens[chunk].sum(where=fits))
+    return total
 
 
 def _read(path: Path) -> Passes | None:

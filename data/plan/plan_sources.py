@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,11 +20,20 @@ class PlanSource:
 
     name: str
     weight: float
-    """Share of samples, relative to the other sources."""
+    """Share of samples or tokens, relative to the other sources."""
     sizes: Sizes
+    max_epochs: float | None = None
+    """How often its samples may come; None for without end."""
 
     def __len__(self) -> int:
         return len(self.sizes)
+
+    @property
+    def limit(self) -> int | None:
+        """Samples, those that fit no pack included, after which it ends."""
+        if self.max_epochs is None:
+            return None
+        return int(Fraction(str(self.max_epochs)) * len(self))
 
     def fits(
         self, indices: NDArray[np.int64] | slice, *, seq_len: int, max_patches: int
@@ -38,8 +48,11 @@ def plan_sources(
     weights: Mapping[str, float],
     limits: PixelLimits,
     vision: VisionConfig,
+    max_epochs: Mapping[str, float | None] | None = None,
 ) -> list[PlanSource]:
     """The metadata of some datasets under a mixture, numbered as ``sources`` is.
+
+    ``max_epochs``, by source, is for those that end.
 
     Raises:
         ConfigError: a weight is of no source, or a source has no weight.
@@ -61,6 +74,7 @@ def plan_sources(
             name=source.name,
             weight=weights[source.name],
             sizes=source.sizes(limits, vision),
+            max_epochs=(max_epochs or {}).get(source.name),
         )
         for source in sources
     ]
@@ -88,11 +102,16 @@ def check_samples(sources: Sequence[PlanSource]) -> None:
     """Refuse sources that have nothing to draw.
 
     Raises:
-        DataError: a source is empty, or a sample has no tokens.
+        DataError: a source is empty, or ends before its first sample; a sample has no tokens.
     """
     for source in sources:
         if not len(source):
             raise DataError(f"source {source.name!r} is empty: there is no sample to draw")
+        if source.limit == 0:
+            raise DataError(
+                f"source {source.name!r}: max_epochs={source.max_epochs} of {len(source)} samples "
+                f"is none  -> at least {1 / len(source):.2g}, or leave it out of the mixture"
+            )
         if source.sizes.summary.least_tokens < 1:
             index = int(source.sizes.num_tokens.argmin())
             raise DataError(f"source {source.name!r}, sample {index}: it has no tokens")
@@ -132,6 +151,17 @@ def fitting_share(
             raise DataError(f"no sample fits into a pack, as {found}  -> {remedy}")
         raise DataError(f"{found}  -> {remedy}, or data.oversize=skip")
     return num_fitting / len(source)
+
+
+def expected_tokens(source: PlanSource, num_tokens: int) -> int:
+    """Of all that a source gives; exact where its epochs are whole.
+
+    Args:
+        source: one that ends.
+        num_tokens: of its samples that fit into a pack.
+    """
+    assert source.limit is not None
+    return num_tokens * source.limit // len(source)
 
 
 def _raise_all(problems: Sequence[str]) -> None:

@@ -51,10 +51,17 @@ def read_pack(number: int, config: Config) -> Chosen:
 
     Raises:
         ConfigError: tokenizer or weights cannot be used.
-        DataError: a dataset is missing, damaged, or of another tokenizer.
+        DataError: a dataset is missing, damaged, or of another tokenizer, or the plan has no such
+            pack.
     """
     mixture = Mixture.open(config, config.data.mixtures[config.stage.name])
-    return read_whole(mixture.sources, mixture.plan.first_packs(number + 1)[number], config)
+    packs = mixture.plan.first_packs(number + 1)
+    if number >= len(packs):
+        raise DataError(
+            f"the plan ends with pack {len(packs) - 1}: data.order, or every source's max_epochs, "
+            f"is used up; there is no pack {number}"
+        )
+    return read_whole(mixture.sources, packs[number], config)
 
 
 def read_whole(sources: Sequence[Dataset], pack: Pack, config: Config) -> Chosen:

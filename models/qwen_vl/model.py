@@ -93,7 +93,12 @@ class Qwen2VL(MegatronModule):
         return weight
 
     def forward(
-        self, batch: Batch, *, with_loss: bool = True, cache: KeyValueCache | None = None
+        self,
+        batch: Batch,
+        *,
+        with_loss: bool = True,
+        by_segment: bool = False,
+        cache: KeyValueCache | None = None,
     ) -> Tensor:
         """Run this chunk.
 
@@ -101,10 +106,12 @@ class Qwen2VL(MegatronModule):
             batch: on the device; ``pixel_values`` is needed by the first chunk only, ``labels`` by
                 the last only.
             with_loss: False gives logits.
+            by_segment: the losses of segments too; without gradients only.
             cache: of prompts that are being continued; gives the next token of each.
 
         Returns:
             Last chunk: 0-d float64, the summed loss of the tokens that count, or
+            (num_segments + 1,), that of each segment and of all, or
             (1, T, vocab / tp) logits, or (num_segments,) int64, the likeliest tokens.
             Other chunks: (T, 1, H) hidden states (T / tp with sequence parallelism).
         """
@@ -122,7 +129,12 @@ class Qwen2VL(MegatronModule):
             return ids_S
         if not with_loss:
             return self.language.logits(hidden_T1H)
-        loss: Tensor = self.language.loss(hidden_T1H, batch.labels, batch.supervised_index)
+        loss: Tensor = self.language.loss(
+            hidden_T1H,
+            batch.labels,
+            batch.supervised_index,
+            segment_ends=batch.cu_seqlens[1:] if by_segment else None,
+        )
         return loss
 
     def _embed(self, batch: Batch) -> Tensor:

@@ -52,6 +52,9 @@ CAUSES = (
     "data.min_pixels=3136",
     "data.max_pixels=12544",
     "data.window=32",
+    "data.weigh_by=tokens",
+    "data.order=mine.npy",
+    "data.sources.text.max_epochs=2.5",
     "data.mixtures.stage2.strings=0.9",
     "data.root=elsewhere",
 )

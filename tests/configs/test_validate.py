@@ -157,11 +157,20 @@ def test_optimizer_state_comes_from_somewhere() -> None:
         ("data.validation.held=1", "data.validation.held=1.0 names no source of data.sources  -> try data.validation.heldout=1.0"),
         ("data.validation.heldout=-1", "data.validation.heldout=-1.0 must be above 0"),
         ("data.mixtures.stage2.text=1e999", "data.mixtures.stage2.text=inf must be above 0, and finite"),
+        ("data.sources.text.max_epochs=0", "data.sources.text.max_epochs=0.0 must be above 0, and at most 1,000,000  -> try data.sources.text.max_epochs=null"),
+        ("data.order=nowhere.npy", "data.order=nowhere.npy is no file  -> try launch/prepare.py export-order"),
+        ("data.sources.text.max_epochs=1e999", "data.sources.text.max_epochs=inf must be above 0, and at most"),
         ("data.root=''", "data.generate=true needs data.root to write to  -> try data.root=runs/sample_data"),
     ],
 )  # fmt: skip
 def test_data(override: str, message: str) -> None:
     refused([override], message)
+
+
+def test_an_order_names_every_sample_itself() -> None:
+    words = ["data.order=nowhere.npy", "data.weigh_by=tokens", "data.sources.text.max_epochs=2"]
+    text = refused(words, "data.weigh_by=tokens says nothing beside data.order=nowhere.npy")
+    assert "data.sources.text.max_epochs=2.0 says nothing beside data.order" in text
 
 
 def test_a_stage_with_an_empty_mixture(tmp_path: Path) -> None:

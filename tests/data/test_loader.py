@@ -89,10 +89,10 @@ def model_for(tokenizer, vocab_size=None) -> ModelConfig:
     return ModelConfig(tokens=tokenizer.tokens, language=language, vision=VISION)
 
 
-def make_plan(sources, weights=None, *, seed=0, window=96):
+def make_plan(sources, weights=None, *, seed=0, window=96, max_epochs=None):
     weights = weights or {source.name: 1 for source in sources}
     return Plan(
-        plan_sources(sources, weights, LIMITS, VISION),
+        plan_sources(sources, weights, LIMITS, VISION, max_epochs),
         seed=seed,
         seq_len=128,
         max_patches=512,
@@ -114,9 +114,10 @@ def open_loader(mixed, text, tokenizer):
             pad_to=1,
             read_pixels=True,
             pin_memory=False,
+            max_epochs=None,
             **arguments,
         ):
-            plan = make_plan(sources)
+            plan = make_plan(sources, max_epochs=max_epochs)
             form = BatchFormat(
                 model=model_for(tokenizer, vocab_size),
                 limits=LIMITS,
@@ -429,3 +430,22 @@ def test_validation_supervises_the_same_tokens_in_every_layout(
     targets, num_microbatches = supervised(dp_size, micro_batch_size)
     assert targets == reference
     assert num_microbatches == {-(-10 // (dp_size * micro_batch_size))}
+
+
+@pytest.mark.parametrize("prefetch_steps", [0, 1, 3])
+def test_steps_end_with_the_last_whole_one(open_loader, text, prefetch_steps):
+    """Every dp rank says so beside the same step, however far it reads ahead, from any place."""
+    limit = {"max_epochs": {"text": 20}, "sources": [text], "prefetch_steps": prefetch_steps}
+    packs = make_plan([text], max_epochs=limit["max_epochs"]).first_packs(1000)
+    num_steps = len(packs) // GLOBAL_BATCH_SIZE
+    assert num_steps > 3
+    assert len(packs) % GLOBAL_BATCH_SIZE
+    for dp_rank in range(2):
+        loader = open_loader(dp_rank=dp_rank, dp_size=2, **limit)
+        told, cursors = [], []
+        for _ in loader:
+            told.append(loader.is_over)
+            cursors.append(loader.cursor)
+        assert told == [False] * (num_steps - 1) + [True]
+        resumed = open_loader(cursors[-3], dp_rank=dp_rank, dp_size=2, **limit)
+        assert [resumed.is_over for _ in resumed] == [False, True]

@@ -44,7 +44,7 @@ def losses(case: LayoutCase, order: tuple[str, ...]) -> list[float]:
     for kind in order:
         step = make_step(kind, mesh, 1)
         found.append(train_step(engine, step, rates).loss)
-        found.append(validation_loss(engine.chunks, make_step("first", mesh, 1), mesh))
+        found.append(validation_loss(engine.chunks, make_step("first", mesh, 1), mesh)[0])
     return found
 
 

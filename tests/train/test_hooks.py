@@ -221,23 +221,40 @@ def quarantined(run_dir: Path) -> list[tuple[int | str, ...]]:
 @distributed
 @every_layout
 def test_validation_loss_is_the_same_in_every_layout(layouts, runs):
-    """On 5 packs, which come out even over no two ranks; the first step's rate is 0."""
-    options = ("train.validate_every=1", "train.validation_packs=5")
+    """On 5 packs, which come out even over no two ranks; the first step's rate is 0.
+
+    So is that of each source, where packs have samples of both.
+    """
+    options = ("train.validate_every=1", "train.validation_packs=5", "data.validation.text=1.0")
     for layout in layouts:
         told = runs.train(layout, layout, "train.num_steps=1", *options)
         assert ", validation " in told
-    found = {layout: metrics(runs.dir(layout))[0]["validation_loss"] for layout in layouts}
-    worst = max(abs(loss / found["single"] - 1) for loss in found.values())
-    print(f"validation loss {found['single']:.4f} in every layout, within {worst:.1e}")
+    steps = {layout: metrics(runs.dir(layout))[0] for layout in layouts}
+    found = {
+        layout: [step["validation_loss"], *step["validation_loss_by_source"].values()]
+        for layout, step in steps.items()
+    }
+    one = found["single"]
+    worst = max(
+        abs(a / b - 1) for losses in found.values() for a, b in zip(losses, one, strict=True)
+    )
+    print(f"validation loss {one} in every layout, within {worst:.1e}")
     assert worst <= 1e-6
+    assert steps["single"]["validation_loss_by_source"].keys() == {"heldout", "text"}
+    assert min(one[1:]) < one[0] < max(one[1:])
+    for name in ("samples_by_source", "tokens_by_source"):
+        assert all(step[name] == steps["single"][name] for step in steps.values())
+    assert sum(steps["single"]["tokens_by_source"].values()) == steps["single"]["num_tokens"]
 
 
 @distributed
 def test_validation_leaves_training_as_it_is(runs):
     runs.train("without", "tp2", "train.num_steps=4")
     runs.train("with", "tp2", "train.num_steps=4", "train.validate_every=2")
-    validated = [line.pop("validation_loss", None) for line in metrics(runs.dir("with"))]
+    validated = [line.get("validation_loss") for line in metrics(runs.dir("with"))]
     assert [loss is None for loss in validated] == [True, False, True, False]
+    by_source = metrics(runs.dir("with"))[-1]["validation_loss_by_source"]
+    assert by_source == pytest.approx({"heldout": validated[-1]}, rel=1e-12)
     assert losses(runs.dir("with")) == losses(runs.dir("without"))
 
 

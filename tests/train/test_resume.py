@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,11 +12,13 @@ import time
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import psutil
 import pytest
 import torch
 
 from triptych.configs.schema import PARTS, Config
+from triptych.launch.inspection.export_order import export
 from triptych.tests.helpers.plain_shards import whole_tensors
 from triptych.tests.helpers.processes import wait_until_dead
 from triptych.tests.helpers.runs import (
@@ -214,6 +217,53 @@ def test_a_damaged_checkpoint_is_passed_over_on_all_ranks(runs):
     assert shard.name in told
     assert "step_000000003.0, step 3" in told
     assert without_times(runs.dir("run")) == whole
+
+
+def test_a_stage_ends_with_its_sources(runs):
+    """Every pack there is but for an incomplete step; what resumes at the end has nothing to do."""
+    limits = [f"data.sources.{name}.max_epochs=0.02" for name in ("strings", "captions", "text")]
+    limits += ["data.sources.every_kind.max_epochs=1", "data.weigh_by=tokens"]
+    refused = runs.refusal("run", "single", *limits, "train.num_steps=null")
+    budget = re.search(
+        r"stage.token_budget=40000 is more than the (\d+) tokens that data.order", refused
+    )
+    assert f"-> stage.token_budget={budget[1]}, or more data" in refused
+    limits.append("train.num_steps=1000")
+    runs.train("run", "dp2", *limits, "train.num_steps=3")
+    told = runs.train("run", "single", *limits)
+    assert "is finished: data.order, or every source's max_epochs, is used up" in told
+    lines = metrics(runs.dir("run"))
+    seen = sorted(number for step in packs(runs.dir("run")).values() for number in step)
+    assert seen == list(range(4 * len(lines)))
+    assert abs(lines[-1]["consumed_tokens"] - int(budget[1])) < 5 * 128
+    newest = checkpoint_names(runs.dir("run"))[-1]
+    assert newest == f"step_{len(lines):09}.0"
+    assert "is finished: data.order, or every" in runs.train("run", "dp2", *limits)
+    assert metrics(runs.dir("run")) == lines
+    other = runs.refusal("run", "single", *limits, "data.sources.text.max_epochs=0.5")
+    assert "because of\n  data.sources.text.max_epochs  0.02 -> 0.5\n" in other
+
+
+def test_a_run_takes_an_order(runs, capsys):
+    """What export-order writes trains as the plan does, to its end; another one is refused."""
+    order, taken = runs.dir("orders") / "order.npy", []
+    order.parent.mkdir()
+    words = runs.words("run", "single")
+    export([*words, "--output", str(order), "--packs", "18"])
+    assert f"{order}: 18 packs as rows of pack, source, index; sources: 0 strings, 1 captions" in (
+        capsys.readouterr().out
+    )
+    for more in ([], [f"data.order={order}"]):
+        runs.train(f"run{len(more)}", "dp2", *more, "train.num_steps=3")
+        runs.train(
+            f"run{len(more)}", "single", *more, "train.num_steps=99" if more else "resume=auto"
+        )
+        taken.append(losses(runs.dir(f"run{len(more)}"))[:4])
+    assert taken[0] == taken[1]
+    assert len(losses(runs.dir("run1"))) == 4
+    np.save(order, np.load(order)[:-1])
+    other = runs.refusal("run1", "single", f"data.order={order}", "train.num_steps=99")
+    assert "a dataset of the mixture, or data.order, is other than it was  -> restore it" in other
 
 
 def test_another_plan_is_refused_unless_accepted(runs):
