@@ -107,7 +107,7 @@ def planned_bytes(config: Config, batches: Sequence[Batch]) -> int:
 def peak_bytes(engine: Engine, batches: Sequence[Batch]) -> int:
     """Allocated by torch during a second training step; the first one makes the optimizer state."""
     rates = dict.fromkeys(("vit", "adapter", "llm"), 0.0)
-    step = Step(microbatches=list(batches), packs=tuple(range(len(batches))), unreadable=[])
+    step = Step(list(batches), tuple(range(len(batches))), unreadable=[], num_sources=1)
     before = torch.cuda.memory_allocated() if HAS_CUDA else 0
     for _ in (1, 2):
         if HAS_CUDA:

@@ -312,9 +312,9 @@ class Step:
     """Numbers of this rank's packs, in the order of the microbatches."""
     unreadable: list[UnreadableSample]
     """Samples whose media this rank could not read; empty where it reads none."""
+    num_sources: int
+    """Of the plan; samples are of sources below it."""
     media_work: MediaWork = field(default_factory=MediaWork)
     """Of this rank."""
     imbalance: float = 1.0
     """Planned cost of the dearest data-parallel rank's share over the mean of all."""
-    num_sources: int = 0
-    """Of the plan; samples are of sources below it."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from triptych.costs.flops import NO_WORK, Workload
 from triptych.data.types import Batch, MediaWork, Step, UnreadableSample
 from triptych.models.feed import on_device
+from triptych.parallel.device import Upload
 from triptych.parallel.mesh import Mesh
 from triptych.parallel.schedule import LossFunction, run_microbatches
 from triptych.train.engine import Engine
@@ -155,7 +156,9 @@ def validation_loss(
 
 def _by_source(sums: Tensor, batch: Batch, num_sources: int) -> Tensor:
     """(num_sources + 1,) from the loss of (num_segments + 1,); the last is that of all."""
-    sources = torch.tensor([sample.source for sample in batch.sample_ids], device=sums.device)
+    upload = Upload(sums.device)
+    sources = upload(torch.tensor([sample.source for sample in batch.sample_ids]))
+    upload.wait()
     found = sums.new_zeros(num_sources + 1)
     found.index_add_(0, sources, sums[: len(sources)])
     found[-1] = sums[-1]

@@ -1,8 +1,9 @@
 """``sizes/*.sizes``: what every sample of a dataset counts, written once and memory-mapped.
 
     line 1      JSON: what the counts follow from, how many, their summary, and a hash of all that
-    from 4096   num_tokens, num_patches, num_patch_pairs: num_samples int64 each, little-endian
+    from 4096   a row for each sample: num_tokens, num_patches, num_patch_pairs, int64 little-endian
 
+A plan asks for samples in shuffled order, all three counts of each: rows touch one page for it.
 What the counts follow from also names the file: ``dataset.yaml`` with the hash of every file, the
 limits, the geometry of a patch. So changed data or limits never meet the counts of others; they get
 a file of their own. Any such file may be removed: it is made again.
@@ -90,15 +91,14 @@ def _summary(columns: Columns) -> SizesSummary:
 
 
 def _write(file: BinaryIO, count: Count, num_samples: int, identity: dict[str, Any]) -> None:
-    """The columns chunk by chunk, then the header, which needs them whole."""
+    """The rows chunk by chunk, then the header, which needs them whole."""
+    file.seek(_HEADER_BYTES)
     for start in range(0, num_samples, _CHUNK):
-        end = min(start + _CHUNK, num_samples)
-        for number, column in enumerate(count(start, end)):
-            file.seek(_HEADER_BYTES + 8 * (number * num_samples + start))
-            file.write(column.astype("<i8", copy=False).tobytes())
+        columns = count(start, min(start + _CHUNK, num_samples))
+        file.write(np.stack(columns, axis=1).astype("<i8", copy=False).tobytes())
     file.flush()
     summary = _summary(_map(Path(file.name), num_samples))
-    content = {"of": identity, "num_samples": num_samples, "summary": asdict(summary)}
+    content = _content(identity, num_samples, asdict(summary))
     header = json.dumps({"content": content, "xxh3_128": _hash(content)}).encode() + b"\n"
     assert len(header) <= _HEADER_BYTES
     file.seek(0)
@@ -112,7 +112,7 @@ def _read(path: Path, identity: dict[str, Any], num_samples: int) -> Sizes | Non
             header = json.loads(file.read(_HEADER_BYTES))
         content = header["content"]
         is_whole = path.stat().st_size == _HEADER_BYTES + 3 * 8 * num_samples
-        expected = {"of": identity, "num_samples": num_samples, "summary": content["summary"]}
+        expected = _content(identity, num_samples, content["summary"])
         if not is_whole or content != expected or header["xxh3_128"] != _hash(content):
             return None
         summary = SizesSummary(**content["summary"])
@@ -120,6 +120,11 @@ def _read(path: Path, identity: dict[str, Any], num_samples: int) -> Sizes | Non
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return Sizes(*_map(path, num_samples), summary, path, check)
+
+
+def _content(identity: dict[str, Any], num_samples: int, summary: dict[str, Any]) -> dict[str, Any]:
+    """What the header says; files that had columns one after the other lack ``rows``."""
+    return {"of": identity, "rows": num_samples, "summary": summary}
 
 
 def _check_whole(file: FileIO, *, size: int) -> None:
@@ -136,9 +141,9 @@ def _check_whole(file: FileIO, *, size: int) -> None:
 
 
 def _map(path: Path, num_samples: int) -> Columns:
-    shape = (3, num_samples)
+    shape = (num_samples, 3)
     table = np.memmap(path, dtype="<i8", mode="r", offset=_HEADER_BYTES, shape=shape)
-    num_tokens, num_patches, num_patch_pairs = np.asarray(table)
+    num_tokens, num_patches, num_patch_pairs = np.asarray(table).T
     return num_tokens, num_patches, num_patch_pairs
 
 

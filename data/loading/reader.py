@@ -104,7 +104,7 @@ class Reader:
             work += sum((sample.work for sample in samples), MediaWork())
             self.num_decoded += sum(sample.work.num_decoded for sample in samples)
         numbers = tuple(pack.number for packs in microbatches for pack in packs)
-        return Step(batches, numbers, unreadable, work, num_sources=len(self._sources))
+        return Step(batches, numbers, unreadable, len(self._sources), work)
 
     def close(self) -> None:
         """End the threads; samples not yet begun are dropped."""

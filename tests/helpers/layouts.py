@@ -306,7 +306,7 @@ def make_step(kind: str, mesh: Mesh, micro_batch_size: int, tower: str = "plain"
         _batch(kind, packs[start : start + micro_batch_size], mesh, tower)
         for start in range(0, share, micro_batch_size)
     ]
-    return Step(microbatches=microbatches, packs=tuple(packs), unreadable=[])
+    return Step(microbatches, tuple(packs), unreadable=[], num_sources=1)
 
 
 def _batch(kind: str, packs: Iterable[int], mesh: Mesh, tower: str) -> Batch:
