@@ -20,8 +20,14 @@ ROOT = Path(triptych.__file__).parent
 NAMES = re.compile(
     r"""["'](shards|rng|rank_|data\.json|model\.json|environment\.json|MANIFEST\.json|COMMIT)\b"""
 )
-OTHERS = {"data/dataset/dataset.py", "data/prepare/merge.py", "data/prepare/writer.py"}
-"""A dataset folder has shards of its own."""
+OTHERS = {
+    "data/dataset/dataset.py",
+    "data/prepare/merge.py",
+    "data/prepare/writer.py",
+    "train/failures.py",
+    "train/watch/stacks.py",
+}
+"""A dataset folder has shards of its own; ranks that fail or hang leave files of their own."""
 
 
 def test_nobody_else_writes_these_names():

@@ -90,6 +90,7 @@ def stand_in(tmp_path: Path) -> Path:
     return project
 
 
+@pytest.mark.slow
 @pytest.mark.slurm
 def test_ranks_of_two_nodes_meet_and_get_the_arguments(tmp_path: Path, stand_in: Path):
     arguments = ["stage=2", "data.mixtures={a: 1, b: 2}", "empty="]
@@ -279,6 +280,7 @@ def test_a_chain_goes_on_after_a_crash_and_a_notice_and_ends_with_the_run(pool, 
     assert log.count("pretrain.sbatch: job") == 3
 
 
+@pytest.mark.slow
 @pytest.mark.slurm
 def test_a_dataset_is_prepared_by_an_array_of_jobs(digits, tmp_path):
     """Then by one more, that puts the parts together: the bytes are those of one process.
@@ -311,6 +313,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
+@pytest.mark.slow
 @pytest.mark.slurm
 def test_the_gpu_check_has_all_ranks_for_the_layouts_and_one_process_for_the_rest(
     tmp_path: Path, stand_in: Path

@@ -22,16 +22,22 @@ from triptych.configs.validate import validate
 from triptych.errors import ConfigError
 from triptych.launch import convert, demo, prepare, report, sample
 from triptych.launch.inspection import command as inspection
-from triptych.launch.inspection import verify_datasets
+from triptych.launch.inspection import export_order, verify_datasets
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PROGRAMS = ("torchrun", "python", "sbatch", "pytest", "make")
-MISSING_PATH = re.compile(r"(data\.|init\.\w+=|resume=)\S+ (is no folder|does not exist)  ")
+MISSING_PATH = re.compile(
+    r"(data\.|init\.\w+=|resume=)\S+ (is no folder|is no file|does not exist)  "
+)
 
 
 def parse_prepare(words: list[str]) -> argparse.Namespace:
-    others = {"inspect": inspection.parse_args, "verify": verify_datasets.parse_args}
+    others = {
+        "inspect": inspection.parse_args,
+        "verify": verify_datasets.parse_args,
+        "export-order": export_order.parse_args,
+    }
     return others[words[0]](words[1:]) if words[0] in others else prepare.parse_args(words)
 
 

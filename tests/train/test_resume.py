@@ -244,6 +244,7 @@ def test_a_stage_ends_with_its_sources(runs):
     assert "because of\n  data.sources.text.max_epochs  0.02 -> 0.5\n" in other
 
 
+@pytest.mark.slow
 def test_a_run_takes_an_order(runs, capsys):
     """What export-order writes trains as the plan does, to its end; another one is refused."""
     order, taken = runs.dir("orders") / "order.npy", []
