@@ -7,16 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from triptych.checkpoints.layout import CHECKPOINTS
 from triptych.checkpoints.store import CheckpointStore
 from triptych.configs.schema import Config
-from triptych.costs.layer_split import layers_per_chunk, planned_bubble
 from triptych.data.plan.order import Plan
 from triptych.errors import ConfigError, TrainingError
-from triptych.models.kernels import Installed, choose_adam, choose_grad_sum
 from triptych.parallel.agree import differing_ranks
 from triptych.parallel.device import be_deterministic
 from triptych.parallel.mesh import Mesh, build_mesh, init_distributed, meet, shutdown
@@ -55,6 +52,7 @@ from triptych.train.start import StartingPoint, find_start, load_start
 from triptych.train.start_up import StartUp
 from triptych.train.state import TrainState
 from triptych.train.stop import GoBackError, StopReason, gather_reasons
+from triptych.train.told import finished, introduce, stopped
 from triptych.train.watch.place import Phase, enter
 from triptych.train.watch.watchdog import watching
 
@@ -106,11 +104,11 @@ def _run_stage(config: Config, mesh: Mesh, start_up: StartUp) -> TrainState:
     start = find_start(config, engine, data.plan, store)
     tell_of_the_start_before(run_dir, mesh)
     refuse_crash_loop(config, mesh, data, start.state)
-    _introduce(config, engine, data)  # whoever reads it knows that nothing was refused
+    introduce(config, engine, data)  # whoever reads it knows that nothing was refused
     load_start(start, config, engine)
     state = start.state
     if is_finished(config, engine, state) or not _has_step(data.plan, config, state):
-        say(_finished(config, state))
+        say(finished(config, state))
         return state
     start_up.done("weights")
     open_run_folder(config, mesh, state, start_up, store.damaged)
@@ -121,14 +119,14 @@ def _run_stage(config: Config, mesh: Mesh, start_up: StartUp) -> TrainState:
     if asked is not None and asked.is_error:
         raise TrainingError(out_of_budget(asked.text, config, state))
     if is_finished(config, engine, state) or not _has_step(data.plan, config, state):
-        say(_finished(config, state))
+        say(finished(config, state))
         if mesh.is_main:
             record_event(run_dir, "finished", step=state.step)
     else:
         reasons = gather_reasons(mesh.world, asked)
         if mesh.is_main:
             tell_of_stop(run_dir, state.step, reasons)
-        say(_stopped(config, state, reasons))
+        say(stopped(config, state, reasons))
     return state
 
 
@@ -208,44 +206,6 @@ def _has_step(plan: Plan, config: Config, state: TrainState) -> bool:
     return len(packs) == config.train.global_batch_size
 
 
-def _introduce(config: Config, engine: Engine, data: Mixture) -> None:
-    mesh, dims, layers = engine.mesh, engine.mesh.dims, layers_per_chunk(config)
-    packs, seq_len = config.train.global_batch_size, config.train.seq_len
-    paragraphs = [
-        f"{config.stage.name} of {config.model.name} -> {config.run.dir}",
-        f"ranks: {dims.world_size} = tp {dims.tp} x pp {dims.pp} x dp {dims.dp}; "
-        f"decoder layers by {'stage' if config.parallel.vpp == 1 else 'chunk'}: "
-        f"{', '.join(map(str, layers))} (ViT on the first)"
-        f"{_bubble(config, mesh)}",
-        f"step: {packs} packs x {seq_len} tokens = {packs * seq_len:,} at most, "
-        f"of a budget of {config.stage.token_budget:,}",
-        engine.stage.cut_short(),
-        f"{config.train.precision.name}; threads per rank: {torch.get_num_threads()}; kernels:\n"
-        f"{_kernels(config, engine)}",
-        f"data: {data}\n{engine.parameter_counts}",
-    ]
-    say("\n".join(filter(None, paragraphs)))
-
-
-def _bubble(config: Config, mesh: Mesh) -> str:
-    """What the pipeline's stages are expected to wait for each other, where there are several."""
-    if config.parallel.pp == 1:
-        return ""
-    packs_per_microbatch = mesh.dims.dp * config.train.micro_batch_size
-    num_microbatches = config.train.global_batch_size // packs_per_microbatch
-    return f"; {planned_bubble(config, num_microbatches=num_microbatches)}"
-
-
-def _kernels(config: Config, engine: Engine) -> str:
-    installed = Installed.here()
-    grad_sum = choose_grad_sum(config.train.kernels, installed)
-    adam = choose_adam(config.optimizer.zero, installed)
-    rows = [*engine.kernels.rows(), ("grad_sum", grad_sum), ("adam", adam)]
-    return "\n".join(
-        f"  {name:<10} {choice.kernel.value} ({choice.reason})" for name, choice in rows
-    )
-
-
 def _hooks(
     config: Config,
     engine: Engine,
@@ -296,26 +256,3 @@ def _hooks(
         weights = CheckpointStore(run_dir / WEIGHTS, mesh.world)
         hooks.append(WeightsOnly(config, engine, weights))
     return HookChain(hooks)
-
-
-def _stopped(config: Config, state: TrainState, reasons: list[tuple[int, StopReason]]) -> str:
-    told = "; ".join(f"rank {rank}: {reason.text}" for rank, reason in reasons)
-    return (
-        f"{config.stage.name} stops after step {state.step}, as asked by {told}"
-        "  -> type the command again: the run resumes"
-    )
-
-
-def _finished(config: Config, state: TrainState) -> str:
-    used = f"{state.consumed_tokens:,} of {config.stage.token_budget:,} tokens"
-    if state.consumed_tokens >= config.stage.token_budget:
-        return f"{config.stage.name} is finished: its budget is used up, {used}, {state.step} steps"
-    if config.train.num_steps is None or state.step < config.train.num_steps:
-        return (
-            f"{config.stage.name} is finished: data.order, or every source's max_epochs, is used "
-            f"up, {used}, {state.step} steps"
-        )
-    return (
-        f"{config.stage.name} is finished: train.num_steps={config.train.num_steps} reached, {used}"
-        "  -> a larger train.num_steps goes on from here, another run.dir starts anew"
-    )
