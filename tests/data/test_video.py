@@ -279,7 +279,7 @@ FAULTS = {
     "cut mp4": (lambda: cut(video()), "Invalid data"),
     "cut fragments": (
         lambda: cut(video(options={"movflags": "frag_keyframe+empty_moov"})),
-        "End of file|Invalid data",
+        "End of file|Invalid data|it was cut",
     ),
     "cut mkv": (lambda: cut(video(100, container="matroska")), r"cut: \d.\d\d of 4.00 seconds"),
     "no frames": (lambda: video(0), "Invalid data"),

@@ -70,13 +70,13 @@ def test_the_error_is_told_at_once_and_is_the_last_on_the_screen(
     *_, last, border = shown.rstrip().splitlines()
     assert set(border) == {"="}
     told, _, by_torchrun = shown.rpartition("Traceback (most recent call last)")
-    if kind == "killed":
+    if kind == "killed":  # torchrun may end rank 0 before it has told that rank 1 is gone
         assert re.search(r"Signal 9 \(SIGKILL\) received by PID \d+$", last), shown
-        assert "[rank 0] RuntimeError" in told
+        assert told.count("Traceback") <= num_tracebacks
     else:
         assert last.endswith(message), shown
         assert message in told
-    assert told.count("Traceback") == num_tracebacks
+        assert told.count("Traceback") == num_tracebacks
     assert 'fails.py", line' not in by_torchrun
 
 

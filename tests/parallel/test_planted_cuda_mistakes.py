@@ -196,8 +196,8 @@ def attention_not_causal():
 def supervised_index_left_on_the_host():
     forward = SummedLoss.forward
 
-    def indexed(self, hidden, labels, index):
-        return forward(self, hidden, labels, index.cpu())
+    def indexed(self, hidden, labels, index, **options):
+        return forward(self, hidden, labels, index.cpu(), **options)
 
     return mock.patch.object(SummedLoss, "forward", indexed)
 
