@@ -138,11 +138,13 @@ def report(rounds: Sequence[Round], tokens: int, flops: float) -> list[Row]:
         else:
             over[name] = ratios
     best = min(over, key=lambda name: statistics.median(over[name]))
-    for name, least in {best: LEAST_RATIO, "transformers, padded": LEAST_OVER_PADDED}.items():
+    padded = "transformers, padded"
+    for claim, name, least in (
+        (f"tokens / s, ours over the fastest other, {best}", best, LEAST_RATIO),
+        (f"tokens / s, ours over {padded}", padded, LEAST_OVER_PADDED),
+    ):
         met = statistics.median(over[name]) >= least
-        rows.append(
-            Row(f"tokens / s, ours over {name}", spread(over[name]), f">= {least}", met, COMMAND)
-        )
+        rows.append(Row(claim, spread(over[name]), f">= {least}", met, COMMAND))
     print(f"\nGEMM rate: {spread([rate / 1e12 for rate, _ in rounds], 1)} TFLOP/s")
     return rows
 

@@ -50,6 +50,17 @@ def test_the_comparison_for_a_gpu_runs_to_its_end(capsys):
     assert "between the arms" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("fastest", ["transformers, padded", "transformers, packed"])
+def test_every_bar_has_a_row_whichever_arm_is_the_fastest(fastest):
+    seconds = {"ours": 1.0, "transformers, padded": 2.0, "transformers, packed": 2.0}
+    rows = gpu.report([(1e12, seconds | {fastest: 1.5})], tokens=100, flops=1e9)
+    assert [row.claim.removeprefix("tokens / s, ours over ") for row in rows[1:]] == [
+        f"the fastest other, {fastest}",
+        "transformers, padded",
+    ]
+    assert rows[1].figure.startswith("1.50")
+
+
 def test_packs_hold_every_sample_once():
     samples = draw_samples(speed.MIX, SMALL)
     packs = first_fit(samples, speed.PACK_TOKENS)
