@@ -307,9 +307,9 @@ class DataConfig:
     max_unreadable_in_a_row: int = 100
     """Unreadable samples in steps that follow each other and have no readable media."""
     num_workers: int = 2
-    """Threads per reading rank that decode media."""
+    """Threads per reading rank that decode media; 0 reads in the training thread, nothing ahead."""
     prefetch_steps: int = 1
-    """Steps that are read ahead of training."""
+    """Steps that are read ahead of training, where threads read."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -4,16 +4,19 @@
     planning thread   plan -> packs of the global batch -> this rank's microbatches -> collate
     worker threads    one sample each: text, media, patches
 
+Without workers the training thread does all of this, when it asks for a step.
+
 What is handed out depends on the plan and the cursor alone: not on the number of threads, nor on
 how far they are ahead. A checkpoint saves ``loader.cursor``; what was read ahead is read again.
 """
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 
 from triptych.costs.flops import NO_WORK, Workload
 from triptych.data.loading.reader import BatchFormat, Reader
+from triptych.data.loading.same_thread import threads_or_none
 from triptych.data.plan.balance import assign
 from triptych.data.plan.order import Cursor, Plan
 from triptych.data.types import Pack, Source, Step
@@ -50,7 +53,8 @@ class Loader:
             global_batch_size: packs per step, a multiple of dp_size * micro_batch_size.
             micro_batch_size: packs per microbatch.
             cost: of a pack; shares cost about the same. Must be the same on all ranks.
-            num_workers: threads that decode media, at least 1.
+            num_workers: threads that decode media; with 0 there is no thread at all, and nothing is
+                read ahead.
             prefetch_steps: steps that are read while one is trained on.
             order: of a share's microbatches, from dear to cheap, in which they go; None leaves it.
         """
@@ -59,9 +63,9 @@ class Loader:
         self._plan, self._cost, self._order = plan, cost, order
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self._global_batch_size, self._micro_batch_size = global_batch_size, micro_batch_size
-        self._prefetch_steps = prefetch_steps
+        self._prefetch_steps = prefetch_steps if num_workers else 0
         self._reader = Reader(sources, form, num_workers=num_workers)
-        self._planner = ThreadPoolExecutor(1, thread_name_prefix="plan-steps")
+        self._planner = threads_or_none(min(1, num_workers), "plan-steps")
         self._planned = cursor
         self._upcoming = self._next_packs() if plan.ends else None
         self.is_over = self._has_ended()
@@ -82,8 +86,8 @@ class Loader:
         Raises:
             StopIteration: after the last whole step.
         """
-        self._read_ahead(max(1, self._prefetch_steps))
         try:
+            self._read_ahead(max(1, self._prefetch_steps))
             step, self.cursor, self.is_over = self._pending.popleft().result()
         except BaseException:
             self.close()
@@ -101,7 +105,7 @@ class Loader:
             self._pending.append(self._planner.submit(self._next_step))
 
     def _next_step(self) -> tuple[Step, Cursor, bool]:
-        """Runs on the planning thread, the only one that moves ``_planned``."""
+        """Runs on the planning thread, if there is one; nobody else moves ``_planned``."""
         packs, self._planned = self._upcoming or self._next_packs()
         if len(packs) < self._global_batch_size:
             raise StopIteration
@@ -155,7 +159,7 @@ def validation_step(
         dp_rank: which share.
         dp_size: number of shares.
         micro_batch_size: packs per microbatch.
-        num_workers: threads that decode media.
+        num_workers: threads that decode media; 0 for this one.
         round_to: the number of microbatches of each rank is a multiple of this.
     """
     packs = plan.first_packs(num_packs)

@@ -3,7 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from triptych.configs.model_schema import ModelConfig
 from triptych.data.loading.collate import Segment, collate
 from triptych.data.loading.joined_media import JoinedMedia
+from triptych.data.loading.same_thread import threads_or_none
 from triptych.data.media.cache import FrameCache
 from triptych.data.media.image import cut_patches
 from triptych.data.media.kinds import kind_of
@@ -72,12 +73,12 @@ class Reader:
         Args:
             sources: numbered as the plan numbers them.
             form: of the batches.
-            num_workers: threads; the result does not depend on it.
+            num_workers: threads, 0 for that of ``read``; the result does not depend on it.
         """
         self.num_decoded = 0
         """Media decoded so far; a cache decodes some of them for us."""
         self._sources, self._form = sources, form
-        self._workers = ThreadPoolExecutor(num_workers, thread_name_prefix="read-media")
+        self._workers = threads_or_none(num_workers, "read-media")
 
     def read(self, microbatches: Sequence[Sequence[Pack]]) -> Step:
         """The batches of some packs; media that cannot be read are zeros, their samples listed.

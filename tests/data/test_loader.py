@@ -252,11 +252,36 @@ def test_changing_layout_on_resume_loses_and_repeats_nothing(open_loader):
     assert parts == whole
 
 
-@pytest.mark.parametrize(("num_workers", "prefetch_steps"), [(1, 0), (1, 3), (4, 0), (8, 2)])
+@pytest.mark.parametrize(
+    ("num_workers", "prefetch_steps"), [(0, 0), (0, 3), (1, 0), (1, 3), (4, 0), (8, 2)]
+)
 def test_threads_and_reading_ahead_change_nothing(open_loader, num_workers, prefetch_steps):
     reference = [contents(step) for step in take(open_loader(num_workers=2), 4)]
     loader = open_loader(num_workers=num_workers, prefetch_steps=prefetch_steps)
     assert [contents(step) for step in take(loader, 4)] == reference
+
+
+def test_without_workers_no_thread_is_started_and_nothing_read_ahead(
+    open_loader, mixed, monkeypatch
+):
+    asked_by = set()
+    read_media = mixed.read_media
+
+    def noted(media):
+        asked_by.add(threading.current_thread())
+        return read_media(media)
+
+    monkeypatch.setattr(mixed, "read_media", noted)
+    before = threading.active_count()
+    loader = open_loader(num_workers=0, prefetch_steps=3)
+    steps = take(loader, 3)
+    assert threading.active_count() == before
+    assert asked_by == {threading.current_thread()}
+    media = sum(len(batch.grid_thw) for step in steps for batch in step.microbatches)
+    assert loader.num_decoded == media > 0
+    threaded = open_loader()
+    take(threaded, 3)
+    assert threaded.cursor == loader.cursor
 
 
 def test_cursor_is_after_the_step_handed_out_however_far_it_reads_ahead(open_loader):
@@ -357,12 +382,15 @@ def test_an_image_of_another_size_than_recorded_is_reported(open_loader, mixed, 
     assert any("but its dataset says" in sample.reason for sample in step.unreadable)
 
 
-def test_an_error_in_a_thread_is_raised_and_ends_all_threads(open_loader, mixed, monkeypatch):
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_error_in_a_thread_is_raised_and_ends_all_threads(
+    open_loader, mixed, monkeypatch, num_workers
+):
     def broken(index):
         raise RuntimeError("disk on fire")
 
     before = threading.active_count()
-    loader = open_loader(sources=(mixed,), prefetch_steps=2)
+    loader = open_loader(sources=(mixed,), prefetch_steps=2, num_workers=num_workers)
     monkeypatch.setattr(mixed, "sample", broken)
     with pytest.raises(RuntimeError, match="disk on fire"):
         next(loader)
