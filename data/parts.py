@@ -2,6 +2,8 @@ r"""What a content is made of, and its ids: text, media, places in an image, cal
 
     {"type": "text", "text": "A cat."}              A cat.
     {"type": "image", "image": "cat.jpg"}           <|vision_start|><|image_pad|><|vision_end|>
+    {"type": "video", "video": "clip.mp4", "video_start": 2, "video_end": 4.5}
+                                        <|vision_start|><|video_pad|><|vision_end|>, seconds of it
     {"type": "ref", "text": "the cat"}              <|object_ref_start|>the cat<|object_ref_end|>
     {"type": "box", "box": [10, 20, 300, 400]}      <|box_start|>(10,20),(300,400)<|box_end|>
     {"type": "quad", "quad": [1, 2, 9, 2, 9, 8, 1, 8]}
@@ -27,7 +29,7 @@ from numpy.typing import NDArray
 from triptych.configs.model_schema import TokensConfig
 from triptych.data.media.kinds import KINDS
 from triptych.data.tokenizer import Tokenizer
-from triptych.data.types import MediaKind
+from triptych.data.types import Clip, MediaKind
 from triptych.errors import DataError
 
 COORDINATES = 1000
@@ -38,6 +40,11 @@ SHAPES = {"box": 4, "quad": 8}
 KEYS = {"text": ("text",), "ref": ("text",), "call": ("name", "arguments")} | {
     name: (name,) for name in (*SHAPES, *(kind.name.lower() for kind in MediaKind))
 }
+CLIP = ("video_start", "video_end")
+"""Seconds of a video, as qwen-vl-utils calls them."""
+KEYS["video"] += CLIP
+MAX_START_S = 4.5 * 3600
+"""What the index has room for, rounded down."""
 """Type of a part -> its keys."""
 
 
@@ -59,6 +66,8 @@ class MediaRef(NamedTuple):
 
     kind: MediaKind
     path: str | MediaBytes
+    clip: Clip | None = None
+    """None for all of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,12 +118,12 @@ class SequenceWriter:
         self.text(text, target=target)
         self.special(self._tokenizer.special(f"{name}_end"), target=target)
 
-    def media(self, kind: MediaKind, path: str | MediaBytes) -> None:
+    def media(self, kind: MediaKind, path: str | MediaBytes, clip: Clip | None) -> None:
         """Add a media item; it is never a target."""
         self.special(self.tokens.vision_start)
         self.special(pads(self.tokens)[kind])
         self.special(self.tokens.vision_end)
-        self._media.append(MediaRef(kind, path))
+        self._media.append(MediaRef(kind, path, clip))
 
     def finish(self) -> Encoded:
         """All that was added."""
@@ -173,7 +182,7 @@ def write_part(
     key = KEYS[str(name)][0]
     value = part.get(key)
     if kind is not None and isinstance(value, str | MediaBytes):
-        writer.media(kind, value)
+        writer.media(kind, value, _clip(part, where))
     elif not isinstance(value, str):
         raise DataError(f"{where} of type {name} needs a string under the key {key!r}")
     elif name == "ref":
@@ -192,6 +201,24 @@ def _media_kind(name: Any, where: str) -> MediaKind | None:
         known = ", ".join(["text", *shown, "ref", *SHAPES])
         raise DataError(f"{where}.type is {name!r}; it must be {known} or call")
     return None
+
+
+def _clip(part: Mapping[str, Any], where: str) -> Clip | None:
+    """What of a video is meant; None for all of it."""
+    given = [part.get(key) for key in CLIP]
+    if part["type"] != "video" or given == [None, None]:
+        return None
+    start, end = given[0] or 0, given[1]
+    seconds = [value for value in (start, end) if value is not None]
+    if not all(type(value) in {int, float} and 0 <= value < MAX_START_S for value in seconds):
+        raise DataError(
+            f"{where}: video_start and video_end are {start!r} and {end!r}; they must be seconds "
+            f"from 0 to {MAX_START_S}  -> cut a longer video into files"
+        )
+    start_ms, *end_ms = (round(1000 * value) for value in seconds)
+    if end_ms and start_ms >= end_ms[0]:
+        raise DataError(f"{where}: video_start={start} must be before video_end={end}")
+    return Clip(start_ms, end_ms[0] if end_ms else None)
 
 
 def _points(values: Any, name: str, where: str) -> str:

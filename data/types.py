@@ -25,6 +25,14 @@ class MediaKind(IntEnum):
     VIDEO = 1
 
 
+class Clip(NamedTuple):
+    """A part of a video, in milliseconds from its first frame."""
+
+    start_ms: int
+    end_ms: int | None
+    """Where the next clip may begin; None for the end of the video."""
+
+
 @dataclass(frozen=True, slots=True)
 class Media:
     """One media item.
@@ -44,7 +52,10 @@ class Media:
     width: int
     height: int
     frames: int = 1
+    """Of a clip, those that begin in it."""
     duration_ms: int = 0
+    start_ms: int = 0
+    """Where in its file a clip begins."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

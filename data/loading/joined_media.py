@@ -1,4 +1,4 @@
-"""The files of one sample, those side by side in a shard by one request.
+"""The files of one sample, those side by side in a shard by one request, clips of one video too.
 
 A shard has the members of a sample one after the other, so several pictures cost an object storage
 one request of the run's limit, and a disk one way to the place.
@@ -35,9 +35,12 @@ class JoinedMedia:
         if number not in self._found:
             self._read_run(number)
         data = self._found.pop(number, b"")
-        if xxhash.xxh3_128_digest(data) == self._media[number].xxh3:
-            return data
-        return self._source.read_media(self._media[number])
+        media, *following = self._media[number : number + 2]
+        if xxhash.xxh3_128_digest(data) != media.xxh3:
+            data = self._source.read_media(media)
+        if following and (following[0].shard, following[0].offset) == (media.shard, media.offset):
+            self._found[number + 1] = data
+        return data
 
     def _read_run(self, number: int) -> None:
         """Those that lie side by side from ``number`` on; nothing where it is alone or is cut."""

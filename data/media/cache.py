@@ -143,8 +143,9 @@ class FrameCache:
 
 def key_of(media: Media, shape: Shape) -> str:
     """Which entry holds the frames: 32 hexadecimal digits."""
-    measures = (media.size, media.width, media.height, media.frames, media.duration_ms)
-    said = (media.kind.name, media.xxh3, measures, shape, _makers())
+    measures = (media.size, media.width, media.height, media.frames)
+    times = (media.start_ms, media.duration_ms)
+    said = (media.kind.name, media.xxh3, measures, times, shape, _makers())
     return blake2b(repr(said).encode(), digest_size=16).hexdigest()
 
 

@@ -13,7 +13,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from triptych.data.media.image import MAX_DECODED_PIXELS
+from triptych.data.types import Clip
 from triptych.errors import ConfigError, DataError
 
 COMMAND = (sys.executable, "-P", "-m", "triptych.data.media.video_file")
@@ -43,16 +44,17 @@ class VideoDecoder:
         assert isinstance(self._process.stdout, io.BufferedReader)
         self._requests, self._answers = self._process.stdin, self._process.stdout
 
-    def extent(self, data: bytes, where: str) -> dict[str, int]:
+    def extent(self, data: bytes, where: str, clip: Clip | None = None) -> dict[str, int]:
         """Decodes a whole file: its ``width``, ``height``, ``frames`` and ``duration_ms``.
 
         Args:
             data: the file.
             where: names it in errors.
+            clip: whose frames and duration are asked for, and ``start_ms``; None for all.
         Raises:
-            DataError: it cannot be decoded.
+            DataError: it cannot be decoded, or has no such clip.
         """
-        self._ask(data, {"num_frames": 0})
+        self._ask(data, {"num_frames": 0, "clip": clip})
         extent: dict[str, int] = self._answer(where)["extent"]
         return extent
 
@@ -63,7 +65,8 @@ class VideoDecoder:
 
         Args:
             data: the file.
-            wanted: ``num_frames`` evenly spread over its ``frames`` and ``duration_ms``.
+            wanted: ``num_frames`` evenly spread over the ``frames`` and ``duration_ms`` from
+                ``start_ms`` on.
             where: names it in errors.
         Raises:
             DataError: it cannot be decoded.
@@ -83,7 +86,7 @@ class VideoDecoder:
             with suppress(OSError):  # of what was not yet written
                 pipe.close()
 
-    def _ask(self, data: bytes, request: dict[str, int]) -> None:
+    def _ask(self, data: bytes, request: Mapping[str, Any]) -> None:
         limits = {"max_pixels": MAX_DECODED_PIXELS, "cpu_s": CPU_S, "wall_s": WALL_S}
         line = json.dumps({**request, **limits, "num_bytes": len(data)}).encode()
         with suppress(BrokenPipeError):  # that it died, its answer says

@@ -22,7 +22,7 @@ from triptych.data.media.image import (
     image_grids,
 )
 from triptych.data.media.video import video_frames, video_grid, video_grids, video_shape
-from triptych.data.types import Media, MediaKind, PixelLimits
+from triptych.data.types import Clip, Media, MediaKind, PixelLimits
 from triptych.errors import DataError
 
 Grid = tuple[int, int, int]
@@ -39,6 +39,8 @@ class Extent(NamedTuple):
     height: int
     frames: int = 1
     duration_ms: int = 0
+    start_ms: int = 0
+    """Of a clip, in its file."""
 
 
 class Kind(Protocol):
@@ -51,12 +53,13 @@ class Kind(Protocol):
     max_bytes: int
     """Of a file; a larger one is not prepared."""
 
-    def measure(self, data: bytes, where: str) -> Extent:
+    def measure(self, data: bytes, where: str, clip: Clip | None = None) -> Extent:
         """Decode a file, to see that it can be.
 
         Args:
             data: the whole file.
             where: names the file or sample in errors.
+            clip: what of it is measured, where it is a video; None for all.
 
         Raises:
             DataError: it cannot be decoded, or is nothing to train on.
@@ -101,8 +104,9 @@ class ImageKind:
     max_bytes = 512 << 20
     """An image within the bound of its pixels, 16 bits per channel, not compressed."""
 
-    def measure(self, data: bytes, where: str) -> Extent:
+    def measure(self, data: bytes, where: str, clip: Clip | None = None) -> Extent:
         """Width and height of the upright picture."""
+        assert clip is None, "records give clips to videos alone"
         image = decode_image(data, where)
         return Extent(image.width, image.height)
 
@@ -139,10 +143,10 @@ class VideoKind:
     extension = "mp4"
     max_bytes = 2 << 30
 
-    def measure(self, data: bytes, where: str) -> Extent:
-        """Size of the upright frames, how many, and how long they last."""
+    def measure(self, data: bytes, where: str, clip: Clip | None = None) -> Extent:
+        """Size of the upright frames, how many, and how long they last. All of it is decoded."""
         with borrowed_decoder() as decoder:
-            extent = Extent(**decoder.extent(data, where))
+            extent = Extent(**decoder.extent(data, where, clip))
         check_shape((extent.width, extent.height), where)
         return extent
 

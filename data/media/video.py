@@ -102,6 +102,7 @@ def video_frames(
             "num_frames": len(frames),
             "frames": media.frames,
             "duration_ms": media.duration_ms,
+            "start_ms": media.start_ms,
         }
         for number, frame in enumerate(decoder.frames(data, wanted, where)):
             if frame.shape[:2] != (media.height, media.width):

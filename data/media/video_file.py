@@ -78,13 +78,20 @@ def chosen_frames(
 
     Args:
         data: the file.
-        wanted: ``num_frames`` of the ``frames`` that last ``duration_ms``.
+        wanted: ``num_frames`` of the ``frames`` that last ``duration_ms`` from ``start_ms`` on.
         max_pixels: of a frame.
         moves: is called after every packet.
     """
     num_frames, count = wanted["num_frames"], wanted["frames"]
     times_s = _times(data, max_pixels)
-    numbers = frame_numbers(num_frames, count, times_s, wanted["duration_ms"] / 1000)
+    clip = clip_frames(times_s, wanted["start_ms"], wanted["start_ms"] + wanted["duration_ms"])
+    if len(clip) != count:
+        if wanted["start_ms"]:
+            raise VideoError(f"{len(clip)} frames are in the clip, {count} by its dataset")
+        clip = range(len(times_s))  # all of it, and frames that do not say when they are shown
+    first, times_s = clip.start, times_s[clip.start : clip.stop]
+    of_clip = frame_numbers(num_frames, count, times_s, wanted["duration_ms"] / 1000)
+    numbers = [first + number for number in of_clip]
     reformatter, taken = VideoReformatter(), 0
     with opened(data, max_pixels) as (container, stream):
         for number, frame in enumerate(container.decode(stream)):
@@ -104,6 +111,50 @@ def chosen_frames(
     raise VideoError(f"it has fewer frames than the {count} that its dataset says")
 
 
+def clip_extent(
+    data: bytes,
+    max_pixels: int,
+    moves: Callable[[], None],
+    start_ms: int,
+    end_ms: int | None,
+) -> dict[str, int]:
+    """What ``extent`` says, and ``start_ms``, of a part of a video.
+
+    Args:
+        data: the file; all of it is decoded.
+        max_pixels: of a frame.
+        moves: is called after every packet.
+        start_ms: of the part, from the first frame.
+        end_ms: of the part; None for the end of the video.
+    """
+    whole = extent(data, max_pixels, moves)
+    end_ms = whole["duration_ms"] if end_ms is None else end_ms
+    part = f"the clip from {start_ms / 1000:g} to {end_ms / 1000:g} s"
+    if not start_ms < end_ms <= whole["duration_ms"] + 1:
+        raise VideoError(f"{part} is not within its {whole['duration_ms'] / 1000:g} s")
+    times_s = _times(data, max_pixels)
+    if len(times_s) != whole["frames"]:
+        raise VideoError("it does not say of every frame when it is shown, so it has no clips")
+    frames = clip_frames(times_s, start_ms, end_ms)
+    if not frames:
+        raise VideoError(f"no frame begins in {part}")
+    times = {"duration_ms": end_ms - start_ms, "start_ms": start_ms}
+    return {**whole, **times, "frames": len(frames)}
+
+
+def clip_frames(times_s: Sequence[float], start_ms: int, end_ms: int) -> range:
+    """The numbers of the frames that begin in a clip; each is in one of clips side by side.
+
+    Args:
+        times_s: when frames are shown, in order; clips count from the first.
+        start_ms: of the clip.
+        end_ms: of the clip.
+    """
+    times_us = np.rint((np.asarray(times_s) - (times_s[0] if times_s else 0)) * 1e6)
+    first, end = np.searchsorted(times_us, [1000 * start_ms, 1000 * end_ms]).tolist()
+    return range(first, end)
+
+
 def frame_numbers(
     num_frames: int, count: int, times_s: Sequence[float], duration_s: float
 ) -> list[int]:
@@ -118,7 +169,7 @@ def frame_numbers(
         count: frames in the video.
         times_s: (count,) seconds at which they are shown, in order; of another length where the
             file does not say it of every frame.
-        duration_s: of the whole video.
+        duration_s: of the whole video or clip.
 
     Source: transformers 5.23, ``Qwen2VLVideoProcessor.sample_frames``, without its rounding.
     """
@@ -185,8 +236,9 @@ def _upright_size(frame: VideoFrame) -> tuple[int, int]:
 def serve(requests: BinaryIO, answers: BinaryIO) -> None:
     """Answer until there are no more requests.
 
-    A request with ``num_frames`` 0 asks for the extent. ``cpu_s`` and ``wall_s`` are how long no
-    packet may be done with before the process ends itself; ``max_pixels`` bounds a frame.
+    A request with ``num_frames`` 0 asks for the extent, of a ``clip`` or of all. ``cpu_s`` and
+    ``wall_s`` are how long no packet may be done with before the process ends itself;
+    ``max_pixels`` bounds a frame.
     """
 
     def answer(content: dict[str, Any]) -> None:
@@ -207,6 +259,8 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
                     answer({"frame": frame.shape[:2]})
                     answers.write(frame.data)
                 answer({"done": True})
+            elif request["clip"]:
+                answer({"extent": clip_extent(data, max_pixels, moves, *request["clip"])})
             else:
                 answer({"extent": extent(data, max_pixels, moves)})
         except av.error.FFmpegError as error:

@@ -137,7 +137,7 @@ class BlockBuilder:
         encoded = encode_record(
             record, self.tokenizer, line_end_is_target=self.reading.line_end_is_target
         )
-        media = [self.folders.read(item) for item in encoded.media]
+        media = self.folders.read(encoded.media)
         tally.good(record, encoded)
         tally.spelled.update(special_in(record))
         return encoded, media

@@ -12,7 +12,6 @@ from stat import S_ISREG
 from triptych.data.media.kinds import kind_of
 from triptych.data.parts import MediaBytes, MediaRef
 from triptych.data.prepare.writer import MediaFile, ShardPlace
-from triptych.data.types import MediaKind
 from triptych.errors import DataError
 
 
@@ -24,16 +23,20 @@ class MediaFolders:
         self._start = folders[0]
         self._folders = [folder.resolve() for folder in folders]
 
-    def read(self, item: MediaRef) -> MediaFile:
-        """One file, byte for byte, which decodes.
+    def read(self, items: Sequence[MediaRef]) -> list[MediaFile]:
+        """The files of a sample, byte for byte, which decode. Clips of one video share its bytes.
 
         Raises:
             DataError: it is no regular file below one of the folders, links followed; is too large,
                 cannot be read or decoded.
         """
+        contents: dict[Path, bytes] = {}
+        return [self._read_one(item, contents) for item in items]
+
+    def _read_one(self, item: MediaRef, contents: dict[Path, bytes]) -> MediaFile:
         kind = kind_of(item.kind)
         if isinstance(item.path, MediaBytes):
-            return _of_bytes(item.kind, item.path)
+            return _of_bytes(item, item.path)
         local = item.path.removeprefix("file://")
         if "://" in local:
             raise DataError(
@@ -42,11 +45,13 @@ class MediaFolders:
         file = self._start / local
         where = f"{kind.name} {file}"
         try:
-            content = self._content(file, kind.max_bytes, where)
+            if file not in contents:
+                contents[file] = self._content(file, kind.max_bytes, where)
         except (OSError, ValueError) as error:
             raise DataError(f"{where} cannot be read: {error}") from error
         extension = _extension(file.name, kind.extension)
-        return MediaFile(item.kind, content, extension, kind.measure(content, where))
+        content = contents[file]
+        return MediaFile(item.kind, content, extension, kind.measure(content, where, item.clip))
 
     def _content(self, file: Path, max_bytes: int, where: str) -> bytes:
         target = file.resolve()
@@ -66,16 +71,17 @@ class MediaFolders:
             return opened.read()
 
 
-def _of_bytes(code: MediaKind, item: MediaBytes) -> MediaFile:
+def _of_bytes(ref: MediaRef, item: MediaBytes) -> MediaFile:
     """A file that came with its record, which decodes."""
-    kind = kind_of(code)
+    kind = kind_of(ref.kind)
     where = f"{kind.name} {item.name}".strip()
     size, most = len(item.content), kind.max_bytes
     if size > most:
         raise DataError(f"{where} has {size} bytes, above the bound of {most}")
     place = None if item.file is None else ShardPlace(item.file, item.offset)
     extension = _extension(item.name, kind.extension)
-    return MediaFile(code, item.content, extension, kind.measure(item.content, where), place)
+    extent = kind.measure(item.content, where, ref.clip)
+    return MediaFile(ref.kind, item.content, extension, extent, place)
 
 
 def _extension(name: str, otherwise: str) -> str:

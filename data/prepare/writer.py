@@ -109,8 +109,9 @@ class ShardWriter:
     """Writes media into tar files that any webdataset tool reads.
 
     The files of sample 12 are ``000000012.png`` and ``000000012.json``, or ``000000012.0.png``,
-    ``000000012.1.png``, ... where it has several media. Names are short and plain, so every header
-    is one block of 512 bytes and the content begins right after it.
+    ``000000012.1.png``, ... where it has several media; clips of one video are one file.
+    Names are short and plain, so every header is one block of 512 bytes and the content begins
+    right after it.
     """
 
     def __init__(self, folder: Path, shard_size: int) -> None:
@@ -130,10 +131,13 @@ class ShardWriter:
             return []
         if self._file is None or self._file.tell() >= self._shard_size:
             self._next()
-        written = []
+        written: list[Media] = []
         for i, item in enumerate(media):
             number = f".{i}" if len(media) > 1 else ""
-            offset = self._write(f"{key}{number}.{item.extension}", item.content)
+            if i and item.kind is MediaKind.VIDEO and item.content is media[i - 1].content:
+                offset = written[-1].offset
+            else:
+                offset = self._write(f"{key}{number}.{item.extension}", item.content)
             written.append(_indexed(item, self._number, offset))
         self._write(f"{key}.json", source)
         return written

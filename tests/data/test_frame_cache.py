@@ -104,6 +104,7 @@ def test_kept_frames_are_those_that_were_decoded(code, data, tmp_path):
 def test_all_that_decides_the_pixels_is_in_the_key(monkeypatch):
     media = medium(1)
     changes = ({"xxh3": b"y" * 16}, {"frames": 3}, {"duration_ms": 81}, {"width": 57}, {"size": 2})
+    changes += ({"start_ms": 1},)
     keys = {key_of(media, SHAPE), key_of(media, (4, 56, 56, 3)), key_of(media, (2, 56, 84, 3))}
     keys |= {key_of(replace(media, **change), SHAPE) for change in changes}
     keys.add(key_of(replace(media, kind=MediaKind.IMAGE), SHAPE))

@@ -12,9 +12,10 @@ from PIL import Image
 from triptych.data.dataset import block_hashes
 from triptych.data.dataset.block_hashes import BLOCK_BYTES, HASHED, CheckedFile
 from triptych.data.dataset.dataset import Dataset
-from triptych.data.dataset.media_index import ROW, MediaIndex
+from triptych.data.dataset.media_index import ROW, MediaIndex, media_row
 from triptych.data.prepare.build_dataset import build_dataset
 from triptych.data.tokenizer import train_tokenizer
+from triptych.data.types import Media, MediaKind
 from triptych.errors import DataError
 from triptych.launch.prepare import main
 
@@ -149,6 +150,17 @@ def test_hashes_that_are_missing_or_damaged_are_made_again(folder, monkeypatch):
     read_all(dataset)
     flip(folder / "text.bin", 77)
     found(folder / "text.bin", dataset)
+
+
+@pytest.mark.parametrize("start_ms", [0, 1, 0xFFFF, 0x10000, 0xFFFFFF])
+def test_a_row_has_room_for_where_a_clip_begins(start_ms, tmp_path):
+    """Without a clip it is the row of before, which had the kind in the last four bytes."""
+    media = Media(MediaKind.VIDEO, 7, 512, 99, b"x" * 16, 640, 480, 30, 1000, start_ms)
+    row = media_row(0, media).tobytes()
+    assert row[60:] == bytes([1, start_ms >> 16, start_ms & 255, start_ms >> 8 & 255])
+    (tmp_path / "media.idx").write_bytes(row)
+    index = MediaIndex(CheckedFile(tmp_path / "media.idx", 64, None), 1)
+    assert index.of_sample(0) == (media,)
 
 
 @pytest.mark.parametrize("per_sample", [0.3, 1.0, 40.0])

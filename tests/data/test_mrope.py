@@ -70,6 +70,17 @@ def test_image_and_video_in_one_sequence():
     ]
 
 
+def test_clips_of_one_video_between_the_turns_of_a_dialogue():
+    """Each clip begins anew after the text before it: its time is not that of the video."""
+    ids = [TEXT, START] + [VIDEO] * 2 + [END, TEXT, START] + [VIDEO] * 6 + [END, TEXT]
+    ids += [START] + [VIDEO] * 3 + [END]
+    assert positions(ids, [(2, 2, 2), (3, 2, 4), (3, 2, 2)]) == [
+        [0, 1, 2, 3, 4, 5, 6, *[7, 7, 8, 8, 9, 9], 10, 11, 12, *[13, 14, 15], 16],
+        [0, 1, 2, 2, 4, 5, 6, *[7, 7, 7, 7, 7, 7], 10, 11, 12, *[13, 13, 13], 16],
+        [0, 1, 2, 2, 4, 5, 6, *[7, 8, 7, 8, 7, 8], 10, 11, 12, *[13, 13, 13], 16],
+    ]
+
+
 @pytest.mark.parametrize(
     ("ids", "grids"),
     [

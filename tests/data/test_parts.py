@@ -134,6 +134,14 @@ def test_the_line_end_after_an_answer_is_a_target_where_asked_for(tokenizer):
     assert encoded.input_ids.tolist() == plain.input_ids.tolist()
 
 
+def test_a_clip_is_in_milliseconds(tokenizer):
+    shown = [{"video_start": 0.5, "video_end": 1.25}, {"video_start": 2}, {"video_end": 3}, {}]
+    encoded = encode_record({"content": [*({**FILM, **s} for s in shown), text("a")]}, tokenizer)
+    clips = [item.clip for item in encoded.media]
+    assert clips == [(500, 1250), (2000, None), (0, 3000), None]
+
+
+FILM = {"type": "video", "video": "film.mp4"}
 BAD = {
     "observation first": ([ASK, turn("tool", text("a"))], r"messages\[1\] is what a tool says"),
     "one too many": (
@@ -155,6 +163,12 @@ BAD = {
     "corners": ([turn("user", {**BOX, "box": [9, 0, 1, 5]})], "the upper left one"),
     "fraction": ([turn("user", {**BOX, "box": [0, 0, 0.5, 1]})], "needs 4 whole numbers"),
     "three": ([turn("user", {**QUAD, "quad": [0, 0, 1]})], "needs 8 whole numbers under 'quad'"),
+    "backwards": (
+        [turn("user", {**FILM, "video_start": 3, "video_end": 2.5})],
+        r"content\[0\]: video_start=3 must be before video_end=2.5",
+    ),
+    "endless": ([turn("user", {**FILM, "video_start": 1e6})], "must be seconds from 0 to 16200"),
+    "spelled": ([turn("user", {**FILM, "video_end": "2"})], "video_end are 0 and '2'; they must"),
     "ref": ([turn("user", {"type": "ref"})], "of type ref needs a string under the key 'text'"),
 }
 

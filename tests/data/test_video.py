@@ -21,7 +21,7 @@ from triptych.data.media.image import cut_patches
 from triptych.data.media.kinds import VideoKind
 from triptych.data.media.video import num_frames, video_frames, video_grids, video_shape
 from triptych.data.media.video_file import frame_numbers
-from triptych.data.types import Media, MediaKind, PixelLimits
+from triptych.data.types import Clip, Media, MediaKind, PixelLimits
 from triptych.errors import ConfigError, DataError
 from triptych.tests.helpers.videos import (
     pictures,
@@ -36,13 +36,13 @@ SMALL = replace(LIMITS, video=replace(LIMITS.video, min_pixels=28 * 28, max_pixe
 RATES = (Fraction(8), Fraction(24000, 1001), Fraction(25), Fraction(30000, 1001), Fraction(60))
 
 
-def media_of(data: bytes) -> Media:
-    extent = VideoKind().measure(data, "x")
+def media_of(data: bytes, clip: Clip | None = None) -> Media:
+    extent = VideoKind().measure(data, "x", clip)
     return Media(MediaKind.VIDEO, 0, 0, len(data), b"", *extent)
 
 
-def frames_of(data: bytes, limits=SMALL) -> np.ndarray:
-    media = media_of(data)
+def frames_of(data: bytes, limits=SMALL, clip: Clip | None = None) -> np.ndarray:
+    media = media_of(data, clip)
     return video_frames(data, media, video_shape(media, limits.video, VISION), "x")
 
 
@@ -252,6 +252,56 @@ def test_a_video_of_variable_rate_is_sampled_by_its_times():
     expected = np.searchsorted(times, moments, side="right") - 1
     assert expected.tolist() == [0, 9, 9, 9, 9, 9, 9, 9]
     assert np.array_equal(shown, np.stack([there[i] for i in expected]))
+
+
+@pytest.mark.parametrize(
+    ("clip", "first", "there", "expected"),
+    [
+        (Clip(0, 500), 0, 5, [0, 1, 2, 3]),
+        (Clip(500, 1250), 5, 8, [5, 7, 9, 11]),
+        (Clip(1250, None), 13, 7, [13, 14, 16, 18]),
+        (Clip(1300, 1400), 13, 1, [13]),
+        (Clip(0, 2000), 0, 20, [0, 5, 10, 15]),
+        (Clip(0, None), 0, 20, [0, 5, 10, 15]),
+    ],
+)
+def test_the_frames_of_a_clip_by_hand(clip, first, there, expected):
+    """Twenty at 10 per second; each is in one of the first three clips, which lie side by side."""
+    data = video(20, rate=10, container="matroska", codec="ffv1", width=56, height=56)
+    media = media_of(data, clip)
+    end_ms = 2000 if clip.end_ms is None else clip.end_ms
+    assert (media.start_ms, media.frames) == (clip.start_ms, there)
+    assert media.duration_ms == end_ms - clip.start_ms
+    assert first == round(np.ceil(clip.start_ms / 100))
+    shown = frames_of(data, clip=clip)
+    assert np.array_equal(shown, np.stack([all_frames(data)[i] for i in expected]))
+
+
+def test_a_clip_of_a_video_of_variable_rate_has_the_frames_of_its_time():
+    times = [40 * k for k in range(10)] + [4000 + 40 * k for k in range(10)]
+    data = video(20, times_ms=times, container="matroska", codec="ffv1", width=56, height=56)
+    clip = Clip(200, 4100)
+    media = media_of(data, clip)
+    assert media.frames == 5 + 3
+    moments = 200 + np.arange(6) * 3900 / 6
+    expected = np.searchsorted(times, moments, side="right") - 1
+    assert expected.tolist() == [5, 9, 9, 9, 9, 9]
+    shown = frames_of(data, replace(SMALL, video=replace(SMALL.video, max_frames=6)), clip)
+    assert np.array_equal(shown, np.stack([all_frames(data)[i] for i in expected]))
+
+
+@pytest.mark.parametrize(
+    ("clip", "message"),
+    [
+        (Clip(500, 2100), "the clip from 0.5 to 2.1 s is not within its 2 s"),
+        (Clip(2000, None), "the clip from 2 to 2 s is not within its 2 s"),
+        (Clip(510, 590), "no frame begins in the clip from 0.51 to 0.59 s"),
+    ],
+)
+def test_a_clip_that_is_not_there_is_refused(clip, message):
+    data = video(20, rate=10)
+    with pytest.raises(DataError, match=f"^clip.mp4: .*{message}"):
+        VideoKind().measure(data, "clip.mp4", clip)
 
 
 def test_every_process_decodes_the_same_bytes():
