@@ -126,6 +126,41 @@ RECORDS = {
         {"texts": [None, "One"], "videos": [{"path": "a.mp4"}, None]},
         {"content": [clip(), text("One")]},
     ),
+    "mmc4": (
+        {
+            "url": "http://a.example",
+            "text_list": ["One.", "Two.", "Three."],
+            "image_info": [
+                {"image_name": "b.png", "raw_url": "http://b", "matched_text_index": 2},
+                {"image_name": "a.png", "matched_text_index": 0, "matched_sim": 0.2},
+                {"image_name": "c.png", "matched_text_index": 2, "face_detections": None},
+            ],
+            "similarity_matrix": [[0.1, 0.2, 0.3]] * 3,
+        },
+        {
+            "content": [
+                image(),
+                text("One. "),
+                text("Two. "),
+                image("b.png"),
+                image("c.png"),
+                text("Three."),
+            ]
+        },
+    ),
+    "mmc4 other keys": (
+        {"id": 3, "text_list": ["One."], "image_info": [], "could_have_url_duplicate": 0},
+        {"id": 3, "content": [text("One.")]},
+    ),
+    "obelics": (
+        {
+            "texts": ["One ", None, " two"],
+            "images": [None, "a.png", None],
+            "metadata": json.dumps([None, {"src": "http://a"}, None]),
+            "general_metadata": json.dumps({"url": "http://b"}),
+        },
+        {"content": [text("One "), image(), text(" two")]},
+    ),
     "pair video": ({"video": "a.mp4", "text": "A cat."}, {"content": [clip(), text("A cat.")]}),
     "pair": ({"image": "a.png", "caption": "A cat."}, {"content": [image(), text("A cat.")]}),
     "triptych": ({"text": "plain", "id": 5}, {"text": "plain", "id": 5}),
@@ -177,6 +212,44 @@ BAD = {
     "videos too short": (
         {"texts": ["a", None], "images": [None, "b.png"], "videos": []},
         "lists of one length",
+    ),
+    "beyond the sentences": (
+        {"text_list": ["a"], "image_info": [{"image_name": "a.png", "matched_text_index": 1}]},
+        r"mmc4: image_info\[0\].matched_text_index is 1; text_list has 1 sentences",
+    ),
+    "no sentence": (
+        {"text_list": ["a"], "image_info": [{"image_name": "a.png"}]},
+        "matched_text_index is None",
+    ),
+    "never saved": (
+        {"text_list": ["a"], "image_info": [{"matched_text_index": 0}]},
+        r"image_info\[0\] has no image_name",
+    ),
+    "a picture lost": (
+        {"text_list": ["a"], "image_info": [], "similarity_matrix": [[0.5]]},
+        "must have 0 rows, as image_info, .* it has 1 rows, of",
+    ),
+    "a sentence lost": (
+        {
+            "text_list": ["a"],
+            "image_info": [{"image_name": "a.png", "matched_text_index": 0}],
+            "similarity_matrix": [[0.5, 0.1]],
+        },
+        "of 1 numbers, as text_list; it has 1 rows, of",
+    ),
+    "sentences that are none": ({"text_list": "a", "image_info": []}, "a list of strings"),
+    "pictures that are none": ({"text_list": ["a"], "image_info": ["b"]}, "a list of objects"),
+    "obelics cut": (
+        {"texts": ["a", None], "images": [None, "a.png"], "metadata": "[null]"},
+        "obelics: metadata is of 1 places, texts of 2",
+    ),
+    "obelics garbled": (
+        {"texts": ["a"], "images": [None], "metadata": "[nul"},
+        "obelics: metadata is not JSON",
+    ),
+    "obelics lengths": (
+        {"texts": ["a"], "images": [None, "a.png"], "general_metadata": "{}"},
+        "obelics: texts, and images or videos, must be lists of one length",
     ),
     "two captions": ({"image": "a.png", "text": "a", "caption": "b"}, "one image or video and one"),
 }
@@ -484,3 +557,27 @@ def test_reading_decides_how_a_line_end_counts(work, tokenizer):
         build_dataset([work / "in.jsonl"], work / name, tokenizer, images=[work], reading=reading)
     counts = [Dataset.open(work / name, name).manifest.num_targets for name in ("no", "yes")]
     assert counts[1] == counts[0] + 1
+
+
+def test_published_documents_are_prepared_and_said(work, tokenizer, capsys):
+    """OBELICS as its Parquet files are, MMC4 as its lines are."""
+    rows, lines = work / "obelics.parquet", work / "mmc4.jsonl"
+    columns = {
+        "images": [[None, "a.png"], ["a.png", None, "b.png"]],
+        "metadata": ["[null, {}]", "[{}, null, {}]"],
+        "general_metadata": ["{}", "{}"],
+        "texts": [["One.", None], [None, "Two.", None]],
+    }
+    parquet.write_table(arrow.table(columns), rows)
+    pictures = [{"image_name": f"{name}.png", "matched_text_index": 1} for name in "ab"]
+    lines.write_text(json.dumps({"text_list": ["One.", "Two."], "image_info": pictures}) + "\n")
+    tokenizer_folder = work / "tokenizer"
+    train_tokenizer(["some words"], tokenizer_folder, 300)
+    words = ["--input", rows, lines, "--images", work, "--tokenizer", tokenizer_folder]
+    prepare.main([str(word) for word in [*words, "--output", work / "out"]])
+    assert "read as obelics (2), mmc4 (1)" in capsys.readouterr().out
+    dataset = Dataset.open(work / "out", "out")
+    shown = "<|vision_start|><|image_pad|><|vision_end|>"
+    decoded = [tokenizer.decode(dataset.sample(i).input_ids.tolist()) for i in range(3)]
+    expected = [f"One.{shown}", f"{shown}Two.{shown}", f"One. {shown}{shown}Two."]
+    assert decoded == [f"{text}<|endoftext|>" for text in expected]

@@ -8,12 +8,18 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from triptych.data.prepare.inputs.web_documents import (
+    MEDIA,
+    OF_OBELICS,
+    Record,
+    from_interleaved,
+    from_mmc4,
+    from_obelics,
+    media_part,
+)
 from triptych.errors import DataError
 
-Record = Mapping[str, Any]
 MARKS = re.compile(r"<(image|video)>")
-MEDIA = {"image": ("image", "images"), "video": ("video", "videos")}
-"""Kind -> the keys that media stand under, beside the text with its marks."""
 SPEAKERS = {
     "human": "user",
     "user": "user",
@@ -80,29 +86,6 @@ def _from_pair(record: Record) -> Record:
     }
 
 
-def _from_interleaved(record: Record) -> Record:
-    """``texts``, ``images`` and ``videos`` of one length; all but one are null at each place."""
-    columns = {kind: record[keys[1]] for kind, keys in MEDIA.items() if keys[1] in record}
-    columns["text"] = record.get("texts")
-    if not columns.keys() & MEDIA.keys() or not all(
-        isinstance(column, list) and len(column) == len(columns["text"] or ())
-        for column in columns.values()
-    ):
-        raise DataError(
-            "texts, and images or videos, must be lists of one length, null where another is not"
-        )
-    content = []
-    for i, items in enumerate(zip(*columns.values(), strict=True)):
-        row = dict(zip(columns, items, strict=True))
-        there = [_part(kind, item) for kind, item in row.items() if item is not None]
-        if len(there) != 1:
-            places = ", ".join(f"{kind}s[{i}]" for kind in columns)
-            raise DataError(f"{places}: all but one of them must be null; {len(there)} are not")
-        content += there
-    read = {f"{kind}s" for kind in columns}
-    return {key: value for key, value in record.items() if key not in read} | {"content": content}
-
-
 FORMATS = {
     record_format.name: record_format
     for record_format in (
@@ -112,7 +95,15 @@ FORMATS = {
             lambda record: "messages" in record and (_has_media(record) or _has_tool_calls(record)),
             _from_swift,
         ),
-        RecordFormat("interleaved", lambda record: "texts" in record, _from_interleaved),
+        RecordFormat(
+            "mmc4", lambda record: {"text_list", "image_info"} <= record.keys(), from_mmc4
+        ),
+        RecordFormat(
+            "obelics",
+            lambda record: "texts" in record and bool(OF_OBELICS & record.keys()),
+            from_obelics,
+        ),
+        RecordFormat("interleaved", lambda record: "texts" in record, from_interleaved),
         RecordFormat(
             "pair",
             lambda record: _has_media(record) and bool({"text", "caption"} & record.keys()),
@@ -207,13 +198,7 @@ def _media(record: Record) -> Iterator[Record]:
         for key in keys:
             found = record.get(key)
             for item in found if isinstance(found, list) else [found] if found else []:
-                yield _part(kind, item)
-
-
-def _part(kind: str, item: Any) -> Record:
-    if isinstance(item, Mapping) and item.get("bytes") is None and item.get("path"):
-        item = item["path"]
-    return {"type": kind, kind: item}
+                yield media_part(kind, item)
 
 
 def _has_media(record: Record) -> bool:
