@@ -21,7 +21,7 @@ from unittest import mock
 import torch
 
 from triptych.benchmarks.table import Row, finish, spread
-from triptych.checkpoints.shard_file import WRITE_BYTES
+from triptych.checkpoints.direct_file import WRITE_BYTES
 from triptych.configs.compose import load_config
 from triptych.configs.validate import validate
 from triptych.train.hooks.checkpoint import Checkpointing

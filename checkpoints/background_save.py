@@ -22,6 +22,7 @@ from triptych.checkpoints.checkpoint_writer import CheckpointWriter
 from triptych.checkpoints.layout import CheckpointFolder
 from triptych.checkpoints.manifest import SavedFile
 from triptych.checkpoints.store import CheckpointStore
+from triptych.data.hashed_files import HashedFile
 from triptych.errors import CheckpointError
 from triptych.parallel.agree import Ranks, on_every_rank
 
@@ -35,8 +36,13 @@ class Savable(Protocol):
     def num_bytes(self) -> int:
         """What it will take on disk, but for small files."""
 
-    def write(self, folder: CheckpointFolder, go_on: Callable[[], None]) -> None:
-        """Write it, calling ``go_on`` now and then, which may end it by an error."""
+    def write(
+        self, folder: CheckpointFolder, go_on: Callable[[], None]
+    ) -> Mapping[Path, HashedFile]:
+        """Write it, calling ``go_on`` now and then, which may end it by an error.
+
+        Returns those of its files that are on disk already, with what each is known by.
+        """
 
 
 class BackgroundSave:
@@ -79,9 +85,9 @@ class BackgroundSave:
             writer = self._store.begin(step, num_bytes=part.num_bytes)
 
         def write() -> Mapping[str, SavedFile]:
-            part.write(writer.folder, self._go_on)
+            known = part.write(writer.folder, self._go_on)
             self._go_on()
-            return writer.record()
+            return writer.record(known)
 
         self._writer, self._writing = writer, self._executor.submit(write)
 

@@ -18,6 +18,7 @@ from triptych.checkpoints.manifest import (
     write_manifest,
     write_synced,
 )
+from triptych.data.hashed_files import HashedFile
 from triptych.errors import CheckpointError
 from triptych.parallel.agree import Ranks, on_every_rank, on_rank_0
 
@@ -36,13 +37,16 @@ class CheckpointWriter:
         """The checkpoint, once it is one; known to rank 0."""
         self._ranks = ranks
 
-    def record(self) -> dict[str, SavedFile]:
-        """Hash what this rank wrote; it is on disk afterwards. No collective.
+    def record(self, known: Mapping[Path, HashedFile]) -> dict[str, SavedFile]:
+        """What this rank wrote, by its hashes; it is on disk afterwards. No collective.
+
+        Args:
+            known: files that are hashed and on disk; all others are read back.
 
         Raises:
             OSError: it cannot be read back.
         """
-        return record_files(self.folder.path, self._ranks.rank)
+        return record_files(self.folder.path, self._ranks.rank, known)
 
     def publish(self, files: Mapping[str, SavedFile], info: Mapping[str, Any]) -> Path:
         """Make what the ranks wrote a checkpoint; returns its final path. On rank 0, no collective.
@@ -70,7 +74,7 @@ class CheckpointWriter:
         Raises:
             CheckpointError: on every rank, if any rank failed; the folder then stays temporary.
         """
-        shares = on_every_rank(self._ranks, self.record, os_error=CheckpointError)
+        shares = on_every_rank(self._ranks, lambda: self.record({}), os_error=CheckpointError)
         files = {path: record for share in shares for path, record in sorted(share.items())}
         return on_rank_0(self._ranks, lambda: self.publish(files, info), os_error=CheckpointError)
 

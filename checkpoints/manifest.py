@@ -50,15 +50,19 @@ class CheckpointManifest:
     """By path in the folder, with forward slashes."""
 
 
-def record_files(folder: Path, rank: int) -> dict[str, SavedFile]:
-    """Hash and sync to disk the files that ``rank`` wrote, and the folders they lie in."""
+def record_files(folder: Path, rank: int, known: Mapping[Path, HashedFile]) -> dict[str, SavedFile]:
+    """Hash and sync to disk the files that ``rank`` wrote, and the folders they lie in.
+
+    Those that are ``known`` are hashed, and on disk, already.
+    """
     records = {}
     parents = {folder}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if writer_of(name) != rank or not path.is_file():  # by name first: others have thousands
             continue
-        records[name] = SavedFile(**asdict(hash_file(path, sync=True)), writer=rank)
+        record = known.get(path) or hash_file(path, sync=True)
+        records[name] = SavedFile(**asdict(record), writer=rank)
         parents.add(path.parent)
     for parent in parents:
         sync_folder(parent)

@@ -23,6 +23,7 @@ from triptych.checkpoints.tensor_problems import tensor_problems
 from triptych.configs.compose import save_config
 from triptych.configs.model_schema import ModelConfig
 from triptych.configs.schema import Config
+from triptych.data.hashed_files import HashedFile
 from triptych.errors import CheckpointError
 from triptych.models.sharding import ShardingTable
 from triptych.parallel.device import HAS_CUDA, random_states, set_random_states
@@ -93,15 +94,19 @@ class RunSnapshot:
         """Copy the weights only. Every rank must call this."""
         self._shards.take(weights_to_save(self._run), self._run.mesh, self._run.sharding)
 
-    def write(self, folder: CheckpointFolder, go_on: Callable[[], None] = lambda: None) -> None:
+    def write(
+        self, folder: CheckpointFolder, go_on: Callable[[], None] = lambda: None
+    ) -> dict[Path, HashedFile]:
         """Write it into a folder that the store has begun; no collective.
+
+        Returns the big files, which are on disk, with what each is known by.
 
         Raises:
             CheckpointError: a number is not finite.
             OSError: it cannot be written.
         """
         mesh = self._run.mesh
-        self._shards.write(folder.shards, mesh.rank, go_on)
+        written = self._shards.write(folder.shards, mesh.rank, go_on)
         if self._random_state is not None:
             folder.random_state(mesh.rank).write_bytes(self._random_state)
         if mesh.is_main:
@@ -110,6 +115,7 @@ class RunSnapshot:
             if self._random_state is not None:
                 folder.numbers.write_text(json.dumps(self._numbers, indent=1) + "\n")
                 write_environment(folder.environment, mesh)
+        return written
 
 
 def load_numbers(folder: Path) -> dict[str, Any]:

@@ -16,15 +16,16 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from triptych.checkpoints.direct_file import WRITE_BYTES, write_block, write_hashed
 from triptych.checkpoints.layout import ShardFiles
 from triptych.checkpoints.pieces import DTYPES, Piece, is_copy, placed_boxes, stored_shape
+from triptych.data.hashed_files import HashedFile
 from triptych.errors import CheckpointError
 from triptych.models.sharding import ShardingTable
 from triptych.parallel.device import HostBuffer
 from triptych.parallel.mesh import Mesh
 
 ALIGNED_BYTES = 16
-WRITE_BYTES = 1 << 24
 
 
 class ShardIndex:
@@ -97,13 +98,17 @@ class Snapshot:
         copies = list(self._index.place(pieces))
         self._buffer.fill(copies, self._index.num_bytes)
 
-    def write(self, folder: Path, rank: int, go_on: Callable[[], None] = lambda: None) -> None:
+    def write(
+        self, folder: Path, rank: int, go_on: Callable[[], None] = lambda: None
+    ) -> dict[Path, HashedFile]:
         """Write both files, if every number is finite. Reads all of them first.
+
+        Returns the one of bytes, which is on disk, with what it is known by.
 
         Args:
             folder: of the shards.
             rank: whose.
-            go_on: called before each block of ``WRITE_BYTES``; may end it by an error.
+            go_on: called now and then; may end it by an error.
 
         Raises:
             CheckpointError: a number is not finite.
@@ -112,9 +117,10 @@ class Snapshot:
         assert self._index is not None, "nothing was taken"
         self._refuse_what_is_not_finite(self._index)
         files = ShardFiles(folder, rank)
-        with files.content.open("wb", buffering=0) as file:
-            _write_all(file, self._buffer.content, go_on)
+        content = memoryview(self._buffer.content.numpy())  # type: ignore[arg-type]  # numpy's types lack it
+        written = write_hashed(files.content, content, go_on)
         self._index.write(files)
+        return {files.content: written}
 
     def _refuse_what_is_not_finite(self, index: ShardIndex) -> None:
         for key, tensor in index.tensors.items():
@@ -128,13 +134,7 @@ class Snapshot:
                     )
 
 
-def _write_all(file: IO[bytes], flat: Tensor, go_on: Callable[[], None] = lambda: None) -> None:
+def _write_all(file: IO[bytes], flat: Tensor) -> None:
     content = memoryview(flat.numpy())  # type: ignore[arg-type]  # numpy's types lack it
     while len(content) > 0:
-        go_on()
         content = content[write_block(file, content[:WRITE_BYTES]) :]
-
-
-def write_block(file: IO[bytes], block: memoryview) -> int:
-    """Write what the file takes of it; returns how many bytes that is."""
-    return file.write(block)

@@ -66,8 +66,14 @@ def _upload_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+PAGE_BYTES = 4096
+
+
 class HostBuffer:
-    """Host memory that tensors are copied to, again and again; pinned where there is a device."""
+    """Host memory that tensors are copied to, again and again; pinned where there is a device.
+
+    It begins at a multiple of ``PAGE_BYTES``, as what a disk reads by itself has to.
+    """
 
     def __init__(self) -> None:
         self.content = torch.empty(0, dtype=torch.uint8)
@@ -82,7 +88,9 @@ class HostBuffer:
             num_bytes: of the whole content; what no tensor covers stays as it is.
         """
         if len(self._memory) < num_bytes:
-            self._memory = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=HAS_CUDA)
+            size = num_bytes + PAGE_BYTES
+            memory = torch.zeros(size, dtype=torch.uint8, pin_memory=HAS_CUDA)
+            self._memory = memory[-memory.data_ptr() % PAGE_BYTES :]
         self.content = self._memory[:num_bytes]
         for tensor, offset in copies:
             place = self.view(offset, tensor.numel(), tensor.dtype)

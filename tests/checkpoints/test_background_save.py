@@ -17,6 +17,7 @@ from triptych.checkpoints.background_save import BackgroundSave
 from triptych.checkpoints.layout import CheckpointFolder, step_folders
 from triptych.checkpoints.manifest import read_manifest, verify
 from triptych.checkpoints.store import CheckpointStore
+from triptych.data.hashed_files import HashedFile
 from triptych.errors import CheckpointError
 from triptych.parallel.agree import Ranks, SingleProcess
 from triptych.tests.helpers.limits import HANG_S
@@ -31,13 +32,14 @@ class BytesOfStep:
     def __init__(self, step: int, rank: int = 0, meanwhile: Callable[[], Any] = lambda: None):
         self._content, self._rank, self._meanwhile = bytes([step]) * 3000, rank, meanwhile
 
-    def write(self, folder: CheckpointFolder, go_on: Callable[[], None]) -> None:
+    def write(self, folder: CheckpointFolder, go_on: Callable[[], None]) -> dict[Path, HashedFile]:
         self._meanwhile()
         go_on()
         (folder.shards / f"rank_{self._rank}.bin").write_bytes(self._content)
         folder.random_state(self._rank).write_bytes(b"random")
         if self._rank == 0:
             folder.numbers.write_text("{}")
+        return {}
 
 
 def saves(root: Path, ranks: Ranks | None = None, keep: int = 2) -> BackgroundSave:

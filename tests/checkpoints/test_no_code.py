@@ -60,7 +60,7 @@ def attacked(pool, digits, tmp_path) -> Callable[[Callable], tuple[Runs, Path]]:
         change(folder).write_bytes(pickle.dumps(Evil(tmp_path / "trace")))
         (folder.path / "COMMIT").unlink()
         (folder.path / "MANIFEST.json").unlink()
-        sealed = {**asdict(manifest), "files": record_files(folder.path, rank=0)}
+        sealed = {**asdict(manifest), "files": record_files(folder.path, rank=0, known={})}
         write_manifest(folder, type(manifest)(**sealed))
         assert verify(folder.path, SingleProcess()) == []
         return runs, tmp_path / "trace"
