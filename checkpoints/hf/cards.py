@@ -47,9 +47,10 @@ The licences of all of these, and of the data, bind whoever uses this folder.
 def evaluation_card(folder: Path, origin: Origin) -> str:
     """The ``EVALUATE.md``: commands that score the model at the resolution that it was trained at.
 
-    Source: lmms-eval models/simple/qwen2_vl.py; VLMEvalKit vlmeval/vlm/qwen2_vl/model.py.
+    Source: lmms-eval models/simple/qwen2_vl.py; VLMEvalKit vlmeval/vlm/qwen2_vl/model.py; vLLM
+    multimodal/video.py; SGLang srt/multimodal/processors/qwen_vl.py.
     """
-    name, limits = folder.name, origin.limits
+    name, limits, video = folder.name, origin.limits, origin.limits.video
     least, most = limits.min_pixels, limits.max_pixels
     pixels = f"min_pixels={least},max_pixels={most}"
     warned = (
@@ -89,10 +90,17 @@ and run
 
 ## vLLM and SGLang
 
-Both read limits, template and the end of an answer from this folder.
+Both read weights, template, the end of an answer and the limits of pictures from this folder, but
+not those of videos, of which training took {video.fps:g} frames a second.
 
     vllm serve {name} --limit-mm-per-prompt '{{"image": 4}}'
-    python -m sglang.launch_server --model-path {name}
+    SGLANG_IMAGE_MAX_PIXELS={most} python -m sglang.launch_server --model-path {name}
+
+vLLM takes 32 frames of a video, however long it is; another number is set by
+`--media-io-kwargs '{{"video": {{"num_frames": 64}}}}'`. SGLang first resizes pictures to
+at least 3,136 pixels and at most `SGLANG_IMAGE_MAX_PIXELS`, then by the limits of this folder:
+pictures of fewer than 3,136 pixels it may show larger than training did. Of a video it takes 2
+frames a second, each of 100,352 to 602,112 pixels, whatever this folder says.
 
 ## transformers
 
