@@ -65,7 +65,7 @@ def run_case(case: LayoutCase, waits: list[Wait], *, with_grads: bool) -> RankNu
     lr = {part: LR if part in TRAINED[case.stage] else 0.0 for part in ("vit", "adapter", "llm")}
     numbers: list[float] = []
     for kind in KINDS:
-        step = make_step(kind, mesh, case.micro_batch_size)
+        step = make_step(kind, mesh, case.micro_batch_size, case.tower)
         at_least = layout.pp if layout.vpp > 1 else 1
         del step.microbatches[max(at_least, NUM_MICROBATCHES // layout.dp) :]
         waits.clear()
