@@ -22,6 +22,7 @@ from triptych.benchmarks.table import Row, finish
 from triptych.parallel.agree import Ranks
 from triptych.parallel.mesh import build_mesh, init_distributed, shutdown
 from triptych.tests.helpers.layouts import (
+    KINDS,
     LAYOUTS,
     NUM_PACKS,
     Layout,
@@ -93,7 +94,7 @@ def write_reference(file: Path) -> None:
     """Measure the plain cases in this process."""
     init_distributed(TIMEOUT_S)
     cases = list(dict.fromkeys(map(plain, cases_of(ALONE, miniature=False))))
-    outcomes = measure(ALONE, cases, NUM_STEPS)
+    outcomes = measure(ALONE, cases, NUM_STEPS, KINDS)
     found = {case: join([one], case) for case, one in zip(cases, outcomes, strict=True)}
     file.write_bytes(pickle.dumps(found))
     shutdown()

@@ -143,9 +143,6 @@ TOGETHER_WITH = {
     "data.oversize": ["train.seq_len=40"],
     "run.keep": ["run.checkpoint_every=1"],
     "run.keep_every": ["run.checkpoint_every=1", "run.keep=1"],
-    "log.wandb": ["log.wandb_mode=offline"],
-    "log.wandb_project": ["log.wandb=true", "log.wandb_mode=offline"],
-    "log.wandb_mode": ["log.wandb=true", "log.wandb_mode=offline"],
     "train.validation_packs": ["train.validate_every=1"],
     "data.validation": ["train.validate_every=1"],
 }
@@ -173,9 +170,6 @@ CHANGES_A_RUN = {
     "run.keep_every": "1",
     "run.weights_every": "2",
     "log.every": "5",
-    "log.wandb": "true",
-    "log.wandb_project": "other",
-    "log.wandb_mode": "disabled",
     "log.tensorboard": "true",
     "seed": "1",
 }
@@ -188,6 +182,9 @@ SHOWN_ELSEWHERE = {
     "cluster.hang_s": "tests/train/test_watchdog.py",
     "run.dir": "test_a_run_writes_where_it_is_told",
     "data.accept_new_plan": "tests/train/test_resume.py",
+    "log.wandb": "tests/train/test_hooks.py",
+    "log.wandb_mode": "tests/train/test_hooks.py",
+    "log.wandb_project": "tests/train/test_hooks.py",
     "log.wandb_name": "tests/train/test_hooks.py",
     "log.wandb_group": "tests/train/test_hooks.py",
     "log.wandb_tags": "tests/train/test_hooks.py",
@@ -281,9 +278,8 @@ def outcome(runs: Runs, name: str, words: tuple[str, ...]) -> Any:
     files = {re.sub(r"\d{6,}\S*|-\w{8}$", "", path.name) for path in folder.rglob("*")}
     checkpoints = sorted(path.name for path in (folder / "checkpoints").glob("step_*"))
     validation = [line.get("validation_loss") for line in metrics(folder)]
-    projects = [path.read_bytes().count(b"other") for path in folder.rglob("*.wandb")]
     num_lines = told.count(" | loss ")
-    return losses(folder), validation, files, checkpoints, num_lines, any(projects)
+    return losses(folder), validation, files, checkpoints, num_lines
 
 
 def told_or_refused(config: Config) -> str:

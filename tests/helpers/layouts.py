@@ -178,14 +178,28 @@ def _numbers(distance: LayoutDistance) -> tuple[float, ...]:
     return distance.loss, distance.norm, distance.grads, distance.parameters
 
 
-def measure(layout: Layout, cases: Sequence[LayoutCase], num_steps: int = 0) -> list[RankOutcome]:
+def measure(
+    layout: Layout,
+    cases: Sequence[LayoutCase],
+    num_steps: int = 0,
+    kinds: Sequence[str] | None = None,
+) -> list[RankOutcome]:
     """Run cases of one layout.
 
-    Each gives the gradients of every kind of global batch, then makes ``num_steps`` steps. Every
-    rank must call this.
+    Each gives the gradients of some kinds of global batch, those of ``telling_kinds`` unless they
+    are given, then makes ``num_steps`` steps of all kinds in turn. Every rank must call this.
     """
-    mesh = mesh_of(layout)
-    return [_measure(case, mesh, num_steps) for case in cases]
+    mesh, kinds = mesh_of(layout), kinds or telling_kinds(layout)
+    return [_measure(case, mesh, num_steps, kinds) for case in cases]
+
+
+def telling_kinds(layout: Layout) -> Sequence[str]:
+    """The kinds of global batch in which this layout may be wrong by itself.
+
+    Which rank sees the only image matters where packs are shared out. One dp rank reads all of
+    them, and "some" already has microbatches with images before and after some without.
+    """
+    return KINDS if layout.dp > 1 else ("some", "none")
 
 
 def mesh_of(layout: Layout) -> Mesh:
@@ -200,20 +214,22 @@ def engine_of(case: LayoutCase, mesh: Mesh | None = None) -> Engine:
     return engine
 
 
-def _measure(case: LayoutCase, mesh: Mesh, num_steps: int) -> RankOutcome:
+def _measure(
+    case: LayoutCase, mesh: Mesh, num_steps: int, telling_kinds: Sequence[str]
+) -> RankOutcome:
     engine = engine_of(case, mesh)
     steps = {kind: make_step(kind, mesh, case.micro_batch_size, case.tower) for kind in KINDS}
     loss_sums, norms, grads = {}, {}, {}
-    for kind, step in steps.items():
+    for kind in telling_kinds:
         engine.optimizer.zero_grad()
-        loss = sum_losses(engine.chunks, step.microbatches, mesh, forward_only=False)
+        microbatches = steps[kind].microbatches
+        loss = sum_losses(engine.chunks, microbatches, mesh, forward_only=False)
         loss_sums[kind] = float(loss)
         norms[kind] = float(engine.optimizer.squared_grad_norm()) ** 0.5
         grads[kind] = engine.optimizer.local_grads()
     targets = {kind: count(step, mesh).num_supervised_tokens for kind, step in steps.items()}
     lr = {part: LR if part in TRAINED[case.stage] else 0.0 for part in ("vit", "adapter", "llm")}
-    kinds = itertools.islice(itertools.cycle(steps), num_steps)
-    for kind in kinds:
+    for kind in itertools.islice(itertools.cycle(steps), num_steps):
         train_step(engine, steps[kind], lr)
     engine.optimizer.gather_weights()
     return RankOutcome(
@@ -340,11 +356,12 @@ def join(pieces: Sequence[RankOutcome], case: LayoutCase) -> LayoutOutcome:
     for piece in pieces:
         assert piece.with_gradient == piece.with_state == piece.trained
     replicas = [piece for piece in pieces if piece.tp_rank == 0]
-    sums = {kind: sum(piece.loss_sums[kind] for piece in replicas) for kind in KINDS}
+    kinds = pieces[0].norms
+    sums = {kind: sum(piece.loss_sums[kind] for piece in replicas) for kind in kinds}
     return LayoutOutcome(
-        losses={kind: sums[kind] / pieces[0].num_supervised_tokens[kind] for kind in KINDS},
+        losses={kind: sums[kind] / pieces[0].num_supervised_tokens[kind] for kind in kinds},
         norms=pieces[0].norms,
-        grads={kind: _join(pieces, case, lambda p, k=kind: p.grads[k]) for kind in KINDS},
+        grads={kind: _join(pieces, case, lambda p, k=kind: p.grads[k]) for kind in kinds},
         parameters=_join(pieces, case, lambda piece: piece.parameters),
     )
 
@@ -374,12 +391,13 @@ def _join(
 
 
 def distance(got: LayoutOutcome, want: LayoutOutcome) -> LayoutDistance:
-    """Compare every replica with the single process, in fp64.
+    """Compare every replica with the single process, in fp64, in the kinds that ``got`` has.
 
     A gradient that is zero in theory counts against 1e-7 of the largest one.
     """
     grads: dict[str, float] = {}
-    for kind, tensors in want.grads.items():
+    for kind in got.grads:
+        tensors = want.grads[kind]
         assert got.grads[kind].keys() == tensors.keys()
         floor = 1e-7 * max(float(grad.abs().max()) for grad in tensors.values())
         for name, tensor in tensors.items():
@@ -387,10 +405,9 @@ def distance(got: LayoutOutcome, want: LayoutOutcome) -> LayoutDistance:
             grads[f"{name} ({kind})"] = _largest(got.grads[kind][name], tensor) / scale
     moved = [_largest(tensor, want.parameters[name]) for name, tensor in got.parameters.items()]
     worst = max(grads, key=lambda name: grads[name])
-    norms = [(got.norms[kind], norm) for kind, norm in want.norms.items()]
     return LayoutDistance(
-        loss=max(_relative(got.losses[kind], loss) for kind, loss in want.losses.items()),
-        norm=max(_relative(*pair) for pair in norms),
+        loss=max(_relative(loss, want.losses[kind]) for kind, loss in got.losses.items()),
+        norm=max(_relative(norm, want.norms[kind]) for kind, norm in got.norms.items()),
         grads=grads[worst],
         parameters=max(moved, default=0.0) / LR,
         worst=worst,
@@ -469,9 +486,14 @@ def _is_whole(case: LayoutCase) -> bool:
 
 
 def is_for_make_test(layout: Layout) -> bool:
-    """Up to 4 ranks, and the one layout of 8 in which everything comes together."""
+    """Up to 4 ranks with tp and dp of at most 2, and the one of 8 in which all come together.
+
+    Of a tensor or a sum, 4 ranks take what 2 take, only more often: nothing in this project or
+    in megatron-core asks whether there are more than 2. Pipelines of 3 and 4 stay: only they have
+    stages that are neither the first nor the last.
+    """
     everything = Layout(tp=2, pp=2, dp=2, layers=(1, 1, 1, 1), vpp=2, sequence_parallel=True)
-    return layout.world_size <= 4 or layout == everything
+    return (layout.world_size <= 4 and max(layout.tp, layout.dp) <= 2) or layout == everything
 
 
 def pairs(case: LayoutCase) -> set[tuple[Any, ...]]:

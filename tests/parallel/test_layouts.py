@@ -21,6 +21,7 @@ from triptych.models.feed import on_device
 from triptych.models.qwen_vl.sharding_table import sharding_table
 from triptych.models.sharding import TensorSharding
 from triptych.tests.helpers.layouts import (
+    KINDS,
     LAYOUTS,
     LAYOUTS_OF_8_LAYERS,
     Layout,
@@ -47,63 +48,61 @@ BF16_BAND = 3.0
 COVER = """
 tp1 pp1 dp1 stage1 untied mbs1 vit none, llm none, megatron
 tp1 pp1 dp1 stage1-vit tied mbs2 vit full, llm core_attn, megatron+grads
-tp1 pp1 dp2 stage1 untied mbs1 vit none, llm mlp, deepspeed
+tp1 pp1 dp1 stage3 untied mbs1 vit none, llm none, megatron+all
+tp1 pp1 dp2 stage1 untied mbs1 vit none, llm core_attn+mlp, megatron
+tp1 pp1 dp2 stage1-vit untied mbs1 vit none, llm mlp, deepspeed
 tp1 pp1 dp2 stage2 tied mbs2 vit none, llm full, megatron+all
-tp1 pp1 dp4 stage1 untied mbs1 vit none, llm core_attn, megatron+grads
-tp1 pp1 dp4 stage1-vit untied mbs1 vit full, llm none, deepspeed
-tp1 pp1 dp4 stage2 untied mbs1 vit none, llm core_attn+mlp, megatron+all
-tp1 pp1 dp4 stage3 untied mbs1 vit none, llm full, megatron
-tp1 pp1 dp4 warmup tied mbs2 vit none, llm mlp, megatron
-tp1 pp2[1,3] dp1 stage1 untied mbs1 vit none, llm core_attn, megatron+all
+tp1 pp2[1,3] dp1 stage1 untied mbs2 vit none, llm core_attn, deepspeed
 tp1 pp2[1,3] dp1 stage1-vit untied mbs1 vit none, llm full, megatron
 tp1 pp2[1,3] dp1 stage2 untied mbs1 vit full, llm mlp, megatron+all
-tp1 pp2[1,3] dp1 stage3 untied mbs1 vit none, llm core_attn+mlp, deepspeed
-tp1 pp2[1,3] dp2 warmup tied mbs2 vit none, llm none, megatron+grads
+tp1 pp2[1,3] dp1 stage3 untied mbs1 vit none, llm core_attn+mlp, megatron
+tp1 pp2[1,3] dp2 warmup tied mbs1 vit none, llm none, megatron+grads
 tp1 pp2[2,2] dp1 stage1 untied mbs1 vit none, llm none, megatron
-tp1 pp2[2,2] dp2 stage1-vit untied mbs1 vit none, llm core_attn+mlp, megatron
-tp1 pp2[3,1] dp1 stage1 untied mbs1 vit none, llm mlp, megatron
+tp1 pp2[2,2] dp2 stage1 untied mbs1 vit none, llm none, megatron
 tp1 pp2[3,1] dp1 stage1-vit untied mbs1 vit none, llm core_attn+mlp, megatron+grads
-tp1 pp2[3,1] dp1 stage2 untied mbs1 vit none, llm core_attn, deepspeed
+tp1 pp2[3,1] dp1 stage2 untied mbs1 vit none, llm none, deepspeed
 tp1 pp2[3,1] dp1 stage3 untied mbs1 vit none, llm full, megatron
-tp1 pp2x2[1,1,1,1] dp1 stage1 untied mbs1 vit none, llm full, megatron+grads
-tp1 pp2x2[1,1,1,1] dp1 stage1-vit untied mbs1 vit none, llm mlp, megatron+all
-tp1 pp2x2[1,1,1,1] dp1 stage2 untied mbs1 vit none, llm none, megatron
+tp1 pp2[3,1] dp1 warmup untied mbs1 vit none, llm core_attn, megatron
+tp1 pp2x2[1,1,1,1] dp1 stage1 untied mbs1 vit none, llm mlp, megatron+grads
+tp1 pp2x2[1,1,1,1] dp1 stage1-vit untied mbs1 vit none, llm none, megatron+all
+tp1 pp2x2[1,1,1,1] dp1 stage2 untied mbs1 vit none, llm full, megatron
 tp1 pp2x2[1,1,1,1] dp1 stage3 tied mbs2 vit none, llm core_attn+mlp, deepspeed
 tp1 pp2x2[1,1,1,1] dp1 warmup untied mbs1 vit none, llm none, megatron
 tp1 pp2x2[1,1,1,1] dp2 stage3 untied mbs1 vit full, llm core_attn, megatron
-tp1 pp3[1,1,2] dp1 stage1 untied mbs1 vit none, llm core_attn+mlp, megatron+all
-tp1 pp3[1,1,2] dp1 stage1-vit untied mbs2 vit none, llm core_attn, megatron
-tp1 pp3[1,1,2] dp1 stage2 untied mbs1 vit none, llm none, megatron+grads
-tp1 pp3[1,1,2] dp1 stage3 tied mbs1 vit none, llm mlp, megatron+grads
+tp1 pp3[1,1,2] dp1 stage1 untied mbs1 vit none, llm none, megatron
+tp1 pp3[1,1,2] dp1 stage1-vit untied mbs1 vit none, llm core_attn, megatron+all
+tp1 pp3[1,1,2] dp1 stage2 tied mbs1 vit none, llm core_attn+mlp, megatron
+tp1 pp3[1,1,2] dp1 stage3 untied mbs2 vit none, llm mlp, megatron+grads
 tp1 pp3[1,1,2] dp1 warmup untied mbs1 vit full, llm full, deepspeed
 tp1 pp3[2,1,1] dp1 stage1 tied mbs2 vit full, llm none, megatron+all
-tp1 pp4[1,1,1,1] dp1 stage1 untied mbs2 vit none, llm core_attn, deepspeed
-tp1 pp4[1,1,1,1] dp1 stage1-vit untied mbs1 vit none, llm none, megatron
-tp1 pp4[1,1,1,1] dp1 stage2 untied mbs1 vit none, llm mlp, megatron+grads
-tp1 pp4[1,1,1,1] dp1 stage3 untied mbs1 vit none, llm full, megatron
-tp1 pp4[1,1,1,1] dp1 warmup tied mbs1 vit full, llm core_attn+mlp, megatron+all
+tp1 pp4[1,1,1,1] dp1 stage1 untied mbs1 vit full, llm full, megatron+grads
+tp1 pp4[1,1,1,1] dp1 stage1-vit untied mbs1 vit none, llm none, megatron+all
+tp1 pp4[1,1,1,1] dp1 stage2 untied mbs1 vit none, llm core_attn, deepspeed
+tp1 pp4[1,1,1,1] dp1 stage3 untied mbs1 vit none, llm core_attn+mlp, megatron
+tp1 pp4[1,1,1,1] dp1 warmup tied mbs2 vit none, llm mlp, megatron
 tp2 pp1 dp1 stage1 untied mbs1 vit none, llm none, megatron
 tp2 pp1 dp2 stage1 untied mbs1 vit none, llm none, megatron
 tp2 pp2[1,3] dp1 stage1 untied mbs1 vit none, llm none, megatron
 tp2 pp2x2[1,1,1,1] dp1 stage1 untied mbs1 vit none, llm none, megatron
-tp2+sp pp1 dp1 stage1 untied mbs1 vit none, llm mlp, deepspeed
-tp2+sp pp1 dp1 stage2 untied mbs1 vit full, llm core_attn+mlp, megatron
-tp2+sp pp1 dp1 stage3 tied mbs2 vit none, llm none, megatron+all
-tp2+sp pp1 dp2 stage1-vit untied mbs1 vit none, llm full, megatron
+tp2+sp pp1 dp1 stage1-vit untied mbs1 vit none, llm none, deepspeed
+tp2+sp pp1 dp1 stage2 tied mbs2 vit none, llm core_attn, megatron+grads
+tp2+sp pp1 dp1 warmup untied mbs1 vit full, llm core_attn+mlp, megatron+all
+tp2+sp pp1 dp2 stage3 untied mbs1 vit none, llm full, megatron
 tp2+sp pp2[2,2] dp1 stage1 untied mbs1 vit none, llm none, megatron
-tp2+sp pp2[3,1] dp1 warmup untied mbs1 vit none, llm core_attn, megatron+grads
+tp2+sp pp2[3,1] dp1 stage1 untied mbs1 vit none, llm mlp, megatron
 tp2+sp pp2x2[1,1,1,1] dp1 stage1 untied mbs1 vit none, llm none, megatron
 tp2+sp pp2x2[1,1,1,1] dp2 stage1 untied mbs1 vit none, llm none, megatron
-tp4 pp1 dp1 stage1 untied mbs1 vit none, llm none, megatron
-tp4 pp1 dp1 stage2 untied mbs1 vit none, llm mlp, megatron+all
-tp4 pp1 dp1 stage3 untied mbs1 vit none, llm core_attn+mlp, deepspeed
-tp4 pp1 dp1 warmup untied mbs1 vit none, llm full, megatron
 tp4+sp pp1 dp1 stage1-vit tied mbs2 vit full, llm core_attn, megatron+grads
 """
-"""Every two choices that any case of the grid on up to 4 ranks makes together, are made together
-here: tensor parallel exchange takes most of the time of a case, so few of these have it. The one
-layout of 8 ranks has all that the others have, in one."""
+"""Every two choices that any case of the grid makes together, on up to 4 ranks with tp and dp of
+at most 2 and on the one layout of 8 ranks that has all in one, are made together here; tensor
+parallel exchange takes most of the time of a case, so few have it. And one case of tp 4."""
 COVER_LEFT_TO_MAKE_TEST_FULL = """
+tp1 pp1 dp4 stage1 untied mbs1 vit none, llm none, megatron
+tp1 pp1 dp4 stage1-vit tied mbs2 vit full, llm core_attn, megatron+grads
+tp1 pp1 dp4 stage2 untied mbs1 vit none, llm mlp, megatron+all
+tp1 pp1 dp4 stage3 untied mbs1 vit none, llm core_attn+mlp, deepspeed
+tp1 pp1 dp4 warmup untied mbs1 vit none, llm full, megatron
 tp1 pp1 dp8 stage1 untied mbs1 vit none, llm none, megatron
 tp1 pp1 dp8 stage1-vit tied mbs1 vit full, llm core_attn, megatron+grads
 tp1 pp1 dp8 stage2 untied mbs1 vit none, llm mlp, megatron+all
@@ -112,10 +111,12 @@ tp1 pp1 dp8 warmup untied mbs1 vit none, llm full, megatron
 tp1 pp4[1,1,1,1] dp2 stage1 untied mbs1 vit none, llm none, megatron
 tp2+sp pp2[1,3] dp2 stage1 untied mbs1 vit none, llm none, megatron
 tp2+sp pp4[1,1,1,1] dp1 stage1 untied mbs1 vit none, llm none, megatron
-tp4 pp2[1,3] dp1 stage1 untied mbs1 vit none, llm none, megatron
-tp4+sp pp1 dp2 stage1 untied mbs1 vit none, llm none, megatron
+tp4 pp1 dp1 stage1 untied mbs1 vit none, llm none, megatron
+tp4 pp1 dp1 stage3 untied mbs1 vit none, llm core_attn+mlp, deepspeed
+tp4 pp2[1,3] dp1 stage2 untied mbs1 vit none, llm mlp, megatron+all
+tp4+sp pp1 dp2 warmup untied mbs1 vit none, llm full, megatron
 """
-"""Pairs of choices that take 8 ranks: two degrees of 4 and 2, or dp 8."""
+"""Pairs of choices that take a tp or dp of 4, or 8 ranks."""
 
 GRID = {str(case): case for layout in LAYOUTS for case in grid(layout)}
 COVERING = [GRID[line] for line in COVER.strip().splitlines()]
@@ -128,7 +129,7 @@ Measure = Callable[..., list[LayoutOutcome]]
 def outcomes(pool) -> Measure:
     """``outcomes(layout, cases)``: what they give, on ranks of the pool."""
 
-    def of(layout: Layout, cases: list[LayoutCase], **options: int) -> list[LayoutOutcome]:
+    def of(layout: Layout, cases: list[LayoutCase], **options: Any) -> list[LayoutOutcome]:
         ranks = pool(layout.world_size).run(measure, layout=layout, cases=cases, **options)
         return [join(pieces, case) for case, *pieces in zip(cases, *ranks, strict=True)]
 
@@ -146,7 +147,7 @@ def alone(outcomes) -> Callable[[LayoutCase], LayoutOutcome]:
             layout, case.stage, case.tied, precision=case.precision, tower=case.tower
         )
         if plain not in known:
-            known[plain] = outcomes(plain.layout, [plain], num_steps=STEPS)[0]
+            known[plain] = outcomes(plain.layout, [plain], num_steps=STEPS, kinds=KINDS)[0]
         return known[plain]
 
     return of
@@ -162,7 +163,7 @@ def table() -> Iterator[dict[str, LayoutDistance]]:
         print(f"{name:28} {apart}")
 
 
-def check(outcomes, alone, table, cases: list[LayoutCase], **options: int) -> None:
+def check(outcomes, alone, table, cases: list[LayoutCase], **options: Any) -> None:
     layout = cases[0].layout
     for case, outcome in zip(cases, outcomes(layout, cases, **options), strict=True):
         apart = distance(outcome, alone(case))
@@ -214,7 +215,7 @@ def test_every_pair_of_choices_equals_one_process(cases, outcomes, alone, table)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cases", by_layout(LEFT_OVER))
-def test_every_pair_that_takes_8_ranks_equals_one_process(cases, outcomes, alone, table):
+def test_every_pair_that_takes_more_ranks_equals_one_process(cases, outcomes, alone, table):
     check(outcomes, alone, table, cases)
 
 
@@ -241,7 +242,7 @@ def test_cases_drawn_from_the_whole_grid_equal_one_process(layout, outcomes, alo
     ids=str,
 )
 def test_another_vit_equals_one_process(case, outcomes, alone, table):
-    check(outcomes, alone, table, [case], num_steps=STEPS)
+    check(outcomes, alone, table, [case])
 
 
 def slow(case: LayoutCase) -> Any:
@@ -251,8 +252,8 @@ def slow(case: LayoutCase) -> Any:
 BF16 = [
     LayoutCase(Layout(tp=2, sequence_parallel=True), zero="megatron+all"),
     slow(LayoutCase(Layout(tp=4), llm="full")),
-    LayoutCase(Layout(pp=2, layers=(1, 3)), tied=True),
-    LayoutCase(Layout(dp=2), zero="deepspeed"),
+    slow(LayoutCase(Layout(pp=2, layers=(1, 3)), tied=True)),
+    slow(LayoutCase(Layout(dp=2), zero="deepspeed")),
     LayoutCase(Layout(pp=2, dp=2, layers=(1, 3)), "stage1", zero="deepspeed"),
     slow(LayoutCase(Layout(tp=2, pp=2, layers=(1, 1, 1, 1), vpp=2), zero="megatron+all")),
     slow(LayoutCase(Layout(tp=2, pp=2, dp=2, layers=(1, 3), sequence_parallel=True), "stage3")),
@@ -349,8 +350,9 @@ FAULTS = [
 def measure_with(
     fault: Callable[[], AbstractContextManager[object]], case: LayoutCase
 ) -> list[RankOutcome]:
+    """All but one of the faults show in the gradients or their norm."""
     with fault():
-        return measure(case.layout, [case], STEPS)
+        return measure(case.layout, [case], STEPS if fault is nothing_clipped else 0)
 
 
 @pytest.mark.parametrize(

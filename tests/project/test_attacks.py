@@ -258,7 +258,11 @@ def test_a_run_of_which_all_checkpoints_are_damaged_is_no_start(tmp_path):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    "target", ["triptych.checkpoints.direct_file.write_block", "pathlib.Path.write_bytes"]
+    "target",
+    [
+        "triptych.checkpoints.direct_file.write_block",
+        pytest.param("pathlib.Path.write_bytes", marks=pytest.mark.slow),
+    ],
 )
 def test_a_full_disk_on_one_rank_fails_the_save_on_all_and_loses_nothing(target, runs):
     runs.train("run", "dp2", "train.num_steps=2")

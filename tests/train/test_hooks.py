@@ -200,7 +200,7 @@ def test_unreadable_samples_are_left_out_on_every_rank(layouts, damaged, runs, p
 
 
 @distributed
-@pytest.mark.parametrize("then", ["dp2", "single"])
+@pytest.mark.parametrize("then", [pytest.param("dp2", marks=pytest.mark.slow), "single"])
 def test_a_killed_run_quarantines_every_sample_once(then, damaged, pool, tmp_path):
     """Also where fewer ranks go on: what the others wrote of the steps to come is cut, too."""
     runs = Runs(pool, damaged, tmp_path)
@@ -311,18 +311,21 @@ def test_tensorboard_has_what_the_metrics_have(runs):
 @distributed
 def test_wandb_offline_has_what_the_metrics_have(runs, tmp_path):
     """Nothing leaves the machine; a resumed run goes on under the same id."""
-    options = ("log=wandb", "log.wandb_mode=offline")
+    options = ("log.wandb=true", "log.wandb_mode=offline", "log.wandb_project=other")
     runs.train("run", "single", *options, "train.num_steps=2")
     named = ("log.wandb_name=mine", "log.wandb_group=ablation", "log.wandb_tags=[vit,wide]")
     runs.train("run", "single", *options, *named, "train.num_steps=4")
+    disabled = ("log.wandb=true", "log.wandb_mode=disabled", "train.num_steps=5")
+    runs.train("run", "single", *disabled)
     logs = sorted((runs.dir("run") / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len({log.name for log in logs}) == 1
     assert len(logs) == 2
     records = [wandb_records(log) for log in logs]
     shown = wandb_history(records[0]) | wandb_history(records[1])
-    assert [shown[step]["loss"] for step in sorted(shown)] == losses(runs.dir("run"))
+    assert [shown[step]["loss"] for step in sorted(shown)] == losses(runs.dir("run"))[:4]
     assert {"grad_norm", "lr/vit", "tokens_per_s"} <= set(shown[1])
     told = [record.run for found in records for record in found if record.HasField("run")]
+    assert [run.project for run in told] == ["other", "other"]
     assert [run.display_name for run in told] == [str(runs.dir("run"))[-128:], "mine"]
     assert [run.run_group for run in told] == ["", "ablation"]
     assert [list(run.tags) for run in told] == [[], ["vit", "wide"]]
