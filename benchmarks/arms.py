@@ -20,10 +20,10 @@ from triptych.checkpoints.hf.folder import HFReader
 from triptych.checkpoints.hf.model_config import hf_config
 from triptych.configs.model_schema import ModelConfig
 from triptych.configs.schema import Config
+from triptych.data.batch import Batch
 from triptych.data.loading.collate import Segment, collate
-from triptych.data.media.image import normalize_patches
+from triptych.data.media.normalize import normalize_patches
 from triptych.data.partition import Partition
-from triptych.data.types import Batch
 from triptych.models.attention import VARLEN_ATTENTIONS, Segments
 from triptych.models.kernels import Installed, choose
 from triptych.parallel.dtypes import DTYPES

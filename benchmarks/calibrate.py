@@ -31,8 +31,9 @@ from triptych.costs.flops import (
     layer_flops,
     vit_flops,
 )
+from triptych.data.batch import Batch
 from triptych.data.loading.collate import Segment, collate
-from triptych.data.types import Batch, SampleId
+from triptych.data.types import SampleId
 from triptych.models.build import build_model
 from triptych.models.feed import on_device
 from triptych.models.init import init_parameters

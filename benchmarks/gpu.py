@@ -39,7 +39,7 @@ from triptych.costs.flops import training_flops
 from triptych.costs.layer_split import layers_per_chunk
 from triptych.costs.memory import pp_stage_memory
 from triptych.costs.parameter_shards import pp_stage_shards
-from triptych.data.types import Batch, Step
+from triptych.data.batch import Batch, Step
 from triptych.models.kernels import Installed, choose
 from triptych.parallel.device import HAS_CUDA, device_name, synchronize
 from triptych.parallel.mesh import Mesh, build_mesh, init_distributed, shutdown

@@ -14,8 +14,8 @@ from pathlib import Path
 import av
 import numpy as np
 import psutil
-from PIL import Image
 
+from triptych.benchmarks.noisy_picture import picture
 from triptych.configs.model_schema import VisionConfig
 from triptych.configs.schema import DataConfig
 from triptych.data.media.cache import FrameCache
@@ -24,14 +24,6 @@ from triptych.data.types import Media, MediaKind, PixelLimits
 
 ROUNDS = 3
 VISION = VisionConfig()
-
-
-def picture(rng: np.random.Generator, width: int, height: int) -> Image.Image:
-    """Coarse shapes of 32 pixels, and noise."""
-    coarse = rng.integers(0, 256, (height // 32, width // 32, 3), dtype=np.uint8)
-    smooth = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
-    noisy = np.asarray(smooth) + rng.normal(0, 4, (height, width, 3))
-    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
 
 
 def jpeg(width: int, height: int) -> bytes:

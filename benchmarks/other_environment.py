@@ -27,7 +27,7 @@ from PIL import ImageChops
 from triptych.configs.schema import Precision
 from triptych.data.digits.images import heldout_images
 from triptych.data.digits.texts import READ, sketch
-from triptych.data.media.image import normalize_patches
+from triptych.data.media.normalize import normalize_patches
 from triptych.data.types import MediaKind
 from triptych.launch.digits.evaluate import encode
 from triptych.launch.inference.answering import Answerer, Question

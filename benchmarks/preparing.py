@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from triptych.benchmarks.kept_frames import picture
+from triptych.benchmarks.noisy_picture import picture
 from triptych.data.prepare.build_dataset import build_dataset
 from triptych.data.tokenizer import train_tokenizer
 

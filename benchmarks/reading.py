@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import webdataset
 
-from triptych.benchmarks.kept_frames import picture
+from triptych.benchmarks.noisy_picture import picture
 from triptych.configs.model_schema import LanguageConfig, ModelConfig
 from triptych.configs.schema import DataConfig
 from triptych.data.dataset.dataset import SHARDS, Dataset

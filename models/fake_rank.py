@@ -18,8 +18,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from triptych.configs.schema import Config, Kernels, Part
 from triptych.costs.flops import Workload
+from triptych.data.batch import Batch
 from triptych.data.patch_layout import PatchLayout
-from triptych.data.types import Batch
 from triptych.models.kernels import choose_here
 from triptych.models.parameters import global_parameters, part_of
 from triptych.models.qwen_vl.model import Qwen2VL

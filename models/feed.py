@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from triptych.data.types import Batch
+from triptych.data.batch import Batch
 from triptych.parallel.device import Upload
 from triptych.parallel.mesh import ChunkPlace, Mesh, broadcast_from_source
 

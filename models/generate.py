@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from triptych.configs.model_schema import ModelConfig
+from triptych.data.batch import Batch
 from triptych.data.patch_layout import PatchLayout
-from triptych.data.types import Batch
 from triptych.models.feed import on_device
 from triptych.models.kv_cache import KeyValueCache
 from triptych.parallel.mesh import Mesh

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from triptych.configs.schema import Config, WeighBy
 from triptych.costs.compute import compute_of_pack
 from triptych.costs.microbatch_order import pipeline_order
+from triptych.data.batch import Step
 from triptych.data.dataset.dataset import SIZES, Dataset
 from triptych.data.digits.make import have_digits, make_digits
 from triptych.data.loading.loader import Loader, validation_step
@@ -21,7 +22,7 @@ from triptych.data.plan.passes import remember_in
 from triptych.data.plan.plan_sources import plan_sources
 from triptych.data.stores.media_store import open_store
 from triptych.data.tokenizer import load_tokenizer
-from triptych.data.types import Pack, PixelLimits, SampleId, Step
+from triptych.data.types import Pack, PixelLimits, SampleId
 from triptych.errors import ConfigError, DataError
 from triptych.parallel.mesh import Mesh
 from triptych.train.console import say

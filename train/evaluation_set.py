@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from triptych.configs.schema import Config
+from triptych.data.batch import Batch
 from triptych.data.loading.reader import Reader
 from triptych.data.questions import HeldOut, Questions
 from triptych.data.tokenizer import Tokenizer, load_tokenizer
-from triptych.data.types import Batch, Pack, PixelLimits
+from triptych.data.types import Pack, PixelLimits
 from triptych.parallel.mesh import Mesh
 from triptych.train.data import batch_format, open_source
 

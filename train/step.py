@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from triptych.costs.flops import NO_WORK, Workload
-from triptych.data.types import Batch, MediaWork, Step, UnreadableSample
+from triptych.data.batch import Batch, MediaWork, Step, UnreadableSample
 from triptych.models.feed import on_device
 from triptych.parallel.device import Upload
 from triptych.parallel.mesh import Mesh

@@ -10,7 +10,8 @@ from enum import Enum
 
 from torch import Tensor
 
-from triptych.data.types import Batch, SampleId, Step
+from triptych.data.batch import Batch, Step
+from triptych.data.types import SampleId
 from triptych.parallel.mesh import Mesh
 
 

@@ -19,7 +19,7 @@ from triptych.configs.model_schema import (
     VisionMLP,
     VisionNorm,
 )
-from triptych.data.media.image import CLIP_MEAN, CLIP_STD
+from triptych.data.media.normalize import CLIP_MEAN, CLIP_STD
 from triptych.data.tokenizer import load_tokenizer
 from triptych.data.types import PixelLimits, VideoLimits
 from triptych.errors import CheckpointError

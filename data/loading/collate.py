@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from triptych.configs.model_schema import ModelConfig
+from triptych.data.batch import Batch, index_of
 from triptych.data.loading.mrope import build_position_ids
 from triptych.data.patch_layout import PatchLayout
 from triptych.data.tokens import placeholders
-from triptych.data.types import Batch, SampleId, index_of
+from triptych.data.types import SampleId
 
 
 @dataclass(frozen=True, slots=True)

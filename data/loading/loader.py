@@ -15,11 +15,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 from triptych.costs.flops import NO_WORK, Workload
+from triptych.data.batch import Step
 from triptych.data.loading.reader import BatchFormat, Reader
 from triptych.data.loading.same_thread import threads_or_none
 from triptych.data.plan.balance import assign
 from triptych.data.plan.order import Cursor, Plan
-from triptych.data.types import Pack, Source, Step
+from triptych.data.types import Pack, Source
 
 
 class Loader:

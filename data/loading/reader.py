@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from triptych.configs.model_schema import ModelConfig
+from triptych.data.batch import Batch, MediaWork, Step, Unreadable, UnreadableSample
 from triptych.data.loading.collate import Segment, collate
 from triptych.data.loading.joined_media import JoinedMedia
 from triptych.data.loading.same_thread import threads_or_none
@@ -19,18 +20,7 @@ from triptych.data.media.cache import FrameCache
 from triptych.data.media.image import cut_patches
 from triptych.data.media.kinds import kind_of
 from triptych.data.tokens import expand
-from triptych.data.types import (
-    Batch,
-    Media,
-    MediaWork,
-    Pack,
-    PixelLimits,
-    SampleId,
-    Source,
-    Step,
-    Unreadable,
-    UnreadableSample,
-)
+from triptych.data.types import Media, Pack, PixelLimits, SampleId, Source
 from triptych.errors import DataError
 
 

@@ -23,10 +23,8 @@ import io
 from functools import lru_cache
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageOps
-from torch import Tensor
 
 from triptych.configs.model_schema import VisionConfig
 from triptych.data.types import PixelLimits
@@ -37,8 +35,6 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM
 MAX_ASPECT_RATIO = 200
 MAX_DECODED_PIXELS = 89_478_485
 """256 MiB of RGB, seven times the largest ``max_pixels``; Pillow warns of a bomb beyond it."""
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def smart_resize(
@@ -210,21 +206,3 @@ def cut_patches(frames: NDArray[np.uint8], vision: VisionConfig) -> NDArray[np.u
         t, depth, rows // merge, merge, side, columns // merge, merge, side, colours
     )
     return cut.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(t * rows * columns, vision.patch_dim)
-
-
-def normalize_patches(pixels: Tensor) -> Tensor:
-    """Rescales by 1/255 and normalises each channel by CLIP's mean and deviation.
-
-    Runs on the device of ``pixels`` without waiting for the host: patches travel as uint8, a
-    quarter of the bytes. On a CPU the result is that of transformers, bit for bit.
-
-    Args:
-        pixels: (num_patches, patch_dim) uint8.
-    Returns:
-        (num_patches, patch_dim) float32.
-    """
-    num_patches, patch_dim = pixels.shape
-    channels = pixels.to(torch.float32).view(num_patches, 3, patch_dim // 3)
-    for channel, (mean, std) in enumerate(zip(CLIP_MEAN, CLIP_STD, strict=True)):
-        channels[:, channel].div_(255.0).sub_(mean).div_(std)
-    return channels.view(num_patches, patch_dim)

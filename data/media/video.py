@@ -12,9 +12,7 @@ duration. Which frames, and their pixels, a process of ``data/media/decoder.py``
 """
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
-from torch.nn.functional import interpolate
 
 from triptych.configs.model_schema import VisionConfig
 from triptych.data.media.decoder import borrowed_decoder
@@ -115,6 +113,9 @@ def video_frames(
 
 
 def _resized(frame: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    import torch  # late: preparing measures videos and resizes none
+    from torch.nn.functional import interpolate
+
     if frame.shape[:2] == size:
         return frame
     pixels = torch.from_numpy(frame).permute(2, 0, 1)[None]

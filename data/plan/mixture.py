@@ -21,10 +21,14 @@ sample is a packet, and the tokens so far are the time.
 import math
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
+from functools import lru_cache
 from heapq import heapify, heappop, heappush
 
 import numpy as np
 from numpy.typing import NDArray
+
+_LONGEST_PERIOD = 1 << 14
+"""Samples; what repeats itself within so many is drawn once and remembered."""
 
 
 def integer_shares(weights: Sequence[float]) -> list[int]:
@@ -49,6 +53,25 @@ def draw_sources(
     Returns:
         (num_samples,) source numbers.
     """
+    num_periods, place = divmod(sum(counts), sum(shares))
+    if sum(shares) <= _LONGEST_PERIOD:
+        period = _period(tuple(shares))
+        before = np.bincount(period[:place], minlength=len(shares)).tolist()
+        ours = zip(counts, shares, before, strict=True)
+        if all(count == num_periods * share + more for count, share, more in ours):
+            return period.take(np.arange(place, place + num_samples), mode="wrap")
+    return _draw_one_by_one(shares, counts, num_samples)
+
+
+@lru_cache(maxsize=64)
+def _period(shares: tuple[int, ...]) -> NDArray[np.int64]:
+    """(sum(shares),) sources of a whole period: after it each has exactly its share."""
+    return _draw_one_by_one(shares, [0] * len(shares), sum(shares))
+
+
+def _draw_one_by_one(
+    shares: Sequence[int], counts: Sequence[int], num_samples: int
+) -> NDArray[np.int64]:
     total = sum(shares)
     slack = max(2 * len(shares) - 2, 1)
     taken = list(counts)
@@ -96,28 +119,23 @@ def draw_by_tokens(
         (num_samples,) source numbers; fewer where a source ends, up to its last sample.
     """
     total_share, common = sum(shares), math.lcm(*shares)
+    price = [common // share for share in shares]
     taken, total = list(counts), sum(counts)
     lengths = [next(source, 0) for source in upcoming]
-
-    def release(source: int) -> tuple[int, int]:
-        """The tokens of all sources from which on the source may come."""
-        return -(-taken[source] * total_share // shares[source]), source
-
-    def deadline(source: int) -> tuple[int, int]:
-        """The tokens of all sources at which its next sample is paid for, in one unit for all."""
-        return (taken[source] + lengths[source]) * (common // shares[source]), source
-
-    waiting = [release(source) for source in range(len(shares))]
-    heapify(waiting)
+    # By the tokens of all sources from which on one may come; and by those that have come, in one
+    # unit for all, once its next sample is paid for.
+    waiting = [(-(-taken[n] * total_share // share), n) for n, share in enumerate(shares)]
     ready: list[tuple[int, int]] = []
+    heapify(waiting)
     drawn: list[int] = []
     while len(drawn) < num_samples and 0 not in lengths:
         while waiting and waiting[0][0] <= total:
-            heappush(ready, deadline(heappop(waiting)[1]))
+            source = heappop(waiting)[1]
+            heappush(ready, ((taken[source] + lengths[source]) * price[source], source))
         source = heappop(ready)[1]
         drawn.append(source)
         taken[source] += lengths[source]
         total += lengths[source]
         lengths[source] = next(upcoming[source], 0)
-        heappush(waiting, release(source))
+        heappush(waiting, (-(-taken[source] * total_share // shares[source]), source))
     return np.array(drawn, dtype=np.int64)

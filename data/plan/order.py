@@ -206,14 +206,8 @@ class Plan:
 
     def _build(self, start: Cursor) -> _Window:
         """Draw and pack the window that begins at ``start``."""
-        source_of, index_of, after = self._stream.draw(start.stream_place, self.window)
-        num_tokens, num_patches = np.empty((2, len(source_of)), dtype=np.int64)
-        for number, source in enumerate(self.sources):
-            places = np.flatnonzero(source_of == number)
-            source.sizes.check()
-            num_tokens[places] = source.sizes.num_tokens[index_of[places]]
-            num_patches[places] = source.sizes.num_patches[index_of[places]]
-
+        drawn, after = self._stream.draw(start.stream_place, self.window)
+        source_of, index_of, num_tokens, num_patches = drawn
         groups = best_fit(
             num_tokens, num_patches, max_tokens=self.seq_len, max_patches=self.max_patches
         )

@@ -7,6 +7,7 @@ the stream.
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +19,8 @@ from triptych.data.plan.permute import derive_key, shuffled
 from triptych.data.plan.plan_sources import PlanSource
 
 _AHEAD = 256
-"""Samples of a source whose tokens are looked up at a time; decides nothing but speed."""
+"""Samples of a source whose tokens are looked up at a time, after as many as it gave the last time;
+decides nothing but speed."""
 
 
 class StreamPlace(NamedTuple):
@@ -32,10 +34,21 @@ class StreamPlace(NamedTuple):
     """What the shares are of, since a source last ended; empty for drawn - skipped."""
 
 
+class Drawn(NamedTuple):
+    """Some samples of the stream, (num_drawn,) int64 each."""
+
+    source_of: NDArray[np.int64]
+    index_of: NDArray[np.int64]
+    """In the source."""
+    num_tokens: NDArray[np.int64]
+    num_patches: NDArray[np.int64]
+
+
 class _Samples(NamedTuple):
     """The next samples of one source that fit into a pack."""
 
-    indices: NDArray[np.int64]
+    columns: NDArray[np.int64]
+    """(3, num_samples): index in the source, tokens, patches."""
     places: NDArray[np.int64]
     """In the source's shuffle."""
     are_last: bool
@@ -69,25 +82,20 @@ class Stream:
         self._seq_len, self._max_patches = seq_len, max_patches
         self._shares = integer_shares([source.weight for source in sources])
         self._keys = [derive_key(seed, "samples", source.name) for source in sources]
+        self._ahead = [_AHEAD] * len(sources)
 
     def is_over(self, place: StreamPlace) -> bool:
         """Whether all sources have ended."""
         return not self._going_on(place)
 
-    def draw(
-        self, start: StreamPlace, num_samples: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64], StreamPlace]:
-        """The next samples, fewer where the stream ends.
-
-        Returns:
-            (num_drawn,) source numbers, (num_drawn,) indices in the sources, and the place after.
-        """
-        place, sources, indices = start, [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-        while (missing := num_samples - sum(map(len, sources))) and not self.is_over(place):
-            source_of, index_of, place = self._draw_until_one_ends(place, missing)
-            sources.append(source_of)
-            indices.append(index_of)
-        return np.concatenate(sources), np.concatenate(indices), place
+    def draw(self, start: StreamPlace, num_samples: int) -> tuple[Drawn, StreamPlace]:
+        """The next samples, fewer where the stream ends, and the place after them."""
+        place, parts, missing = start, [np.empty((4, 0), dtype=np.int64)], num_samples
+        while missing and not self.is_over(place):
+            part, place = self._draw_until_one_ends(place, missing)
+            parts.append(part)
+            missing -= part.shape[1]
+        return Drawn(*np.concatenate(parts, axis=1)), place
 
     def _going_on(self, place: StreamPlace) -> list[int]:
         return [
@@ -98,32 +106,32 @@ class Stream:
 
     def _draw_until_one_ends(
         self, place: StreamPlace, num_samples: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64], StreamPlace]:
-        """At most so many samples, and none after the last one of a source."""
+    ) -> tuple[NDArray[np.int64], StreamPlace]:
+        """At most so many samples, and none after the last one of a source; rows as ``Drawn``."""
         drawn, skipped = list(place.drawn), list(place.skipped)
         counted = list(place.counted or np.subtract(drawn, skipped).tolist())
         by_tokens = self._weigh_by is WeighBy.tokens
         draw = self._draw_by_tokens if by_tokens else self._draw_by_samples
         source_of, found = draw(place, counted, num_samples)
-        index_of, has_ended = np.empty_like(source_of), False
+        part, has_ended = np.empty((4, len(source_of)), dtype=np.int64), False
+        part[0] = source_of
         for number, samples in found.items():
             here = np.flatnonzero(source_of == number)
-            taken = samples.indices[: len(here)]
-            index_of[here] = taken
+            taken, num_found = samples.columns[:, : len(here)], len(samples.places)
+            part[1:, here] = taken
             end, limit = drawn[number], self._sources[number].limit
-            if samples.are_last and len(taken) == len(samples.indices) and limit is not None:
+            if samples.are_last and len(here) == num_found and limit is not None:
                 end, has_ended = limit, True
-            elif len(taken):
-                end = int(samples.places[len(taken) - 1]) + 1
-            skipped[number] += end - drawn[number] - len(taken)
+            elif len(here):
+                end = int(samples.places[len(here) - 1]) + 1
+            skipped[number] += end - drawn[number] - len(here)
             drawn[number] = end
-            tokens = self._sources[number].sizes.num_tokens
-            counted[number] += int(tokens[taken].sum()) if by_tokens else len(taken)
+            counted[number] += int(taken[1].sum()) if by_tokens else len(here)
         if has_ended:
             counted = [0] * len(counted)
         keeps = by_tokens or has_ended or place.counted
         after = StreamPlace(tuple(drawn), tuple(skipped), tuple(counted) if keeps else ())
-        return source_of, index_of, after
+        return part, after
 
     def _draw_by_samples(
         self, place: StreamPlace, counted: Sequence[int], num_samples: int
@@ -139,7 +147,7 @@ class Stream:
             samples = self._next(number, place.drawn[number], len(here) + ends)
             found[number] = samples
             if samples.are_last:
-                last = here[: len(samples.indices)]
+                last = here[: len(samples.places)]
                 end = min(end, int(last[-1]) + 1 if len(last) else 0)
         return source_of[:end], found
 
@@ -150,37 +158,46 @@ class Stream:
         numbers = self._going_on(place)
         shares, counts = ([values[n] for n in numbers] for values in (self._shares, counted))
         blocks: dict[int, list[_Samples]] = {number: [] for number in numbers}
-        upcoming = [self._tokens(n, place.drawn[n], blocks[n]) for n in numbers]
+        upcoming = [
+            chain.from_iterable(self._tokens(n, place.drawn[n], blocks[n])) for n in numbers
+        ]
         source_of = np.array(numbers)[draw_by_tokens(shares, counts, upcoming, num_samples)]
         found = {}
         for number in numbers:
-            indices, places, are_last = zip(*blocks[number], strict=True)
-            found[number] = _Samples(np.concatenate(indices), np.concatenate(places), are_last[-1])
+            columns, places, are_last = zip(*blocks[number], strict=True)
+            found[number] = _Samples(
+                np.concatenate(columns, axis=1), np.concatenate(places), are_last[-1]
+            )
+            self._ahead[number] = max(_AHEAD, int(np.count_nonzero(source_of == number)))
         return source_of, found
 
-    def _tokens(self, number: int, place: int, into: list[_Samples]) -> Iterator[int]:
+    def _tokens(self, number: int, place: int, into: list[_Samples]) -> Iterator[list[int]]:
         """Tokens of a source's next samples, which are kept block by block."""
+        count = self._ahead[number]
         while not (into and into[-1].are_last):
-            into.append(self._next(number, place, _AHEAD))
-            indices, places, _ = into[-1]
-            yield from self._sources[number].sizes.num_tokens[indices].tolist()
+            into.append(self._next(number, place, count))
+            columns, places, _ = into[-1]
+            yield columns[1].tolist()
             place = int(places[-1]) + 1 if len(places) else place
+            count = _AHEAD
 
     def _next(self, number: int, place: int, count: int) -> _Samples:
         """The next samples of a source that fit, fewer where it ends."""
         source = self._sources[number]
         limit = math.inf if source.limit is None else source.limit
         source.sizes.check()
-        kept = [np.empty((2, 0), dtype=np.int64)]
+        kept = [np.empty((4, 0), dtype=np.int64)]
         missing = count
         while missing and place < limit:
             end = min(place + math.ceil(missing / self._fitting_shares[number]), limit)
             places = np.arange(place, end, dtype=np.int64)
             indices = shuffled(places, len(source), self._keys[number])
-            fits = source.fits(indices, seq_len=self._seq_len, max_patches=self._max_patches)
+            num_tokens = source.sizes.num_tokens[indices]
+            num_patches = source.sizes.num_patches[indices]
+            fits = (num_tokens <= self._seq_len) & (num_patches <= self._max_patches)
             fitting = np.flatnonzero(fits)[:missing]
-            kept.append(np.stack([indices[fitting], places[fitting]]))
+            kept.append(np.stack([indices, num_tokens, num_patches, places])[:, fitting])
             missing -= len(fitting)
             place = int(places[-1]) + 1
-        indices, places = np.concatenate(kept, axis=1)
-        return _Samples(indices, places, are_last=missing > 0)
+        found = np.concatenate(kept, axis=1)
+        return _Samples(found[:3], found[3], are_last=missing > 0)

@@ -19,7 +19,8 @@ from triptych.checkpoints.hf.export_problems import file_problems, weight_proble
 from triptych.checkpoints.locate import locate
 from triptych.configs.schema import Precision
 from triptych.data.loading.collate import Segment, collate
-from triptych.data.media.image import decode_image, normalize_patches
+from triptych.data.media.image import decode_image
+from triptych.data.media.normalize import normalize_patches
 from triptych.data.types import MediaKind
 from triptych.errors import CheckpointError
 from triptych.launch.inference.answering import TIMEOUT_S, Answerer, Question

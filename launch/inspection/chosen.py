@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from triptych.configs.schema import Config
+from triptych.data.batch import Batch, UnreadableSample
 from triptych.data.dataset.dataset import Dataset
 from triptych.data.loading.reader import BatchFormat, Reader
 from triptych.data.tokenizer import Tokenizer, load_tokenizer
-from triptych.data.types import Batch, Pack, PixelLimits, SampleId, UnreadableSample
+from triptych.data.types import Pack, PixelLimits, SampleId
 from triptych.errors import DataError
 from triptych.train.data import Mixture
 

@@ -15,7 +15,8 @@ import torch
 
 from triptych.checkpoints.manifest import verify
 from triptych.configs.schema import Config, ParallelConfig
-from triptych.data.types import SampleId, Step
+from triptych.data.batch import Step
+from triptych.data.types import SampleId
 from triptych.errors import CheckpointError
 from triptych.launch.inspection.step_of_run import saved_places
 from triptych.parallel.device import be_deterministic

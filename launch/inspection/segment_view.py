@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from triptych.configs.model_schema import ModelConfig, VisionConfig
+from triptych.data.batch import Batch
 from triptych.data.tokenizer import Tokenizer
-from triptych.data.types import Batch
 
 MOST_BYTES_OF_A_CHARACTER = 4
 """Of UTF-8; tokens of bytes that make no character after so many are shown as they are."""

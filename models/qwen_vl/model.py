@@ -15,9 +15,9 @@ from torch import Tensor
 
 from triptych.configs.model_schema import ModelConfig
 from triptych.configs.schema import ParallelConfig, Precision
+from triptych.data.batch import Batch
 from triptych.data.partition import Partition
 from triptych.data.patch_layout import PatchLayout
-from triptych.data.types import Batch
 from triptych.models.attention import Segments
 from triptych.models.kernels import KernelTable
 from triptych.models.kv_cache import KeyValueCache

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from triptych.configs.model_schema import VisionConfig
 from triptych.configs.schema import ParallelConfig, Precision
-from triptych.data.media.image import normalize_patches
+from triptych.data.media.normalize import normalize_patches
 from triptych.data.patch_layout import PatchLayout
 from triptych.models.attention import Segments
 from triptych.models.kernels import KernelTable

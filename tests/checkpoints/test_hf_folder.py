@@ -37,7 +37,7 @@ from triptych.configs.model_schema import (
     VisionNorm,
 )
 from triptych.data.chat import encode_prompt
-from triptych.data.media.image import normalize_patches
+from triptych.data.media.normalize import normalize_patches
 from triptych.data.tokenizer import load_tokenizer, train_tokenizer
 from triptych.data.types import PixelLimits
 from triptych.errors import CheckpointError, ConfigError, DataError

@@ -16,13 +16,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
 )
 
 from triptych.configs.model_schema import VisionConfig
-from triptych.data.media.image import (
-    FORMATS,
-    decode_image,
-    image_grids,
-    normalize_patches,
-    smart_resize,
-)
+from triptych.data.media.image import FORMATS, decode_image, image_grids, smart_resize
+from triptych.data.media.normalize import normalize_patches
 from triptych.data.types import PixelLimits
 from triptych.errors import DataError
 from triptych.tests.helpers.image_patches import image_patches

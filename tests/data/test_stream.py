@@ -99,15 +99,15 @@ def test_tokens_stay_exact_after_a_trillion_of_them():
 @given(mixtures(), st.lists(st.integers(0, 30), max_size=6))
 def test_the_stream_goes_on_from_any_place(weigh_by, sources, chunks):
     stream, whole = make_stream(sources, weigh_by), beginning(sources)
-    source_of, index_of, end = stream.draw(whole, sum(chunks))
+    drawn, end = stream.draw(whole, sum(chunks))
     place, parts = whole, []
     for chunk in chunks:
-        *part, place = make_stream(sources, weigh_by).draw(place, chunk)
+        part, place = make_stream(sources, weigh_by).draw(place, chunk)
         parts.append(part)
     assert place == end
     if parts:
         joined = np.concatenate(parts, axis=1)
-        assert joined.tolist() == [source_of.tolist(), index_of.tolist()]
+        assert joined.tolist() == np.stack(drawn).tolist()
 
 
 @pytest.mark.parametrize("weigh_by", WeighBy)
@@ -115,7 +115,12 @@ def test_the_stream_goes_on_from_any_place(weigh_by, sources, chunks):
 @given(mixtures())
 def test_a_source_gives_all_it_may_and_the_others_keep_their_proportions(weigh_by, sources):
     """Sample by sample: nothing past a limit, every epoch whole, shares of those that go on."""
-    source_of, index_of, end = make_stream(sources, weigh_by).draw(beginning(sources), 150)
+    (source_of, index_of, num_tokens, num_patches), end = make_stream(sources, weigh_by).draw(
+        beginning(sources), 150
+    )
+    for sample in zip(source_of, index_of, num_tokens, num_patches, strict=True):
+        sizes = sources[sample[0]].sizes
+        assert sample[2:] == (sizes.num_tokens[sample[1]], sizes.num_patches[sample[1]])
     counts = Counter(zip(source_of.tolist(), index_of.tolist(), strict=True))
     last = {}
     for number, each in enumerate(sources):
@@ -156,7 +161,7 @@ def test_what_comes_of_a_source_that_ends(weigh_by):
         source("longer", 1, [10] * 10, max_epochs=1.5),
     ]
     stream = make_stream(sources, weigh_by)
-    source_of, _, end = stream.draw(beginning(sources), 1000)
+    (source_of, *_), end = stream.draw(beginning(sources), 1000)
     assert len(source_of) == 4 + 10 + 15
     assert stream.is_over(end)
     last = [int(np.flatnonzero(source_of == number)[-1]) for number in range(3)]

@@ -30,8 +30,9 @@ from triptych.configs.schema import (
     TrainConfig,
     Zero,
 )
+from triptych.data.batch import Batch, Step
 from triptych.data.loading.collate import Segment, collate
-from triptych.data.types import Batch, SampleId, Step
+from triptych.data.types import SampleId
 from triptych.models.init import EMBEDDING, HEAD
 from triptych.models.qwen_vl.sharding_table import sharding_table
 from triptych.models.sharding import TensorSharding, full_shape, shard, unshard

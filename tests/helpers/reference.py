@@ -26,7 +26,7 @@ from triptych.configs.model_schema import (
     VisionMLP,
     VisionNorm,
 )
-from triptych.data.media.image import CLIP_MEAN, CLIP_STD
+from triptych.data.media.normalize import CLIP_MEAN, CLIP_STD
 
 PATCH_DIM = VisionConfig().patch_dim
 TOKENS = TokensConfig(

@@ -12,8 +12,9 @@ from triptych.checkpoints.hf.folder import HFReader
 from triptych.checkpoints.hf.name_table import name_table
 from triptych.configs.model_schema import ModelConfig
 from triptych.configs.schema import Kernels, ParallelConfig, Precision
+from triptych.data.batch import Batch
 from triptych.data.loading.collate import Segment, collate
-from triptych.data.types import Batch, SampleId
+from triptych.data.types import SampleId
 from triptych.models.build import build_model
 from triptych.models.kernels import choose_here
 from triptych.models.parameters import global_parameters

@@ -5,7 +5,7 @@ from unittest import mock
 import pytest
 import torch
 
-from triptych.data.types import Batch
+from triptych.data.batch import Batch
 from triptych.models.feed import on_device
 from triptych.parallel.mesh import build_mesh
 from triptych.tests.helpers.layouts import make_step

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from triptych.configs.model_schema import ModelConfig
 from triptych.data import patch_layout
+from triptych.data.batch import Batch
 from triptych.data.loading import collate
-from triptych.data.types import Batch
 from triptych.models.attention import PackedCoreAttention
 from triptych.models.qwen_vl import vision
 from triptych.models.qwen_vl.merger import Merger

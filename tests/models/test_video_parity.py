@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from triptych.configs.schema import DataConfig, VideoConfig
+from triptych.data.batch import Batch, Step
 from triptych.data.dataset.dataset import Dataset
 from triptych.data.loading.reader import BatchFormat, Reader
 from triptych.data.media import decoder
 from triptych.data.media.decoder import VideoDecoder
 from triptych.data.prepare.build_dataset import build_dataset
 from triptych.data.tokenizer import train_tokenizer
-from triptych.data.types import Batch, Pack, PixelLimits, SampleId, Step
+from triptych.data.types import Pack, PixelLimits, SampleId
 from triptych.tests.helpers.reference import (
     BAR,
     TOKENS,

@@ -7,8 +7,8 @@ import pytest
 
 from triptych.configs.compose import load_config
 from triptych.costs.flops import NO_WORK
+from triptych.data.batch import MediaWork
 from triptych.data.plan.order import Cursor
-from triptych.data.types import MediaWork
 from triptych.parallel.mesh import Dims
 from triptych.train.console import console
 from triptych.train.hooks import progress

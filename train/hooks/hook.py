@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from triptych.data.types import Step
+from triptych.data.batch import Step
 from triptych.train.state import TrainState
 from triptych.train.step import StepResult
 from triptych.train.stop import StopReason

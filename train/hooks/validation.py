@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from triptych.configs.schema import Config
-from triptych.data.types import Step
+from triptych.data.batch import Step
 from triptych.train.engine import Engine
 from triptych.train.hooks.hook import Hook, StepEvent
 from triptych.train.step import validation_loss
