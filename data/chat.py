@@ -19,6 +19,7 @@ import numpy as np
 
 from triptych.data.parts import Encoded, SequenceWriter, parts_of, write_content, write_part
 from triptych.data.tokenizer import SYSTEM_PROMPT, Tokenizer
+from triptych.data.tool_chat import ToolChatWriter
 from triptych.errors import DataError
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -26,7 +27,11 @@ RESULT, RETURN = "✿RESULT✿", "✿RETURN✿"
 
 
 def encode_chat(
-    messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, *, line_end_is_target: bool = False
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: Tokenizer,
+    *,
+    tools: Any = None,
+    line_end_is_target: bool = False,
 ) -> Encoded:
     """Encodes ChatML. Targets are what the assistant says, and the ``<|im_end|>`` it closes with.
 
@@ -34,13 +39,19 @@ def encode_chat(
         messages: ``{"role": ..., "content": ...}``; content is a string or a list of the parts of
             ``data.parts``.
         tokenizer: for the text.
+        tools: what may be called. With these the chat is in the form of ``data.tool_chat``.
         line_end_is_target: so is the line end after it. Inference stops before, so it teaches
             nothing that is used; some trainers count it.
     Raises:
         DataError: a turn is malformed, none is the assistant's, or an observation is the last.
     """
     writer = SequenceWriter(tokenizer)
-    chat = _ChatWriter(writer, line_end_is_target=line_end_is_target)
+    _check_turns(messages)
+    chat: _ChatWriter | ToolChatWriter
+    if tools:
+        chat = ToolChatWriter(writer, tools, line_end_is_target=line_end_is_target)
+    else:
+        chat = _ChatWriter(writer, line_end_is_target=line_end_is_target)
     chat.write(messages)
     if not any(message["role"] == "assistant" for message in messages):
         raise DataError("messages have no assistant turn: there is nothing to learn from them")
@@ -52,6 +63,7 @@ def encode_chat(
 def encode_prompt(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> Encoded:
     """Encodes ChatML up to where the assistant's answer begins; nothing is a target."""
     writer = SequenceWriter(tokenizer)
+    _check_turns(messages)
     chat = _ChatWriter(writer, line_end_is_target=False)
     chat.write(messages)
     if not chat.is_observed:
@@ -59,6 +71,17 @@ def encode_prompt(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -
         writer.text("assistant\n", target=False)
     prompt = writer.finish()
     return Encoded(prompt.input_ids, np.zeros_like(prompt.targets), prompt.media)
+
+
+def _check_turns(messages: Sequence[Mapping[str, Any]]) -> None:
+    if not isinstance(messages, list | tuple) or not messages:
+        raise DataError("messages must be a list of turns, and not empty")
+    for i, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+            raise DataError(f"messages[{i}] must be an object with role and content")
+        if message["role"] not in ROLES:
+            known = ", ".join(ROLES)
+            raise DataError(f"messages[{i}].role is {message['role']!r}; it must be one of {known}")
 
 
 class _ChatWriter:
@@ -75,20 +98,13 @@ class _ChatWriter:
         return 0 < self._num_calls == self._num_observed
 
     def write(self, messages: Sequence[Mapping[str, Any]]) -> None:
-        """Write all turns.
+        """Write all turns, whose roles are known.
 
         Raises:
             DataError: a turn is malformed, or calls and observations do not fit.
         """
-        if not isinstance(messages, list | tuple) or not messages:
-            raise DataError("messages must be a list of turns, and not empty")
         for i, message in enumerate(messages):
-            if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-                raise DataError(f"messages[{i}] must be an object with role and content")
             role, where = message["role"], f"messages[{i}]"
-            if role not in ROLES:
-                known = ", ".join(ROLES)
-                raise DataError(f"{where}.role is {role!r}; it must be one of {known}")
             if i == 0 and role != "system":
                 self._turn("system", SYSTEM_PROMPT, "")
                 self._end("system", "")
@@ -96,8 +112,7 @@ class _ChatWriter:
                 self._observe(message["content"], where)
             else:
                 self._turn(role, message["content"], where)
-            following = messages[i + 1] if i + 1 < len(messages) else None
-            if not (isinstance(following, Mapping) and following.get("role") == "tool"):
+            if i + 1 == len(messages) or messages[i + 1]["role"] != "tool":
                 self._end(role, where)
 
     def _turn(self, role: str, content: Any, where: str) -> None:

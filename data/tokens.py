@@ -47,7 +47,12 @@ def encode_record(
             f"this one has {', '.join(record) or 'none'}"
         )
     if keys == ["messages"]:
-        return encode_chat(record["messages"], tokenizer, line_end_is_target=line_end_is_target)
+        return encode_chat(
+            record["messages"],
+            tokenizer,
+            tools=record.get("tools"),
+            line_end_is_target=line_end_is_target,
+        )
     if keys == ["text"] and not isinstance(record["text"], str):
         raise DataError(f"text must be a string, not {type(record['text']).__name__}")
     return encode_document(record[keys[0]], tokenizer)

@@ -87,7 +87,16 @@ def parse_args(args: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--format",
-        choices=("ms-swift", "sharegpt", "mmc4", "obelics", "interleaved", "pair", "triptych"),
+        choices=(
+            "openai",
+            "ms-swift",
+            "sharegpt",
+            "mmc4",
+            "obelics",
+            "interleaved",
+            "pair",
+            "triptych",
+        ),
         help="how records are written (default: told by the keys of each)",
     )
     parser.add_argument(

@@ -1,8 +1,9 @@
 """What other tools write: told by its first bytes or its keys, and refused with what to do.
 
-A record has one of the keys ``messages``, ``content`` and ``text``, a turn has ``role`` and
-``content``, a part has ``type`` and the key that its type names. Whatever else is there would be
-passed over in silence, and a model that never sees its pictures trains all the same.
+A record has one of the keys ``messages``, beside which ``tools`` may stand, ``content`` and
+``text``, a turn has ``role`` and ``content``, a part has ``type`` and the key that its type names.
+Whatever else is there would be passed over in silence, and a model that never sees its pictures
+trains all the same.
 """
 
 import re
@@ -98,7 +99,8 @@ def check_record(record: Any, allowed: Allowed) -> None:
         return
     refuse(RECORDS, {k: v for k, v in record.items() if k not in allowed.keys}, "the record is")
     if KINDS_OF_RECORD & record.keys():
-        _check_keys(record, KINDS_OF_RECORD | UNDERSTOOD, "the record", allowed)
+        besides = UNDERSTOOD | ({"tools"} if "messages" in record else set())
+        _check_keys(record, KINDS_OF_RECORD | besides, "the record", allowed)
     for where, content in _contents(record, allowed):
         for i, part in enumerate(content):
             if isinstance(part, Mapping):

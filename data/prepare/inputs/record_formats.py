@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from triptych.data.prepare.inputs.openai_chats import OF_OPENAI, from_openai
 from triptych.data.prepare.inputs.web_documents import (
     MEDIA,
     OF_OBELICS,
@@ -90,6 +91,11 @@ FORMATS = {
     record_format.name: record_format
     for record_format in (
         RecordFormat("sharegpt", lambda record: "conversations" in record, _from_sharegpt),
+        RecordFormat(
+            "openai",
+            lambda record: any(OF_OPENAI & turn.keys() for turn in _turns(record)),
+            from_openai,
+        ),
         RecordFormat(
             "ms-swift",
             lambda record: "messages" in record and (_has_media(record) or _has_tool_calls(record)),
@@ -206,9 +212,14 @@ def _has_media(record: Record) -> bool:
 
 
 def _has_tool_calls(record: Record) -> bool:
-    turns = record["messages"] if isinstance(record["messages"], list) else []
-    roles = {str(turn.get("role")) for turn in turns if isinstance(turn, Mapping)}
+    roles = {str(turn.get("role")) for turn in _turns(record)}
     return bool({"tool_call", "tool_response"} & roles)
+
+
+def _turns(record: Record) -> list[Record]:
+    turns = record.get("messages")
+    found = turns if isinstance(turns, list) else []
+    return [turn for turn in found if isinstance(turn, Mapping)]
 
 
 def _without(record: Record, key: str) -> dict[str, Any]:
