@@ -141,7 +141,14 @@ def _forget_last_case() -> None:
     import torch.distributed as dist
 
     from megatron.core import parallel_state
+    from megatron.core.distributed import DistributedDataParallel
 
+    # A wrapped model and the hooks on its gradients hold each other, by way of C++ where DeepSpeed
+    # was there: the collector does not see that, and the model would keep its groups.
+    for wrapped in [one for one in gc.get_objects() if type(one) is DistributedDataParallel]:
+        for parameter in wrapped.parameters():
+            vars(parameter).clear()
+        vars(wrapped).clear()
     parallel_state.destroy_model_parallel()  # it holds on to them
     if dist.is_initialized():
         dist.destroy_process_group()
