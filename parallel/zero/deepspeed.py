@@ -72,7 +72,7 @@ class DeepSpeedZero(ShardedOptimizer):
         for stand_in in self._stand_ins:
             self._hand_over(stand_in, torch.zeros_like(stand_in, dtype=torch.float32))
         self._zero.reduce_gradients(pipeline_parallel=True)
-        return self._squared_norm(list(self._counted_grads()), veto)
+        return self._squared_norm(*self._counted_and_copies(), veto)
 
     def step(self, lr: Mapping[str, float], grad_norm: float) -> None:
         """Clip and update; ``squared_grad_norm()`` comes before. Every rank must call this."""
@@ -116,16 +116,19 @@ class DeepSpeedZero(ShardedOptimizer):
         """Copy the model's weights to the master weights."""
         self._zero.refresh_fp32_params()
 
-    def _counted_grads(self) -> Iterator[Tensor]:
-        """This rank's shards of the gradient, but for copies of what another rank counts."""
+    def _counted_and_copies(self) -> tuple[list[Tensor], list[Tensor]]:
+        """This rank's shards of the gradient, those that another rank counts apart."""
+        counted: list[Tensor] = []
+        copies: list[Tensor] = []
         for group, shards in self._zero.averaged_gradients.items():
             grads = [shard for shard in shards if not getattr(shard, "_zero_padding", False)]
             parameters = self._zero.params_in_partition[group]
             # not strict: DeepSpeed does not mark all the padding that ends a group
             for grad, parameter in zip(grads, parameters, strict=False):
                 is_tp_copy = self._mesh.tp_rank > 0 and not is_model_parallel_parameter(parameter)
-                if not (is_tp_copy or getattr(parameter, "ds_pipe_replicated", False)):
-                    yield grad
+                is_copy = is_tp_copy or getattr(parameter, "ds_pipe_replicated", False)
+                (copies if is_copy else counted).append(grad)
+        return counted, copies
 
     def _adam_step(self, group: Mapping[str, Any], shard: Tensor) -> Tensor:
         """Where torch's fused AdamW wants it: beside the weights."""

@@ -71,9 +71,11 @@ class MegatronZero(ShardedOptimizer):
     def squared_grad_norm(self, veto: Tensor | None = None) -> Tensor:
         """Squared L2 norm of the whole model's gradient. Every rank must call this."""
         self._chain.prepare_grads()
-        return self._squared_norm(
-            [g for o in self._optimizers for g in o.get_main_grads_for_grad_norm()], veto
-        )
+        counted = [g for o in self._optimizers for g in o.get_main_grads_for_grad_norm()]
+        known = {id(grad) for grad in counted}
+        grads = (main.grad for o in self._optimizers for main in o.get_parameters())
+        copies = [grad for grad in grads if grad is not None and id(grad) not in known]
+        return self._squared_norm(counted, copies, veto)
 
     def step(self, lr: Mapping[str, float], grad_norm: float) -> None:
         """Clip and update; ``squared_grad_norm()`` comes before. Every rank must call this."""

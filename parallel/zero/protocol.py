@@ -101,14 +101,19 @@ class ShardedOptimizer(ABC):
     def refresh_master_weights(self) -> None:
         """Copy the model's weights to the master weights, after the weights were loaded."""
 
-    def _squared_norm(self, grads: Sequence[Tensor], veto: Tensor | None) -> Tensor:
+    def _squared_norm(
+        self, grads: Sequence[Tensor], copies: Sequence[Tensor], veto: Tensor | None
+    ) -> Tensor:
         """Of what all ranks give together. A collective of all ranks.
 
         The norm of the tensors' norms. Both libraries' own wait for the device, once for each
-        tensor or parameter group.
+        tensor or parameter group. Of ``copies``, which another rank counts, only a number that
+        is not finite shows: a bit may have flipped in one of them alone.
         """
         zero = torch.zeros((), device=self._mesh.device)
         squared = (get_total_norm(grads) if grads else zero).square()
+        if copies:
+            squared = squared + 0 * get_total_norm(copies)
         if veto is not None:
             squared = squared.masked_fill(veto, -math.inf)
         dist.all_reduce(squared)

@@ -53,7 +53,7 @@ def test_the_newest_that_was_committed_loads(layout, pool, digits, tmp_path):
 def killed_everywhere(runs: Runs, layout: str, rank: int):
     """The step of the checkpoint that is left, point by point; and whether it was resumed."""
     for count in itertools.count():
-        name = f"rank {rank}, {count}"
+        name = f"rank_{rank}_{count}"
         shutil.copytree(runs.dir("base"), runs.dir(name))
         try:
             runs.call(

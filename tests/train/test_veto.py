@@ -32,9 +32,9 @@ FAULTS = ("loss", "told loss", "gradient", "limit")
 """The loss of one microbatch; the same as it is told only, as after a bit flipped in it; one number
 of a gradient; a limit that this rank alone sees exceeded."""
 QUICK = {
-    ("tp2 pp2", "megatron", "fp32", "told loss"),
+    ("tp2 pp2", "megatron", "fp32", "gradient"),
     ("dp2", "deepspeed", "bf16", "loss"),
-    ("dp2", "megatron+all", "bf16", "gradient"),
+    ("dp2", "megatron+all", "bf16", "told loss"),
 }
 """Every axis, optimizer and precision."""
 
