@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 from triptych.configs.model_schema import ModelConfig, TokensConfig
 from triptych.data.chat import encode_chat, encode_prompt
+from triptych.data.parts import MediaRef
 from triptych.data.tokenizer import SPECIAL_TOKENS, load_tokenizer, train_tokenizer
 from triptych.data.tokens import encode_record, expand
 from triptych.data.types import Media, MediaKind, Sample
@@ -130,7 +131,7 @@ def test_what_the_chat_template_says(tokenizer):
     )
     assert encoded.input_ids.dtype == np.int32
     assert encoded.targets.dtype == np.uint8
-    assert encoded.media == ((MediaKind.IMAGE, "a.png"),)
+    assert encoded.media == (MediaRef(MediaKind.IMAGE, "a.png"),)
 
 
 def test_the_assistant_is_supervised_with_its_end_but_not_its_header(tokenizer):
