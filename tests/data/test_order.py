@@ -79,6 +79,17 @@ def test_mixture_continues_from_its_counts(weights, head, tail):
     assert draw_sources(shares, counts, tail).tolist() == whole[head:].tolist()
 
 
+@settings(deadline=None)
+@given(weights, st.lists(st.integers(0, 30), min_size=12, max_size=12), st.integers(1, 100))
+def test_counts_of_another_mixture_go_on_as_well(weights, counts, num_samples):
+    """Counts that no prefix has, which repeat nothing: drawn as if sample by sample."""
+    shares, counts = integer_shares(weights), counts[: len(weights)]
+    whole = draw_sources(shares, counts, num_samples).tolist()
+    for drawn in range(num_samples):
+        assert draw_sources(shares, counts, 1).tolist() == [whole[drawn]]
+        counts[whole[drawn]] += 1
+
+
 def test_mixture_is_exact_after_a_trillion_samples():
     shares = integer_shares([0.7, 0.2, 0.1])
     counts = [700_000_000_000, 200_000_000_000, 100_000_000_000]

@@ -143,6 +143,12 @@ def test_parts_by_command(work, tmp_path, capsys):
         prepare.main(command(work, tmp_path / "out", "--part", "0/3"))
 
 
+def test_a_process_that_prepares_does_not_import_torch():
+    """Which would take longer than some thousand samples do."""
+    child = "import sys, triptych.data.prepare.build_dataset; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", child], check=False).returncode == 0
+
+
 CHILD = """
 import sys; from pathlib import Path
 from triptych.tests.data.test_parallel_prepare import build
@@ -161,11 +167,16 @@ def test_the_same_bytes_from_64_parts_and_after_kills(work, whole, tmp_path):
     while not (tmp_path / "killed").exists():
         child = subprocess.Popen([sys.executable, "-c", CHILD, str(work), str(tmp_path / "killed")])
         until = time.monotonic() + 600
-        before = len(list(tmp_path.glob(".killed.parts/0*")))
+        before = _num_finished(tmp_path)
         while child.poll() is None and time.monotonic() < until:
-            if len(list(tmp_path.glob(".killed.parts/0*"))) > before:
+            if _num_finished(tmp_path) > before:
                 os.kill(child.pid, signal.SIGKILL)
                 num_killed += 1
         child.wait()
     assert num_killed > 2
     assert content(tmp_path / "killed") == whole
+
+
+def _num_finished(folder: Path) -> int:
+    """Blocks that are there; those that are being written have a longer name."""
+    return len(list(folder.glob(f".killed.parts/{'[0-9]' * 6}")))
