@@ -8,7 +8,8 @@ r"""Chats beside declared tools, in the form of Qwen2.5; without ``tools`` see `
 Targets are the turns of the assistant with their calls. Several tools answer in one turn. Where the
 tokenizer has ``<tool_call>`` as one token, it is one, here as in any text.
 
-Source: the chat template of Qwen2.5-Instruct, tests/data/golden_tools.json.
+Source: the chat template of Qwen2.5, with single braces in the line that explains a call;
+tests/data/golden_tools.json.
 """
 
 import json
