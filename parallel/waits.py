@@ -99,7 +99,8 @@ def measure_waits(groups: Mapping[str, dist.ProcessGroup]) -> None:
 
 def waits_for() -> str:
     """What this process waits in now, as "allreduce (dp)"; empty where it does not."""
-    return "{} ({})".format(*_waits.now) if _waits.now else ""
+    now = _waits.now  # looked at once: the watchdog's thread asks, the training thread goes on
+    return "{} ({})".format(*now) if now else ""
 
 
 def waited_s() -> float:

@@ -93,3 +93,11 @@ def wait_in_turn():
         work.wait()
     by_group_s = take_waits().by_group_s
     return {"dp": by_group_s["default_pg"], "own": by_group_s["own"]}, before, waits_for()
+
+
+def test_a_wait_that_ends_while_the_watchdog_asks_for_it_is_told_or_not():
+    """The watchdog's thread would end by an error, and its rank be taken for dead."""
+    waits = mock.Mock()
+    type(waits).now = mock.PropertyMock(side_effect=[("allreduce", "dp"), None])
+    with mock.patch("triptych.parallel.waits._waits", waits):
+        assert waits_for() == "allreduce (dp)"

@@ -1,21 +1,26 @@
 """A rank of a real run that hangs is named, the stacks of all are there, and all leave."""
 
+import json
 import os
 import pickle
 import signal
 import subprocess
 import sys
 import time
+from itertools import chain, repeat
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch.distributed as dist
 
+from triptych.configs.compose import load_config
 from triptych.configs.schema import Config
 from triptych.tests.helpers.pool import RankFailureError
 from triptych.tests.helpers.runs import LAYOUTS, Runs, train
 from triptych.train.events import read_events
+from triptych.train.watch.place import Phase, Whereabouts
+from triptych.train.watch.watchdog import Watchdog
 
 slow = pytest.mark.slow
 PLACES = {
@@ -98,6 +103,26 @@ def hang(how: str) -> None:
     if how == "asleep":
         time.sleep(10_000)
     os.kill(os.getpid(), signal.SIGSTOP if how == "stopped" else signal.SIGKILL)
+
+
+def test_a_rank_that_moves_on_while_it_tells_has_not_stayed_where_it_is_now(tmp_path):
+    """Minutes of a save would be told as minutes of computing, and end the run."""
+    config = load_config([f"run.dir={tmp_path}"])
+    saving, computing = Whereabouts(Phase.HOOKS, 3, "Checkpointing"), Whereabouts(Phase.COMPUTE, 4)
+    store = dist.HashStore()
+    for num_looks in range(1, 5):
+        looks = chain([saving] * (1 + num_looks), repeat(computing))
+        with (
+            mock.patch("triptych.train.watch.watchdog.here", lambda looks=looks: next(looks)),
+            mock.patch("triptych.train.watch.watchdog.faulthandler"),
+        ):
+            watchdog = Watchdog(config, store, rank=1, world_size=2)
+            for _ in range(3):
+                watchdog._poll()
+                told = json.loads(store.get("watch/rank/1"))
+                assert told["place"]["phase"] != Phase.COMPUTE or not told["stayed_s"]
+                if told["place"]["phase"] == Phase.COMPUTE:
+                    break
 
 
 DIES_EARLY = """

@@ -98,6 +98,7 @@ class Watchdog:
         try:
             while not self._ended.wait(POLL_S):
                 self._poll()
+            self._place = here()
             self._tell()
         except RuntimeError as error:  # torch's own: the store has gone with the launcher
             _log.warning("hangs are not noticed any more: the ranks' store is gone: %s", error)
@@ -111,8 +112,9 @@ class Watchdog:
         grant = Grant(self._slack_s, self._timeout_s, usual_step_s())
         # If this thread cannot run, as where another never lets go of Python's lock.
         faulthandler.dump_traceback_later(2 * grant.silence_s, file=STDERR)
-        self._stayed_s = self._stayed_s + passed_s if here() is self._place else 0.0
-        self._place = here()
+        place = here()  # looked at once: the training thread goes on meanwhile
+        self._stayed_s = self._stayed_s + passed_s if place is self._place else 0.0
+        self._place = place
         self._tell(grant)
         if hang := self._read("hang"):
             self._leave(hang)
@@ -126,14 +128,13 @@ class Watchdog:
     def _tell(self, grant: Grant | None = None) -> None:
         """Where this rank is. The number makes each sign of life another."""
         self._num_signs += 1
-        place = here()
         sign = {
             "number": self._num_signs,
             "host": gethostname(),
             "process": os.getpid(),
-            "place": asdict(place),
+            "place": asdict(self._place),
             "stayed_s": self._stayed_s,
-            "may_stay_s": grant.stay_s(place.phase) if grant else 0.0,
+            "may_stay_s": grant.stay_s(self._place.phase) if grant else 0.0,
             "waits_for": waits_for(),
         }
         self._store.set(f"rank/{self._rank}", json.dumps(sign))
@@ -147,10 +148,10 @@ class Watchdog:
         late = late_ranks(ranks, grant.silence_s)
         if not late:
             return
-        folder = f"{time.strftime('%Y%m%d_%H%M%S')}_step_{here().step}"
+        folder = f"{time.strftime('%Y%m%d_%H%M%S')}_step_{self._place.step}"
         hang = Hang(
             judge=self._rank,
-            step=max(0, here().step - 1),
+            step=max(0, self._place.step - 1),
             silent=[[seen.host, seen.process] for seen in late if seen.silent_s],
             late=[asdict(seen) for seen in late],
             num_there=sum(seen.place.phase is not Phase.LEFT for seen in ranks),
