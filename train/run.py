@@ -107,18 +107,17 @@ def _run_stage(config: Config, mesh: Mesh, start_up: StartUp) -> TrainState:
     introduce(config, engine, data)  # whoever reads it knows that nothing was refused
     load_start(start, config, engine)
     state = start.state
-    if is_finished(config, engine, state) or not _has_step(data.plan, config, state):
+    if _is_over(config, engine, data.plan, state):
         say(finished(config, state))
         return state
     start_up.done("weights")
     open_run_folder(config, mesh, state, start_up, store.damaged)
-    hooks_of = partial(
-        _hooks, config, engine, held_out, questions, start_up, History(run_dir, mesh)
-    )
+    lasting = History(run_dir, mesh), StopRequest(run_dir, mesh)
+    hooks_of = partial(_hooks, config, engine, held_out, questions, start_up, *lasting)
     state, asked = _train_from(start, config, engine, data, hooks_of)
     if asked is not None and asked.is_error:
         raise TrainingError(out_of_budget(asked.text, config, state))
-    if is_finished(config, engine, state) or not _has_step(data.plan, config, state):
+    if _is_over(config, engine, data.plan, state):
         say(finished(config, state))
         if mesh.is_main:
             record_event(run_dir, "finished", step=state.step)
@@ -198,12 +197,14 @@ def _refuse_too_few_samples(plan: Plan, config: Config) -> None:
         )
 
 
-def _has_step(plan: Plan, config: Config, state: TrainState) -> bool:
-    """Whether the plan has a whole step after this place."""
-    if not plan.ends:
+def _is_over(config: Config, engine: Engine, plan: Plan, state: TrainState) -> bool:
+    """Whether the stage is finished, or the plan has no whole step after this place."""
+    if is_finished(config, engine, state):
         return True
+    if not plan.ends:
+        return False
     packs, _ = plan.next_packs(state.cursor, config.train.global_batch_size)
-    return len(packs) == config.train.global_batch_size
+    return len(packs) < config.train.global_batch_size
 
 
 def _hooks(
@@ -213,6 +214,7 @@ def _hooks(
     questions: EvaluationSet | None,
     start_up: StartUp,
     history: History,
+    stop_request: StopRequest,
     *,
     store: CheckpointStore,
     start: StartingPoint,
@@ -221,13 +223,14 @@ def _hooks(
     """Everything optional.
 
     What fails on all ranks comes first, for one reason on all. Saving comes last: a checkpoint's
-    steps have been written down then.
+    steps have been written down then. Where the run goes back, ``history`` and ``stop_request`` go
+    on, and all others are made anew.
     """
     mesh, run_dir = engine.mesh, Path(config.run.dir)
     hooks: list[Hook] = [
         history,
         UnreadableBudget(config),
-        StopRequest(run_dir, mesh),
+        stop_request,
         SlowRanks(run_dir, mesh, config.run.checkpoint_every),
     ]
     if held_out is not None:

@@ -185,6 +185,30 @@ def test_a_second_term_ends_a_process_at_once(monkeypatch, tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_who_wants_no_other_start_is_not_overruled(tmp_path):
+    """A person's TERM, then Slurm's notice or the file that asks for the same as that."""
+    stop = StopRequest(tmp_path, SimpleNamespace(is_main=True))
+    for number, requeue in (
+        (signal.SIGUSR1, True),
+        (signal.SIGTERM, False),
+        (signal.SIGUSR1, False),
+    ):
+        stop._asked(number, None)
+        assert stop.after_step(event=None).requeue == requeue
+    (tmp_path / "stop").write_text("requeue")
+    assert stop.after_step(event=None) == StopReason("SIGTERM", requeue=False)
+
+
+def test_what_was_asked_stays_asked_where_a_run_goes_back(tmp_path):
+    stop = StopRequest(tmp_path, SimpleNamespace(is_main=False))
+    for _ in range(2):
+        stop.on_start(state=None)
+        if stop.after_step(event=None) is None:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        stop.close()
+    assert stop.after_step(event=None) == StopReason("SIGUSR1", requeue=True)
+
+
 def test_a_rank_whose_torchrun_has_ended_asks_to_stop_and_to_be_started_again(
     monkeypatch, tmp_path
 ):

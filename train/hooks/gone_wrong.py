@@ -45,7 +45,7 @@ class GoneWrong(Hook):
             TrainingError: that would not help, or no longer.
         """
         result, state = event.result, event.state
-        if result.is_sound or (result.veto is None and not result.is_spike):
+        if result.veto is None and not result.is_spike:
             return
         self._tell(event)
         if result.is_spike and self._config.train.spikes.action is SpikeAction.roll_back:

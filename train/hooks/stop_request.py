@@ -35,7 +35,10 @@ ONE_REQUEST_S = 5.0
 
 
 class StopRequest(Hook):
-    """On every rank, for signals; rank 0 also looks for the file, once a step."""
+    """On every rank, for signals; rank 0 also looks for the file, once a step.
+
+    What was asked stays asked where a run goes back to an earlier checkpoint and on from there.
+    """
 
     def __init__(self, run_dir: Path, mesh: Mesh) -> None:
         self._file = run_dir / STOP if mesh.is_main else None
@@ -52,13 +55,12 @@ class StopRequest(Hook):
     def after_step(self, event: StepEvent) -> StopReason | None:
         """Ask, where this rank was asked."""
         if self._file is not None:
-            with contextlib.suppress(
-                OSError
-            ):  # there is none; or it is looked for after a step more
+            # There is none, most often; one that cannot be read is looked for after a step more.
+            with contextlib.suppress(OSError):
                 requeue = self._file.read_text().strip() == REQUEUE
-                self._reason = StopReason(f"the file {self._file}", requeue=requeue)
+                self._ask(f"the file {self._file}", requeue=requeue)
         if self._agent not in (None, os.getppid()) and self._reason is None:
-            self._reason = StopReason("its torchrun has ended without it", requeue=True)
+            self._ask("its torchrun has ended without it", requeue=True)
         return self._reason
 
     def close(self) -> None:
@@ -73,7 +75,12 @@ class StopRequest(Hook):
             if now - self._first_term >= ONE_REQUEST_S:
                 signal.signal(asked, signal.SIG_DFL)
                 os.kill(os.getpid(), asked)
-        self._reason = StopReason(asked.name, requeue=SIGNALS[asked])
+        self._ask(asked.name, requeue=SIGNALS[asked])
+
+    def _ask(self, by: str, *, requeue: bool) -> None:
+        """The latest counts, but who does not want it to start again is not overruled."""
+        if self._reason is None or self._reason.requeue or not requeue:
+            self._reason = StopReason(by, requeue=requeue)
 
 
 def forget_stop(run_dir: Path) -> None:
