@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from triptych.configs.schema import Config
 from triptych.configs.validate import validate
 from triptych.errors import ConfigError
 from triptych.launch.cli import run
@@ -51,15 +52,14 @@ def main(argv: Sequence[str]) -> None:
             config = replace(config, parallel=in_one_process(config.parallel))
         validate(config, world_size)
     if int(os.environ.get("RANK", "0")) == 0:
-        _draw(options.run_dir, step, options.pictures)
+        _draw(options.run_dir, config, step, options.pictures)
     if options.run:
         init_distributed(config.cluster.timeout_s)
         run_again(options.run_dir, config, step)
         shutdown()
 
 
-def _draw(run_dir: Path, step: int, most: int) -> None:
-    config = config_of_run(run_dir)
+def _draw(run_dir: Path, config: Config, step: int, most: int) -> None:
     mixture = Mixture.open(config, config.data.mixtures[config.stage.name])
     packs = packs_of_step(run_dir, step, mixture.plan)
     say(f"step {step}: packs {', '.join(str(pack.number) for pack in packs)}")

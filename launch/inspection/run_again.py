@@ -6,7 +6,7 @@ Nothing is written. Every rank must call what is here.
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ import torch
 from triptych.checkpoints.manifest import verify
 from triptych.configs.schema import Config, ParallelConfig
 from triptych.data.batch import Step
+from triptych.data.plan.order import Cursor
 from triptych.data.types import SampleId
 from triptych.errors import CheckpointError
-from triptych.launch.inspection.step_of_run import saved_places
+from triptych.launch.inspection.step_of_run import passed_over_before, saved_places
 from triptych.parallel.device import be_deterministic
 from triptych.parallel.mesh import Mesh, build_mesh
 from triptych.train.console import say
@@ -28,6 +29,7 @@ from triptych.train.json_lines import read_lines
 from triptych.train.loop import place_after
 from triptych.train.records import METRICS
 from triptych.train.start import StartingPoint, load_start
+from triptych.train.state import TrainState
 from triptych.train.step import StepResult, drop_unreadable, microbatch_losses, train_step
 
 ROUNDING = 1e-5
@@ -72,9 +74,8 @@ def run_again(run_dir: Path, config: Config, number: int) -> None:
     load_start(start, config, engine)
     told = {line["step"]: line for line in read_lines(run_dir / METRICS)}
     state = start.state
-    with contextlib.closing(data.loader(config, mesh, state.cursor)) as loader:
-        while True:
-            step = next(loader)
+    with contextlib.closing(_steps_after(state, run_dir, config, data, mesh)) as steps:
+        for step, cursor in steps:
             is_the_one = state.step + 1 == number
             if is_the_one:
                 losses = _sample_losses(engine, data, config, step)
@@ -87,7 +88,7 @@ def run_again(run_dir: Path, config: Config, number: int) -> None:
                 loss_limit=-math.inf if before.get("skipped") and not is_the_one else math.inf,
                 vetoes_spikes=True,
             )
-            state = place_after(state, result, loader.cursor, config.train.spikes)
+            state = place_after(state, result, cursor, config.train.spikes)
             if is_the_one:
                 break
             say(f"step {state.step}: {_compared(result, before)}")
@@ -109,6 +110,24 @@ def _start_before(run_dir: Path, number: int, plan: str, mesh: Mesh) -> Starting
         f"{run_dir} has no good checkpoint before step {number} of this plan of the data: what it "
         "started from is not kept  -> replay a later step, or leave --run out"
     )
+
+
+def _steps_after(
+    state: TrainState, run_dir: Path, config: Config, data: Mixture, mesh: Mesh
+) -> Generator[tuple[Step, Cursor]]:
+    """The steps as the run made them, each with the place after it.
+
+    Where it went back, its checkpoint does not know of the packs that it then passed over.
+    """
+    ends = passed_over_before(run_dir)
+    number, cursor = state.step + 1, state.cursor
+    while True:
+        more = ends.pop(number, 0) - cursor.num_packs
+        _, cursor = data.plan.next_packs(cursor, max(0, more))
+        with contextlib.closing(data.loader(config, mesh, cursor)) as loader:
+            while number not in ends:
+                yield next(loader), loader.cursor
+                number, cursor = number + 1, loader.cursor
 
 
 def _sample_losses(engine: Engine, data: Mixture, config: Config, step: Step) -> list[SampleLoss]:

@@ -34,11 +34,11 @@ def packs_of_step(run_dir: Path, step: int, plan: Plan) -> list[Pack]:
     Raises:
         DataError: the ledger has no such step, or the data are not what they were then.
     """
-    lines = list(_ledger_lines(run_dir, step))
+    lines = _ledger_lines(run_dir, step)
     numbers = sorted(pack for line in lines for pack in line["packs"])
     cursor = _cursor_before(run_dir, numbers[0], plan)
     found, _ = plan.next_packs(cursor, numbers[-1] + 1 - cursor.num_packs)
-    packs = [found[number - cursor.num_packs] for number in numbers]
+    packs = [pack for pack in found if pack.number in numbers]
     planned = sorted(tuple(sample) for pack in packs for sample in pack.samples)
     if planned != sorted(tuple(sample) for line in lines for sample in line["samples"]):
         raise DataError(
@@ -49,10 +49,24 @@ def packs_of_step(run_dir: Path, step: int, plan: Plan) -> list[Pack]:
     return packs
 
 
-def _ledger_lines(run_dir: Path, step: int) -> Iterator[dict[str, Any]]:
-    """Of every data-parallel rank."""
+def passed_over_before(run_dir: Path) -> dict[int, int]:
+    """Step before which the run had gone back -> the first pack after those it passed over."""
+    ends: dict[int, int] = {}
+    for line in _ledger(run_dir):
+        for pack in line.get("passed_over", {}).get("packs", ()):
+            ends[line["step"]] = max(ends.get(line["step"], 0), pack + 1)
+    return ends
+
+
+def _ledger(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of every data-parallel rank."""
     files = sorted((run_dir / LEDGER).glob("dp_*.jsonl"))
-    lines = [line for file in files for line in read_lines(file)]
+    return [line for file in files for line in read_lines(file)]
+
+
+def _ledger_lines(run_dir: Path, step: int) -> list[dict[str, Any]]:
+    """Those of a step."""
+    lines = _ledger(run_dir)
     if not lines:
         raise DataError(f"{run_dir / LEDGER} tells of no step  -> name the folder of a run")
     steps = [line["step"] for line in lines]
@@ -61,7 +75,7 @@ def _ledger_lines(run_dir: Path, step: int) -> Iterator[dict[str, Any]]:
             f"{run_dir / LEDGER} has steps {min(steps)} to {max(steps)}, but not step {step}"
             f"  -> step={max(steps)}"
         )
-    return (line for line in lines if line["step"] == step)
+    return [line for line in lines if line["step"] == step]
 
 
 def _cursor_before(run_dir: Path, pack: int, plan: Plan) -> Cursor:

@@ -5,14 +5,18 @@ import io
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch.distributed as dist
 
-from triptych.errors import TriptychError
+from triptych.data.plan.order import Cursor
+from triptych.data.types import Pack, SampleId
+from triptych.errors import DataError, TriptychError
 from triptych.launch import replay
+from triptych.launch.inspection.step_of_run import packs_of_step, passed_over_before
 from triptych.tests.helpers.runs import Runs, metrics, packs, train
 from triptych.train.console import console
 
@@ -105,3 +109,27 @@ def test_a_flipped_bit_is_told_from_bad_data(change, verdict, pool, run_dir, tmp
 def test_what_cannot_be_replayed_is_refused(words, refused, pool, run_dir):
     told = call(pool, 1, run_dir, *words)
     assert re.search(refused, told), told
+
+
+def leave_ledger(run_dir: Path, *lines: dict[str, Any]) -> None:
+    (run_dir / "ledger").mkdir(parents=True, exist_ok=True)
+    number = len(list((run_dir / "ledger").iterdir()))
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (run_dir / "ledger" / f"dp_{number:05d}.jsonl").write_text(text)
+
+
+def test_the_ledger_tells_where_a_run_went_on_after_it_went_back(tmp_path):
+    back = {"step": 5, "packs": [28, 30], "samples": [], "passed_over": {"packs": [16, 26]}}
+    leave_ledger(tmp_path, {"step": 4, "packs": [12], "samples": []}, back)
+    back = {"step": 5, "packs": [29, 31], "samples": [], "passed_over": {"packs": [17, 27]}}
+    leave_ledger(tmp_path, {"step": 4, "packs": [13], "samples": []}, back)
+    assert passed_over_before(tmp_path) == {5: 28}
+
+
+def test_data_that_end_before_a_pack_of_the_ledger_are_told_as_others(tmp_path):
+    leave_ledger(tmp_path, {"step": 1, "packs": [0, 1], "samples": [[0, 0], [0, 1]]})
+    there = [Pack(0, (SampleId(0, 0),), 9, 0)]
+    start = Cursor((0,), (0,))
+    plan = SimpleNamespace(start=start, hash="", next_packs=lambda *_: (there, start))
+    with pytest.raises(DataError, match="are not what they were  -> restore them"):
+        packs_of_step(tmp_path, 1, plan)

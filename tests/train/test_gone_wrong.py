@@ -1,6 +1,8 @@
 """Runs whose numbers go wrong: told, recorded, skipped or gone back from, and always bounded."""
 
+import contextlib
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -12,9 +14,11 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from triptych.configs.schema import Config, SpikesConfig
 from triptych.data.plan.order import Cursor
+from triptych.launch.inspection.run_again import run_again
 from triptych.tests.helpers.pool import RankFailureError
 from triptych.tests.helpers.runs import (
     Runs,
@@ -28,6 +32,7 @@ from triptych.tests.helpers.runs import (
 )
 from triptych.tests.helpers.whole_state import whole_state
 from triptych.train import events
+from triptych.train.console import console
 from triptych.train.hooks.progress import Progress
 from triptych.train.spikes import loss_limit
 from triptych.train.start import load_start
@@ -304,3 +309,48 @@ def test_a_run_goes_back_three_times_to_one_checkpoint_and_no_more(runs, whole):
     assert "the loss is a spike, and the run has gone back to step 4 3 times" in message
     back = [event for event in read_events(runs.dir("run")) if event["what"] == "went_back"]
     assert [event["to_step"] for event in back] == [4, 4, 4]
+
+
+@slow
+@distributed
+def test_asked_to_stop_as_it_goes_back_a_run_stops(runs, whole):
+    """In step 7, from which it goes back to 4: it asks after step 5, and ends after step 6."""
+    wrong = {first_samples(whole, 7)[0]: 9.0}
+    words = (*ROLL_BACK, "train.num_steps=9")
+    (told, _), _ = runs.call(spoil_and_interrupt, "run", "dp2", *words, wrong=wrong, call=7)
+    assert "stops after step 6, as asked by rank 0: SIGUSR1" in told
+    assert json.loads((runs.dir("run") / "stopped.json").read_text())["requeue"]
+
+
+def spoil_and_interrupt(config: Config, wrong: dict[str, float], call: int) -> Any:
+    """As ``spoil``; rank 0 is given notice when it has finished so many steps."""
+    original, calls = Progress.after_step, itertools.count(1)
+
+    def interrupt(self, event):
+        if next(calls) == call and dist.get_rank() == 0:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return original(self, event)
+
+    with mock.patch.object(Progress, "after_step", interrupt):
+        return spoil(config, wrong)
+
+
+@slow
+@distributed
+def test_a_step_after_it_went_back_is_run_again_bit_for_bit(runs, whole):
+    """Step 6 from the checkpoint of step 4, which does not know of the packs passed over."""
+    wrong = {first_samples(whole, 7)[0]: 9.0}
+    words = (*ROLL_BACK, "run.keep=9", "train.num_steps=9")
+    runs.call(spoil, "run", "dp2", *words, wrong=wrong)
+    told, _ = runs.call(step_run_again, "run", "dp2", *words, number=6)
+    assert "step_000000004.0, step 4" in told
+    assert "step 5: loss " in told
+    assert "the same, bit for bit" in told
+
+
+def step_run_again(config: Config, number: int) -> str:
+    """What ``launch/replay.py --run`` says of a step."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), console(dist.get_rank()):
+        run_again(Path(config.run.dir), config, number)
+    return output.getvalue()
