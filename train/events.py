@@ -5,6 +5,7 @@ where steps are trained again. Only the main rank writes, since appends of many 
 are not atomic everywhere.
 """
 
+import errno
 import json
 import logging
 import os
@@ -30,11 +31,7 @@ def record_event(run_dir: Path, what: str, *, step: int, **details: Any) -> None
     event = {"time": round(time.time(), 3), "what": what, "step": step, **details}
     line = (json.dumps(event) + "\n").encode()
     try:
-        file = os.open(run_dir / EVENTS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-        try:
-            os.write(file, line)
-        finally:
-            os.close(file)
+        _append(run_dir / EVENTS, line)
     except OSError as error:
         _log.warning("%s does not take what happened (%s): %s", run_dir / EVENTS, what, error)
 
@@ -43,6 +40,20 @@ def read_events(run_dir: Path) -> list[dict[str, Any]]:
     """All events, oldest first; what is no whole line is passed over."""
     path = run_dir / EVENTS
     return list(filter(_is_event, read_lines(path))) if path.exists() else []
+
+
+def _append(path: Path, line: bytes) -> None:
+    """In one piece, and on a line of its own also after one that a full disk has cut.
+
+    Raises:
+        OSError: it is not all written.
+    """
+    with path.open("ab+", buffering=0) as file:
+        size = file.tell()
+        if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
+            line = b"\n" + line
+        if file.write(line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _is_event(record: dict[str, Any]) -> bool:

@@ -1,5 +1,7 @@
 """The history of a run: what is told is read back, whatever else stands in the file."""
 
+import resource
+
 from triptych.train.events import EVENTS, read_events, record_event
 from triptych.train.restarts import effective_share, read_starts, starts_without_progress
 
@@ -20,6 +22,21 @@ def test_a_damaged_line_hides_no_other(tmp_path):
         file.write(b'{"what": "sto\xff\n')
     record_event(tmp_path, "started", step=3)
     assert [event["step"] for event in read_events(tmp_path)] == [0, 3]
+
+
+def test_what_a_full_disk_has_cut_is_told_and_takes_nothing_after_it_along(tmp_path, caplog):
+    record_event(tmp_path, "started", step=0)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = (tmp_path / EVENTS).stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 9, before[1]))
+    try:
+        record_event(tmp_path, "saved", step=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (tmp_path / EVENTS).stat().st_size == size + 9
+    assert "does not take what happened (saved)" in caplog.text
+    record_event(tmp_path, "stopped", step=3)
+    assert [event["what"] for event in read_events(tmp_path)] == ["started", "stopped"]
 
 
 def test_a_disk_that_takes_nothing_is_a_warning(tmp_path, caplog):
