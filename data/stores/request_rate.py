@@ -45,10 +45,10 @@ class RequestRate:
         self._waiting.append(turn)
         with self._at_file:
             if not turn:  # or another thread has taken it
-                waiting = [self._waiting.popleft() for _ in range(len(self._waiting))]
-                first = self._move(len(waiting) * self._interval_s)
-                for number, other in enumerate(waiting):
-                    other.append(first + number * self._interval_s)
+                count = len(self._waiting)
+                first = self._move(count * self._interval_s)  # if it fails, all still wait
+                for number in range(count):
+                    self._waiting.popleft().append(first + number * self._interval_s)
         time.sleep(max(0.0, turn[0] - time.monotonic()))
 
     def hold(self, seconds: float) -> None:

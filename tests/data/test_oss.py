@@ -325,6 +325,18 @@ def test_threads_that_wait_are_served_by_one_of_them(monkeypatch, tmp_path):
     assert steps == pytest.approx([0.001, 0.019])
 
 
+def test_a_thread_that_cannot_open_the_file_takes_no_turn_of_others(tmp_path):
+    rate = request_rate.RequestRate("bucket", 1000)
+    other: list[float] = []
+    rate._waiting.append(other)
+    rate._path = tmp_path / "missing" / "file"
+    with pytest.raises(FileNotFoundError):
+        rate.take()
+    rate._path = tmp_path / "file"
+    rate.take()
+    assert other, "or it would have waited for ever"
+
+
 def test_a_limit_is_divided_by_the_nodes_of_the_job(server, monkeypatch):
     monkeypatch.setenv("GROUP_WORLD_SIZE", "4")
     store = open_store(URL, 80)
