@@ -41,7 +41,7 @@ def facts(run: RunRecord, now: datetime) -> dict[str, str]:
         return {"Steps": "none yet: there is no metrics.jsonl, or nothing in it"}
     recent = slice(-RECENT_STEPS, None)
     samples, unreadable = steps.last("consumed_samples"), np.nansum(steps["num_unreadable"])
-    skipped = int(np.isnan(steps["loss"]).sum())
+    skipped = int((np.isnan(steps["loss"]) | np.isnan(steps["grad_norm"])).sum())
     told = {
         "Last step": _last_step(run, now),
         "Steps": _of(steps.last("step"), run.config.get("train.num_steps")),

@@ -9,8 +9,9 @@ from typing import Any
 from triptych.launch.reporting.run_record import RunRecord
 
 STARTED = "started"
-ROUTINE = (STARTED, "first_step", "saved", "finished")
-"""What is expected; all else is drawn into the charts as well."""
+EXPECTED = ("first_step", "saved", "finished")
+"""All else is drawn into the charts as well, but the first start."""
+ROUTINE = (STARTED, *EXPECTED)
 MOST_ROWS = 200
 """Newest events that a table lists."""
 MOST_MARKS = 60
@@ -92,11 +93,11 @@ def start_times(events: Sequence[Mapping[str, Any]]) -> list[float]:
 
 def marks_of(run: RunRecord) -> list[tuple[float, str]]:
     """Step and text of what was not expected, and of every start but the first; the newest."""
-    starts = [event for event in run.events if event["what"] == STARTED][1:]
-    notable = [event for event in run.events if event["what"] not in ROUTINE]
+    first = next((event for event in run.events if event["what"] == STARTED), None)
+    shown = [event for event in run.events if event is not first and event["what"] not in EXPECTED]
     return [
-        (float(event["step"]), f"{event['what'].replace('_', ' ')} at step {event['step']}")
-        for event in [*starts, *notable][-MOST_MARKS:]
+        (float(event["step"]), f"{_words(event['what'])} at step {event['step']}")
+        for event in shown[-MOST_MARKS:]
     ]
 
 

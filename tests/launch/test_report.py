@@ -2,8 +2,10 @@
 
 import json
 import re
+from datetime import datetime
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,8 +17,10 @@ from triptych.errors import ConfigError
 from triptych.launch.report import main
 from triptych.launch.reporting.axis import Axis, compact
 from triptych.launch.reporting.chart import NUM_COLUMNS, Series, line_chart, running_means
+from triptych.launch.reporting.facts import facts
 from triptych.launch.reporting.run_record import read_run
 from triptych.launch.reporting.time_spent import BETWEEN, time_shares
+from triptych.launch.reporting.timeline import MOST_MARKS, marks_of
 from triptych.tests.helpers.left_by_a_run import leave_run
 
 EVIL = "<script>alert(1)</script>"
@@ -312,3 +316,24 @@ def heights_of(path: str) -> list[int]:
 def test_running_means():
     means = running_means(np.array([1.0, 2.0, 3.0, 4.0, 5.0]), 3)
     assert means.tolist() == [1.0, 1.5, 2.0, 3.0, 4.0]
+
+
+def test_steps_without_an_update_are_those_of_spikes_too(tmp_path):
+    folder = leave_run(tmp_path / "run", num_steps=20)
+    metrics = folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    lines[3] |= {"grad_norm": None, "skipped": "a spike"}
+    lines[5] |= {"loss": None, "grad_norm": None, "skipped": "not finite"}
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = facts(read_run(folder, "run"), datetime.now().astimezone())
+    assert found["Steps without update"] == "2"
+
+
+def test_the_newest_events_are_marked_in_charts():
+    """Starts among them, but not the first."""
+    skipped = [{"what": "update_skipped", "step": step} for step in range(100)]
+    events = [{"what": "started", "step": 0}, *skipped, {"what": "started", "step": 90}]
+    marks = marks_of(SimpleNamespace(events=[*events, {"what": "saved", "step": 95}]))
+    assert len(marks) == MOST_MARKS
+    assert marks[-2:] == [(99.0, "update skipped at step 99"), (90.0, "started at step 90")]
+    assert marks_of(SimpleNamespace(events=events[:1])) == []
