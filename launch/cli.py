@@ -1,5 +1,6 @@
 """What all commands share: an error is told once, as the last thing on the screen."""
 
+import argparse
 import errno
 import os
 import signal
@@ -56,6 +57,13 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
         if isinstance(error, TriptychError) or (isinstance(error, OSError) and error.filename):
             _leave(message)
         _leave(message, before=traceback.format_exc(), is_cause=not lost_a_peer(error))
+
+
+def at_least_one(text: str) -> int:
+    """The type of an argument that counts something."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be a whole number from 1 on")
+    return int(text)
 
 
 def _leave(message: str, *, before: str = "", status: int = 1, is_cause: bool = True) -> NoReturn:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 try:
     from triptych.launch.bar import Bar
-    from triptych.launch.cli import run
+    from triptych.launch.cli import at_least_one, run
 except ModuleNotFoundError as missing:
     sys.exit(f"{missing.name} is not installed -> make install && source .venv/bin/activate")
 
@@ -68,12 +68,6 @@ def _write(text: str) -> None:
     print(text, end="", flush=True)
 
 
-def _degree(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no number of ranks")
-    return int(text)
-
-
 def _be_silent(*_: object) -> None:
     """What the other ranks say."""
 
@@ -92,7 +86,9 @@ def _parser() -> argparse.ArgumentParser:
         "--max-new-tokens", type=int, default=32, help="an answer is cut there (default: 32)"
     )
     for degree, what in (("--tp", "share each layer"), ("--pp", "share the layers")):
-        parser.add_argument(degree, type=_degree, default=1, help=f"ranks that {what} (default: 1)")
+        parser.add_argument(
+            degree, type=at_least_one, default=1, help=f"ranks that {what} (default: 1)"
+        )
     parser.add_argument("--digits", type=int, metavar="NUMBER", help="images for evaluation")
     parser.add_argument("--seed", type=int, default=1234, help="of these images (default: 1234)")
     parser.add_argument("--output", type=Path, help="folder for results and pictures")

@@ -19,7 +19,7 @@ from triptych.configs.compose import load_config
 from triptych.configs.schema import Config
 from triptych.configs.validate import validate
 from triptych.errors import ConfigError
-from triptych.launch.cli import run
+from triptych.launch.cli import at_least_one, run
 
 JOB = "launch/slurm/pretrain.sbatch"
 
@@ -94,12 +94,22 @@ def _parser() -> argparse.ArgumentParser:
         description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--nodes", type=int, required=True)
-    add("--gpus-per-node", type=int, default=0, help="none: on CPUs")
-    add("--processes", type=int, default=1, help="per node, where there are no GPUs (default: 1)")
+    add("--nodes", type=at_least_one, required=True)
+    add("--gpus-per-node", type=at_least_one, help="none: on CPUs")
+    add(
+        "--processes",
+        type=at_least_one,
+        default=1,
+        help="per node, where there are no GPUs (default: 1)",
+    )
     add("--time", required=True, help="of one job, as sbatch takes it: 1-00:00:00")
-    add("--jobs", type=int, default=1, help="a chain, each going on from the one before")
-    add("--notice-s", type=int, default=300, help="before its time ends a job saves (default: 300)")
+    add("--jobs", type=at_least_one, default=1, help="a chain, each going on from the one before")
+    add(
+        "--notice-s",
+        type=at_least_one,
+        default=300,
+        help="before its time ends a job saves (default: 300)",
+    )
     add("--sbatch", action="append", default=[], metavar="=OPTION", help="more, as they are")
     add("--dry-run", action="store_true", help="print the commands, submit nothing")
     add("words", nargs="*", help="the command line of launch/pretrain.py, after --")

@@ -13,6 +13,7 @@ from triptych.configs.rules.bounds import check_bounds
 from triptych.configs.rules.datasets import check_data
 from triptych.data.plan.given_order import export_order
 from triptych.errors import ConfigError
+from triptych.launch.cli import at_least_one
 from triptych.train.data import Mixture
 
 
@@ -46,6 +47,6 @@ def parse_args(args: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="of launch/pretrain.py")
     parser.add_argument("--output", type=Path, required=True, help="FILE.npy")
     parser.add_argument(
-        "--packs", type=int, required=True, help="at most; fewer where all sources end before"
+        "--packs", type=at_least_one, required=True, help="at most; fewer where all sources end"
     )
     return parser.parse_intermixed_args(args)

@@ -47,6 +47,14 @@ def test_one_job_is_no_chain(capsys):
     assert "--export=ALL,TRIPTYCH_CHAIN=0,NPROC_PER_NODE=2" in command
 
 
+@pytest.mark.parametrize("word", ["--jobs=0", "--nodes=-1", "--processes=x", "--notice-s=0"])
+def test_counts_are_from_1_on(word, capsys):
+    with pytest.raises(SystemExit):
+        submit(["--nodes=1", "--time=30", word, "--dry-run"])
+    name, _, value = word.partition("=")
+    assert f"argument {name}: {value} must be a whole number from 1 on" in capsys.readouterr().err
+
+
 def test_a_run_that_cannot_be_is_refused_before_it_waits(capsys):
     with pytest.raises(ConfigError, match="3 ranks must be a multiple of"):
         commands(capsys, "--nodes=3", "--time=30", "parallel.tp=2")
