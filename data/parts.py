@@ -37,15 +37,18 @@ COORDINATES = 1000
 FUNCTION, ARGS = "✿FUNCTION✿", "✿ARGS✿"
 SHAPES = {"box": 4, "quad": 8}
 """Parts of coordinates x, y, x, y, ..., and how many they have."""
-KEYS = {"text": ("text",), "ref": ("text",), "call": ("name", "arguments")} | {
-    name: (name,) for name in (*SHAPES, *(kind.name.lower() for kind in MediaKind))
-}
 CLIP = ("video_start", "video_end")
 """Seconds of a video, as qwen-vl-utils calls them."""
-KEYS["video"] += CLIP
+KEYS = {
+    "text": ("text",),
+    "ref": ("text",),
+    "call": ("name", "arguments"),
+    **{name: (name,) for name in (*SHAPES, *(kind.name.lower() for kind in MediaKind))},
+    "video": ("video", *CLIP),
+}
+"""Type of a part -> its keys."""
 MAX_START_S = 4.5 * 3600
 """What the index has room for, rounded down."""
-"""Type of a part -> its keys."""
 
 
 @dataclass(frozen=True, slots=True)
