@@ -34,7 +34,7 @@ from triptych.data.types import Media
 PAUSE_S = 60.0
 """How long nothing is written after a failure; entries that are there are read on."""
 _DIGEST_BYTES = 16
-_PIXEL_CODE = ("image.py", "video.py", "video_file.py")
+_PIXEL_CODE = ("image.py", "video.py", "frame_choice.py", "video_file.py")
 """Files of this folder that decide on pixels."""
 _CODECS = ("libjpeg_turbo", "jpg", "jpg_2000", "zlib", "libtiff", "webp", "avif")
 _log = logging.getLogger(__name__)

@@ -3,7 +3,8 @@
     python -m triptych.data.media.video_file < requests > answers
 
 A file may end the process that decodes it, or never let it go on; so this one does nothing else. It
-imports neither torch nor the rest of triptych, and ends itself by a signal when it no longer moves.
+imports neither torch nor, but for what it asks of a file and its frames, the rest of triptych, and
+ends itself by a signal when it no longer moves.
 
     request     a line of JSON, then the file: {"num_bytes", "num_frames", ...}, see ``serve``
     answer      lines of JSON: {"extent"}, or {"frame": [height, width]} and its RGB, ..., {"done"};
@@ -15,7 +16,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
@@ -27,6 +28,9 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
+
+from triptych.data.media.frame_choice import clip_frames, frame_numbers
+from triptych.data.media.mp4_boxes import what_is_cut
 
 FORMATS = ("mov", "matroska", "avi", "mpegts", "mpeg", "flv", "asf", "ogg", "gif")
 """ffmpeg's names of the kinds of files that are read. Playlists are none of them: they name other
@@ -45,6 +49,8 @@ def extent(data: bytes, max_pixels: int, moves: Callable[[], None]) -> dict[str,
     Returns:
         Width and height of the upright frame, number of frames, and milliseconds, rounded down.
     """
+    if missing := what_is_cut(data):
+        raise VideoError(f"it was cut: {missing}")
     count, size, start_s, end_s, last_s = 0, (0, 0), 0.0, 0.0, 0.0
     with opened(data, max_pixels) as (container, stream):
         for packet in container.demux():
@@ -140,49 +146,6 @@ def clip_extent(
         raise VideoError(f"no frame begins in {part}")
     times = {"duration_ms": end_ms - start_ms, "start_ms": start_ms}
     return {**whole, **times, "frames": len(frames)}
-
-
-def clip_frames(times_s: Sequence[float], start_ms: int, end_ms: int) -> range:
-    """The numbers of the frames that begin in a clip; each is in one of clips side by side.
-
-    Args:
-        times_s: when frames are shown, in order; clips count from the first.
-        start_ms: of the clip.
-        end_ms: of the clip.
-    """
-    times_us = np.rint((np.asarray(times_s) - (times_s[0] if times_s else 0)) * 1e6)
-    first, end = np.searchsorted(times_us, [1000 * start_ms, 1000 * end_ms]).tolist()
-    return range(first, end)
-
-
-def frame_numbers(
-    num_frames: int, count: int, times_s: Sequence[float], duration_s: float
-) -> list[int]:
-    """Which frames are looked at: those shown at 0, 1/n, 2/n, ... of the duration.
-
-    Where frames follow each other evenly, that is number i * count // n, as transformers has it.
-    Where one of them is off by more than a frame, as in a video of variable rate, their times
-    decide.
-
-    Args:
-        num_frames: how many.
-        count: frames in the video.
-        times_s: (count,) seconds at which they are shown, in order; of another length where the
-            file does not say it of every frame.
-        duration_s: of the whole video or clip.
-
-    Source: transformers 5.23, ``Qwen2VLVideoProcessor.sample_frames``, without its rounding.
-    """
-    even = [i * count // num_frames for i in range(num_frames)]
-    if len(times_s) != count or count < 2:
-        return even
-    times = np.asarray(times_s) - times_s[0]
-    interval = times[-1] / (count - 1)
-    if np.abs(times - interval * np.arange(count)).max() <= interval:
-        return even
-    moments = np.arange(num_frames) * duration_s / num_frames
-    shown: list[int] = (np.searchsorted(times, moments, side="right") - 1).tolist()
-    return shown
 
 
 @contextmanager

@@ -17,10 +17,10 @@ from triptych.configs.model_schema import VisionConfig
 from triptych.configs.schema import DataConfig
 from triptych.data.media import decoder
 from triptych.data.media.decoder import VideoDecoder, borrowed_decoder
+from triptych.data.media.frame_choice import frame_numbers
 from triptych.data.media.image import cut_patches
 from triptych.data.media.kinds import VideoKind
 from triptych.data.media.video import num_frames, video_frames, video_grids, video_shape
-from triptych.data.media.video_file import frame_numbers
 from triptych.data.types import Clip, Media, MediaKind, PixelLimits
 from triptych.errors import ConfigError, DataError
 from triptych.tests.helpers.videos import (
@@ -319,17 +319,22 @@ def cut(data: bytes) -> bytes:
     return data[: len(data) * 2 // 3]
 
 
+def within_its_last_fragment(data: bytes) -> bytes:
+    return data[: data.rindex(b"moof") + 30]
+
+
 def without_moov(data: bytes) -> bytes:
     return data[: data.index(b"moov") - 4]
 
 
 PLAYLIST = b"#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\nfile:///etc/passwd\n#EXT-X-ENDLIST\n"
+FRAGMENTS = {"movflags": "frag_keyframe+empty_moov"}
 FAULTS = {
     "no moov": (lambda: without_moov(video()), "Invalid data"),
-    "cut mp4": (lambda: cut(video()), "Invalid data"),
+    "cut mp4": (lambda: cut(video()), "it was cut: its last box, mdat, ends at byte"),
     "cut fragments": (
-        lambda: cut(video(options={"movflags": "frag_keyframe+empty_moov"})),
-        "End of file|Invalid data|it was cut",
+        lambda: within_its_last_fragment(video(codec="mpeg4", options=FRAGMENTS)),
+        "it was cut: its last box, moof, ends at byte",
     ),
     "cut mkv": (lambda: cut(video(100, container="matroska")), r"cut: \d.\d\d of 4.00 seconds"),
     "no frames": (lambda: video(0), "Invalid data"),
