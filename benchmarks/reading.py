@@ -1,7 +1,7 @@
 """Our reading against webdataset's, of the same shards: ``python benchmarks/reading.py FOLDER``.
 
 Caption pairs with a JPEG of 448x448 each, prepared in FOLDER and removed. Prints samples per
-CPU-second of this process, ours and webdataset's in turn, several rounds:
+CPU-second of this process, ours and webdataset's in short turns, many rounds:
 
     files               ours by offset and size, in random order, hashes checked; webdataset's
                         members of its tar stream
@@ -34,7 +34,7 @@ from triptych.data.prepare.build_dataset import build_dataset
 from triptych.data.tokenizer import train_tokenizer
 from triptych.data.types import Media, MediaKind, Pack, PixelLimits, SampleId
 
-NUM_SAMPLES, SIDE, ROUNDS, SAMPLES_PER_PACK = 600, 448, 7, 8
+NUM_SAMPLES, SIDE, ROUNDS, SAMPLES_PER_PACK = 200, 448, 31, 8
 LIMITS = PixelLimits.of(DataConfig())
 
 

@@ -178,17 +178,18 @@ def _to_rgb(image: Image.Image, where: str) -> Image.Image:
 
 
 def image_frames(image: Image.Image, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """The one frame of an 8-bit RGB image, resized to height and width: (1, height, width, 3)."""
+    """The one frame of an 8-bit RGB image, resized to height and width: (1, 3, height, width)."""
     if (image.height, image.width) != size:
         image = image.resize(size[::-1], Image.Resampling.BICUBIC)
-    return np.asarray(image)[None]
+    colours = [np.frombuffer(image.tobytes("raw", colour), dtype=np.uint8) for colour in "RGB"]
+    return np.stack(colours).reshape(1, 3, *size)
 
 
 def cut_patches(frames: NDArray[np.uint8], vision: VisionConfig) -> NDArray[np.uint8]:
     """Cuts frames into patches; the patches of one LLM token are neighbours.
 
     Args:
-        frames: (num_frames, height, width, 3) of a size that is a whole grid. The last is repeated
+        frames: (num_frames, 3, height, width) of a size that is a whole grid. The last is repeated
             to fill a patch.
         vision: size of a patch, and how many are a token.
     Returns:
@@ -196,13 +197,16 @@ def cut_patches(frames: NDArray[np.uint8], vision: VisionConfig) -> NDArray[np.u
     Source: arXiv 2409.12191 §2.1; equals transformers' ``Qwen2VLImageProcessorPil``.
     """
     depth, merge, side = vision.temporal_patch_size, vision.spatial_merge_size, vision.patch_size
-    num_frames, height, width, colours = frames.shape
-    if num_frames == 1:
-        frames = np.broadcast_to(frames, (depth, height, width, colours))
-    elif missing := -num_frames % depth:
+    if len(frames) > 1 and (missing := -len(frames) % depth):
         frames = np.concatenate([frames, frames[-1:].repeat(missing, axis=0)])
-    t, rows, columns = len(frames) // depth, height // side, width // side
-    cut = frames.reshape(
-        t, depth, rows // merge, merge, side, columns // merge, merge, side, colours
-    )
-    return cut.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(t * rows * columns, vision.patch_dim)
+    num_frames, colours, height, width = frames.shape
+    together = min(num_frames, depth)
+    t, rows, columns = num_frames // together, height // side // merge, width // side // merge
+    # Copied by the row of a patch: numpy takes as long for an item of 14 bytes as for one of 1.
+    lines = np.ascontiguousarray(frames).view(f"V{side}")
+    cut = lines.reshape(t, together, colours, rows, merge, side, columns, merge)
+    cut = np.ascontiguousarray(cut.transpose(0, 3, 6, 4, 7, 2, 1, 5)).view(np.uint8)
+    pixels = cut.reshape(-1, colours, together, side * side)
+    if together < depth:
+        pixels = pixels.repeat(depth, axis=2)
+    return pixels.reshape(-1, vision.patch_dim)

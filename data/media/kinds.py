@@ -28,7 +28,7 @@ from triptych.errors import DataError
 Grid = tuple[int, int, int]
 """Frames, rows and columns of unmerged patches."""
 Shape = tuple[int, int, int, int]
-"""Of the frames that are looked at: how many, height, width and 3 colours."""
+"""Of the frames that are looked at: how many, 3 colours, height and width."""
 
 
 class Extent(NamedTuple):
@@ -121,9 +121,9 @@ class ImageKind:
         return image_grid(media.height, media.width, limits, vision)
 
     def shape(self, media: Media, limits: PixelLimits, vision: VisionConfig) -> Shape:
-        """(1, height, width, 3)."""
+        """(1, 3, height, width)."""
         _, rows, columns = self.grid(media, limits, vision)
-        return 1, rows * vision.patch_size, columns * vision.patch_size, 3
+        return 1, 3, rows * vision.patch_size, columns * vision.patch_size
 
     def frames(self, data: bytes, media: Media, shape: Shape, where: str) -> NDArray[np.uint8]:
         """The one frame."""
@@ -133,7 +133,7 @@ class ImageKind:
                 f"{where}: {image.width}x{image.height} pixels, but its dataset says "
                 f"{media.width}x{media.height}  -> prepare the dataset again"
             )
-        return image_frames(image, shape[1:3])
+        return image_frames(image, shape[2:])
 
 
 class VideoKind:
@@ -168,7 +168,7 @@ class VideoKind:
         return video_grid(media, limits.video, vision)
 
     def shape(self, media: Media, limits: PixelLimits, vision: VisionConfig) -> Shape:
-        """(num_frames, height, width, 3)."""
+        """(num_frames, 3, height, width)."""
         return video_shape(media, limits.video, vision)
 
     def frames(self, data: bytes, media: Media, shape: Shape, where: str) -> NDArray[np.uint8]:

@@ -79,11 +79,11 @@ def video_grid(media: Media, limits: VideoLimits, vision: VisionConfig) -> tuple
 def video_shape(
     media: Media, limits: VideoLimits, vision: VisionConfig
 ) -> tuple[int, int, int, int]:
-    """Of the frames that are looked at: (num_frames, height, width, 3)."""
+    """Of the frames that are looked at: (num_frames, 3, height, width)."""
     factor = vision.temporal_patch_size
     count = int(num_frames(media.frames, media.duration_ms, limits, factor))
     _, rows, columns = video_grid(media, limits, vision)
-    return count, rows * vision.patch_size, columns * vision.patch_size, 3
+    return count, 3, rows * vision.patch_size, columns * vision.patch_size
 
 
 def video_frames(
@@ -108,17 +108,18 @@ def video_frames(
                     f"{where}: {frame.shape[1]}x{frame.shape[0]} pixels, but its dataset says "
                     f"{media.width}x{media.height}  -> prepare the dataset again"
                 )
-            frames[number] = _resized(frame, shape[1:3])
+            frames[number] = _resized(frame, shape[2:])
     return frames
 
 
 def _resized(frame: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """(height, width, 3) to (3, *size)."""
     import torch  # late: preparing measures videos and resizes none
     from torch.nn.functional import interpolate
 
     if frame.shape[:2] == size:
-        return frame
+        return frame.transpose(2, 0, 1)
     pixels = torch.from_numpy(frame).permute(2, 0, 1)[None]
     [resized] = interpolate(pixels, size=size, mode="bicubic", antialias=True)
-    array: NDArray[np.uint8] = resized.permute(1, 2, 0).numpy()
+    array: NDArray[np.uint8] = resized.numpy()
     return array

@@ -119,7 +119,7 @@ def _frames(batch: Batch, model: ModelConfig) -> Iterator[NDArray[np.uint8]]:
 def join_patches(
     patches: NDArray[np.uint8], grid: tuple[int, int, int], vision: VisionConfig
 ) -> NDArray[np.uint8]:
-    """The inverse of ``data.media.image.cut_patches``.
+    """The inverse of ``data.media.image.cut_patches``, but with the colours last.
 
     Args:
         patches: (t*h*w, patch_dim).

@@ -24,7 +24,7 @@ from triptych.data.types import Media, MediaKind, PixelLimits
 from triptych.tests.helpers.runs import Runs, losses, metrics, train
 from triptych.tests.helpers.videos import pictures, video
 
-SHAPE = (2, 56, 56, 3)
+SHAPE = (2, 3, 56, 56)
 ENTRY_BYTES = 20_480
 """What frames of this shape take on disk: 16 + 18,816 bytes in blocks of 4096."""
 BIG = 10**9
@@ -35,7 +35,7 @@ def medium(number: int) -> Media:
 
 
 def frames_of(number: int) -> np.ndarray:
-    return np.full(SHAPE, number, dtype=np.uint8) + pictures(*SHAPE[:3])
+    return np.full(SHAPE, number, dtype=np.uint8) + pictures(2, 56, 56).transpose(0, 3, 1, 2)
 
 
 def asked(cache: FrameCache, number: int, log: Path | None = None) -> np.ndarray:
@@ -105,7 +105,7 @@ def test_all_that_decides_the_pixels_is_in_the_key(monkeypatch):
     media = medium(1)
     changes = ({"xxh3": b"y" * 16}, {"frames": 3}, {"duration_ms": 81}, {"width": 57}, {"size": 2})
     changes += ({"start_ms": 1},)
-    keys = {key_of(media, SHAPE), key_of(media, (4, 56, 56, 3)), key_of(media, (2, 56, 84, 3))}
+    keys = {key_of(media, SHAPE), key_of(media, (4, 3, 56, 56)), key_of(media, (2, 3, 56, 84))}
     keys |= {key_of(replace(media, **change), SHAPE) for change in changes}
     keys.add(key_of(replace(media, kind=MediaKind.IMAGE), SHAPE))
     monkeypatch.setattr(cache_module, "_makers", lambda: "another version of a library")

@@ -16,7 +16,13 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
 )
 
 from triptych.configs.model_schema import VisionConfig
-from triptych.data.media.image import FORMATS, decode_image, image_grids, smart_resize
+from triptych.data.media.image import (
+    FORMATS,
+    cut_patches,
+    decode_image,
+    image_grids,
+    smart_resize,
+)
 from triptych.data.media.normalize import normalize_patches
 from triptych.data.types import PixelLimits
 from triptych.errors import DataError
@@ -141,6 +147,19 @@ def test_patches_of_any_geometry_are_those_of_a_slow_cut(patch_size, merge, num_
     normalised = normalize_patches(torch.from_numpy(patches))
     assert normalised.shape == patches.shape
     assert image_grids([300], [500], limits, vision)[0, 1:].max() % merge == 0
+
+
+@pytest.mark.parametrize(("there", "depth"), [(2, 3), (3, 2), (5, 2), (4, 4)])
+def test_the_last_of_several_frames_fills_the_last_patch(there, depth):
+    vision = VisionConfig(temporal_patch_size=depth)
+    frames = np.stack([np.asarray(noise(56, 84, seed)).transpose(2, 0, 1) for seed in range(there)])
+    filled = np.concatenate([frames, *[frames[-1:]] * (-there % depth)])
+    patches = cut_patches(frames, vision)
+    assert np.array_equal(patches, cut_patches(filled, vision))
+    by_frame = patches.reshape(len(filled) // depth, 24, 3, depth, 196)
+    for number, frame in enumerate(filled):
+        [alone] = cut_patches(frame[None], vision).reshape(1, 24, 3, depth, 196)
+        assert np.array_equal(by_frame[number // depth, :, :, number % depth], alone[:, :, 0])
 
 
 def test_normalize_patches_leaves_its_argument_alone():

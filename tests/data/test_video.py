@@ -53,7 +53,8 @@ def patches_of(data: bytes, media: Media) -> np.ndarray:
 
 def all_frames(data: bytes) -> list[np.ndarray]:
     with av.open(io.BytesIO(data)) as opened:
-        return [frame.to_ndarray(format="rgb24") for frame in opened.decode(video=0)]
+        rgb = [frame.to_ndarray(format="rgb24") for frame in opened.decode(video=0)]
+    return [frame.transpose(2, 0, 1) for frame in rgb]
 
 
 # -- how much is looked at
@@ -201,9 +202,9 @@ def test_any_container_is_measured_and_decoded(container, codec):
     assert (media.width, media.height, media.frames) == (64, 48, 50)
     assert abs(media.duration_ms - 2000) <= 1
     frames = frames_of(data)
-    assert frames.shape == (4, 56, 56, 3)
+    assert frames.shape == (4, 3, 56, 56)
     there = pictures(50, 64, 48)[[0, 12, 25, 37]]
-    assert np.abs(frames[:, 10:40].mean((1, 2, 3)) - there[:, 10:40].mean((1, 2, 3))).max() < 12
+    assert np.abs(frames[:, :, 10:40].mean((1, 2, 3)) - there[:, 10:40].mean((1, 2, 3))).max() < 12
 
 
 @pytest.mark.parametrize(
@@ -236,7 +237,7 @@ def test_a_rotated_video_is_turned_upright(rotation, turns):
     media = media_of(data)
     assert (media.width, media.height) == ((84, 56) if turns == 2 else (56, 84))
     shown = np.stack([all_frames(data)[i] for i in (0, 12, 25, 37)])
-    assert np.array_equal(frames_of(data), np.rot90(shown, turns, axes=(1, 2)))
+    assert np.array_equal(frames_of(data), np.rot90(shown, turns, axes=(2, 3)))
 
 
 def test_a_video_of_variable_rate_is_sampled_by_its_times():

@@ -53,10 +53,11 @@ def views(folder, words):
 def test_patches_are_put_together_as_they_were_cut(num_frames, depth, merge):
     vision = VisionConfig(patch_size=4, temporal_patch_size=depth, spatial_merge_size=merge)
     height, width = 4 * merge * 2, 4 * merge * 3
-    shape = (num_frames, height, width, 3)
+    shape = (num_frames, 3, height, width)
     frames = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
     grid = (num_frames // depth, height // 4, width // 4)
-    assert np.array_equal(join_patches(cut_patches(frames, vision), grid, vision), frames)
+    joined = join_patches(cut_patches(frames, vision), grid, vision)
+    assert np.array_equal(joined, frames.transpose(0, 2, 3, 1))
 
 
 @pytest.mark.parametrize("name", CHATS)

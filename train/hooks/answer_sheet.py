@@ -111,7 +111,7 @@ def _first_frame(number: int, asked: EvaluationSet, config: Config) -> Image.Ima
             frames = kind.frames(source.read_media(media), media, shape, where)
         except DataError:  # the evaluation says so
             return None
-        picture = Image.fromarray(frames[0])
+        picture = Image.fromarray(frames[0].transpose(1, 2, 0))
         picture.thumbnail((THUMBNAIL, THUMBNAIL))
         return picture
     return None
