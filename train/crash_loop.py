@@ -55,14 +55,15 @@ def suspected_batch(
 ) -> str:
     """Packs and samples of the step in which all ended; empty where they ended in different ones.
 
-    The pack numbers are the ledger's.
+    Where a run went back past the data of some steps, they lie between. The pack numbers are the
+    ledger's.
     """
-    ends = {start.reached for start in stuck}
-    if len(ends) > 1:
+    ends = {start.batches_on for start in stuck}
+    if len(ends) > 1 or min(ends) < 0:
         return ""
     packs_per_step = config.train.global_batch_size
     cursor = state.cursor
-    for _ in range(ends.pop() - state.step):
+    for _ in range(ends.pop()):
         _, cursor = data.plan.next_packs(cursor, packs_per_step)
     packs, _ = data.plan.next_packs(cursor, packs_per_step)
     if not packs:  # they got to the end of the data

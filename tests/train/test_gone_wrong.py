@@ -280,6 +280,8 @@ def test_killed_after_it_went_back_a_run_resumes_bit_for_bit(call, runs, whole):
     with pytest.raises(RankFailureError, match="died, exit code -9"):
         runs.call(spoil_and_die, "killed", "dp2", *words, wrong=wrong, call=call)
     runs.call(spoil, "killed", "dp2", *words, wrong=wrong)
+    died = next(e for e in events.read_events(runs.dir("killed")) if e["what"] == "died")
+    assert died["step"] == (5 if call == 8 else 7)
     check_gone_back(runs.dir("killed"), whole)
     assert without_times(runs.dir("killed")) == without_times(runs.dir("run"))
 

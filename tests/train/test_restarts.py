@@ -87,6 +87,51 @@ def test_a_clock_that_goes_back_makes_no_share_beyond_all():
     assert math.isfinite(effective_share(starts, now=100, step=50))
 
 
+def went_back(step: int, to_step: int, time: float, *, passed_over: bool) -> dict[str, Any]:
+    return told("went_back", step, time, to_step=to_step, passed_over=passed_over)
+
+
+WENT_BACK = [
+    *start(4, 100),  # steps of one second: 5 at 110, 17 at 122
+    told("saved", 14, 120.5),
+    told("spike", 17, 122),
+    went_back(17, 14, 122, passed_over=True),  # 15 at 123
+    told("spike", 18, 126),
+    went_back(18, 14, 126, passed_over=True),
+    told("died", 16, 140, last_seen=128),
+]
+
+
+def test_steps_from_which_a_run_went_back_count_as_trained_again():
+    [start] = read_starts(WENT_BACK)
+    assert (start.step, start.reached, start.end) == (4, 16, "died")
+    assert steps_trained_again([start]) == 3 + 4
+    assert start.batches_on == 13 + 4 + 2, "of data, those that were passed over too"
+
+
+def test_time_from_which_a_run_went_back_is_not_effective():
+    """Steps 6 to 14 of 28 s, and then 15 and 16; none of these where the next start is from 14."""
+    starts = read_starts(WENT_BACK)
+    assert effective_share(starts, now=128, step=16) == pytest.approx((9 + 2) / 28)
+    assert effective_share(starts, now=128, step=14) == pytest.approx(9 / 28)
+    assert effective_share(starts, now=128, step=9) == pytest.approx(4 / 28)
+
+
+def test_steps_of_starts_before_are_lost_too_where_a_run_goes_back_behind_its_start():
+    """From step 8, which no loss had proven: of 2 to 8 of the first start 2 to 4 are left."""
+    events = [
+        *start(0, 0),  # 1 at 10, 8 at 17
+        told("stopped", 8, 17),
+        *start(8, 20),  # 9 at 30
+        went_back(11, 4, 32, passed_over=False),
+        told("saved", 6, 34),
+    ]
+    starts = read_starts(events)
+    assert starts[1].batches_on == -2
+    assert steps_trained_again(starts) == 7
+    assert effective_share(starts, now=34, step=6) == pytest.approx((3 + 2) / 34)
+
+
 def crash(step: int, reached: int, **details: Any) -> list[dict[str, Any]]:
     return [*start(step, 0), told("died", reached, 20, last_seen=15, **details)]
 
@@ -198,6 +243,40 @@ def test_a_run_that_gets_nowhere_gives_up_until_a_person_lets_it_go_on(
     refuse_crash_loop(config, ALONE, data, state)
 
 
+@pytest.mark.parametrize(
+    ("passed_over", "suspect"),
+    [
+        (True, "the batch of step 2: packs 8 to 9, samples "),
+        (False, "the batch of step 2: packs 2 to 3, samples "),
+    ],
+)
+def test_the_batch_that_is_suspected_lies_behind_data_that_were_passed_over(
+    passed_over, suspect, small, tmp_path
+):
+    """Each start went back after 3 steps, and made one more."""
+    config, data, state = small
+    config = replace(config, run=replace(config.run, dir=str(tmp_path)))
+    for _ in range(3):
+        record_event(tmp_path, "started", step=0)
+        record_event(tmp_path, "went_back", step=3, to_step=0, passed_over=passed_over)
+        record_event(tmp_path, "died", step=1)
+    with pytest.raises(CrashLoopError, match=suspect):
+        refuse_crash_loop(config, ALONE, data, state)
+
+
+def test_no_batch_is_suspected_where_the_data_lie_before_the_start(small, tmp_path):
+    config, data, state = small
+    config = replace(config, run=replace(config.run, dir=str(tmp_path)))
+    state = replace(state, step=4)
+    for _ in range(3):
+        record_event(tmp_path, "started", step=4)
+        record_event(tmp_path, "went_back", step=7, to_step=2, passed_over=False)
+        record_event(tmp_path, "died", step=3)
+    with pytest.raises(CrashLoopError, match="finished: 3, 3, 3") as refused:
+        refuse_crash_loop(config, ALONE, data, state)
+    assert "the batch of step" not in str(refused.value)
+
+
 def test_who_names_a_checkpoint_is_not_refused(small, tmp_path):
     config, data, state = small
     config = replace(config, run=replace(config.run, dir=str(tmp_path)), resume="runs/mine")
@@ -218,6 +297,19 @@ def test_the_next_start_tells_what_the_one_before_could_not(tmp_path):
     assert (died["what"], died["step"], died["suspects"]) == ("died", 6, ["b"])
     assert died["last_seen"] == 1795615386.0
     assert "closed by peer" in died["failures"][0]["error"]
+
+
+def test_a_start_that_went_back_died_where_it_stood_then(tmp_path):
+    """Not where it was when it went back, of which its metrics know nothing any more."""
+    record_event(tmp_path, "started", step=4)
+    record_event(tmp_path, "went_back", step=9, to_step=4, passed_over=True)
+    lines = JsonLines(tmp_path / METRICS)
+    for step in (5, 6):
+        lines.write({"step": step})
+    lines.close()
+    tell_of_the_start_before(tmp_path, ALONE)
+    died = read_events(tmp_path)[-1]
+    assert (died["what"], died["step"]) == ("died", 6)
 
 
 def test_start_up_is_told_by_part(monkeypatch):
