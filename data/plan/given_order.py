@@ -7,6 +7,7 @@ names them; the same sample may come any number of times.
 """
 
 from bisect import bisect_left
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from triptych.data.plan.order import Cursor, Plan
+from triptych.data.plan.passes import Passes, Remember, compute_anew
 from triptych.data.types import Pack, SampleId
 from triptych.errors import DataError
 
@@ -43,11 +45,12 @@ def export_order(plan: Plan, file: Path, num_packs: int) -> int:
 class GivenOrder(Plan):
     """The packs of a file, in its order, to its end. The file is mapped, not read into memory."""
 
-    def __init__(self, file: Path, **of_plan: Any) -> None:
-        """Checks every row: a pass over the file, in every process.
+    def __init__(self, file: Path, *, remember: Remember = compute_anew, **of_plan: Any) -> None:
+        """Hashes the file, and checks every row of it, unless that is remembered.
 
         Args:
             file: see above.
+            remember: where it is kept that all of the file was checked, beside the plan's pass.
             of_plan: what ``Plan`` takes. Samples that fit no pack may be in a source, not in the
                 file.
 
@@ -56,26 +59,15 @@ class GivenOrder(Plan):
             DataError: as ``Plan`` does; or the file is none, or names what is not there, or a pack
                 that is too large.
         """
-        super().__init__(**of_plan)
+        super().__init__(remember=remember, **of_plan)
         self._file, self._rows = file, _map(file)
         digest = xxhash.xxh3_128(self.hash.encode())
-        self.ends, self.expected_tokens = True, 0
-        last, carried = -1, np.zeros(2, dtype=np.int64)
-        for start in range(0, len(self._rows), _CHUNK):
-            rows = np.ascontiguousarray(self._rows[start : start + _CHUNK], dtype="<i8")
+        for _, rows in self._chunks():
             digest.update(rows.data)
-            self._check_numbers(rows, start, last)
-            load = np.stack(self._counts(rows))
-            packs = rows[:, 0] - rows[0, 0]
-            totals = np.zeros((2, int(packs[-1]) + 1), dtype=np.int64)
-            for total, counts in zip(totals, load, strict=True):
-                np.add.at(total, packs, counts)
-            totals[:, 0] += carried if rows[0, 0] == last else 0
-            self._check_packs(totals, int(rows[0, 0]))
-            self.expected_tokens += int(load[0].sum())
-            last, carried = int(rows[-1, 0]), totals[:, -1]
         self.hash = digest.hexdigest()
-        self._num_packs = last + 1
+        checked = remember(self.hash, len(self._rows), self._check)
+        self.ends, self.expected_tokens = True, sum(checked.num_tokens)
+        self._num_packs = int(self._rows[-1, 0]) + 1
 
     def next_packs(self, cursor: Cursor, num_packs: int) -> tuple[list[Pack], Cursor]:
         """The packs after a place, fewer where the file ends, and the place after them."""
@@ -116,6 +108,30 @@ class GivenOrder(Plan):
             num_tokens[here] = sizes.num_tokens[rows[here, 2]]
             num_patches[here] = sizes.num_patches[rows[here, 2]]
         return num_tokens, num_patches
+
+    def _chunks(self) -> Iterator[tuple[int, NDArray[np.int64]]]:
+        """All rows, some at a time, (num_rows, 3) little-endian, and the number of the first."""
+        for start in range(0, len(self._rows), _CHUNK):
+            yield start, np.ascontiguousarray(self._rows[start : start + _CHUNK], dtype="<i8")
+
+    def _check(self) -> Passes:
+        """Look at every row; what there is of each source."""
+        num_rows, num_tokens = np.zeros((2, len(self.sources)), dtype=np.int64)
+        last, carried = -1, np.zeros(2, dtype=np.int64)
+        for start, rows in self._chunks():
+            self._check_numbers(rows, start, last)
+            load = np.stack(self._counts(rows))
+            packs = rows[:, 0] - rows[0, 0]
+            totals = np.zeros((2, int(packs[-1]) + 1), dtype=np.int64)
+            for total, counts in zip(totals, load, strict=True):
+                np.add.at(total, packs, counts)
+            totals[:, 0] += carried if rows[0, 0] == last else 0
+            self._check_packs(totals, int(rows[0, 0]))
+            np.add.at(num_rows, rows[:, 1], 1)
+            np.add.at(num_tokens, rows[:, 1], load[0])
+            last, carried = int(rows[-1, 0]), totals[:, -1]
+        misfits: list[int | None] = [None] * len(self.sources)
+        return Passes(self.hash, num_rows.tolist(), misfits, num_tokens.tolist())
 
     def _check_numbers(self, rows: NDArray[np.int64], start: int, last: int) -> None:
         """Packs count up by one, sources and samples exist."""

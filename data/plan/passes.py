@@ -1,7 +1,7 @@
 """What only a pass over every sample tells, and a plan needs: its hash, and what of it fits.
 
-Its result is small, so it can be remembered: of the processes of a run one makes the pass, of those
-of the next run none.
+An order in a file is passed over likewise, each of its rows a sample. A result is small, so it can
+be remembered: of the processes of a run one makes the pass, of those of the next run none.
 """
 
 import json

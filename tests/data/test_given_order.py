@@ -5,8 +5,10 @@ import pytest
 
 from triptych.configs.schema import Oversize
 from triptych.data.dataset.sizes import sizes_of
+from triptych.data.plan import passes
 from triptych.data.plan.given_order import GivenOrder, export_order
 from triptych.data.plan.order import Cursor, Plan
+from triptych.data.plan.passes import remember_in
 from triptych.data.plan.plan_sources import PlanSource
 from triptych.errors import DataError
 
@@ -22,9 +24,9 @@ def of_plan(max_epochs=None):
     return {"sources": sources, "oversize": Oversize.skip, **settings}
 
 
-def given(tmp_path, rows, dtype=np.int64):
+def given(tmp_path, rows, dtype=np.int64, **more):
     np.save(tmp_path / "order.npy", np.array(rows, dtype=dtype))
-    return GivenOrder(tmp_path / "order.npy", **of_plan())
+    return GivenOrder(tmp_path / "order.npy", **{**of_plan(), **more})
 
 
 @pytest.mark.parametrize("max_epochs", [None, 2])
@@ -57,6 +59,26 @@ def test_it_goes_on_from_any_place_to_its_end(tmp_path):
 def test_other_rows_are_another_order(tmp_path):
     hashes = [given(tmp_path, rows).hash for rows in (GOOD, GOOD[:-1], [*GOOD[:-1], (2, 1, 3)])]
     assert len(set(hashes)) == 3
+
+
+def test_rows_that_were_checked_are_hashed_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(passes, "WORTH_REMEMBERING", 0)
+    remember = remember_in([tmp_path / "kept"])
+    checked = []
+    check = GivenOrder._check_numbers
+    monkeypatch.setattr(
+        GivenOrder, "_check_numbers", lambda *a: checked.append(a[1].tolist()) or check(*a)
+    )
+    first, again = [given(tmp_path, GOOD, remember=remember) for _ in range(2)]
+    assert len(checked) == 1
+    assert again.hash == first.hash == given(tmp_path, GOOD).hash
+    assert again.expected_tokens == first.expected_tokens == 65 + 40 + 50
+    assert again.first_packs(9) == first.first_packs(9)
+    with pytest.raises(DataError, match=r"65 tokens and .*seq_len=64"):
+        given(tmp_path, GOOD, remember=remember, seq_len=64)
+    for _ in range(2):  # what was refused is not remembered
+        with pytest.raises(DataError, match="the source has no such sample"):
+            given(tmp_path, [*GOOD[:-1], (2, 1, 7)], remember=remember)
 
 
 @pytest.mark.parametrize(
