@@ -42,8 +42,9 @@ def refuse_crash_loop(config: Config, mesh: Mesh, data: Mixture, state: TrainSta
             told = _told(stuck, suspected_batch(config, data, state, stuck))
             path.write_text(told)
             record_event(run_dir, "gave_up", step=state.step, reason=told)
+        why = path.read_text(errors="replace")
         raise CrashLoopError(
-            f"{path.read_text()}\n  -> mend the cause, then rm {path} and type the command again"
+            f"{why}\n  -> mend the cause, then rm {path} and type the command again"
         )
 
     if config.resume == "auto":

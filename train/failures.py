@@ -14,6 +14,8 @@ from typing import Any
 
 FAILURES = "failures"
 """The folder in ``run.dir``."""
+_KINDS = {"rank": int, "host": str, "time": int | float, "error": str, "is_cause": bool}
+"""What is left, and of which type."""
 
 
 def lost_a_peer(error: BaseException) -> bool:
@@ -43,13 +45,24 @@ def describe(error: BaseException) -> str:
 
 
 def collect_failures(run_dir: Path) -> list[dict[str, Any]]:
-    """What was left, earliest first; and forget it."""
+    """What was left, earliest first; and forget it.
+
+    What no rank has left so, as after a bit flipped, is passed over: it decides nothing.
+    """
     found = []
     for path in sorted((run_dir / FAILURES).glob("rank_*.json")):
-        with contextlib.suppress(OSError, ValueError):
-            found.append(json.loads(path.read_text()))
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            left = json.loads(path.read_text())
+            if _is_failure(left):
+                found.append(left)
     shutil.rmtree(run_dir / FAILURES, ignore_errors=True)
-    return sorted(found, key=lambda failure: float(failure["time"]))
+    return sorted(found, key=lambda failure: failure["time"])
+
+
+def _is_failure(left: object) -> bool:
+    return isinstance(left, dict) and all(
+        isinstance(left.get(key), kind) for key, kind in _KINDS.items()
+    )
 
 
 def suspected_hosts(

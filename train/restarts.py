@@ -92,11 +92,11 @@ def read_starts(events: Sequence[Mapping[str, Any]]) -> list[PastStart]:
 
 
 def _start_of(event: Mapping[str, Any]) -> PastStart:
-    step, time = event["step"], event["time"]
+    step, time, world_size = event["step"], event["time"], event.get("world_size")
     return PastStart(
-        begun=event.get("begun", time),
-        hosts=tuple(event.get("hosts", ())),
-        world_size=event.get("world_size", 1),
+        begun=_number(event.get("begun"), time),
+        hosts=_texts(event.get("hosts")),
+        world_size=world_size if isinstance(world_size, int) else 1,
         stretches=(Stretch(step=step, reached=step, ended=time, timed_step=step),),
     )
 
@@ -104,9 +104,8 @@ def _start_of(event: Mapping[str, Any]) -> PastStart:
 def _after(start: PastStart, event: Mapping[str, Any]) -> PastStart:
     what, time = event["what"], event["time"]
     if what in (*ENDS_OF_ITSELF, "died"):
-        time = event.get("last_seen", time)
-        suspects = tuple(event.get("suspects", ()))
-        start = replace(start, end=what, suspects=suspects)
+        time = _number(event.get("last_seen"), time)
+        start = replace(start, end=what, suspects=_texts(event.get("suspects")))
     if start.end is not None and start.end != what:
         return start  # told by the start after it
     *before, last = start.stretches
@@ -118,6 +117,17 @@ def _after(start: PastStart, event: Mapping[str, Any]) -> PastStart:
         step = event["to_step"]
         last = Stretch(step=step, reached=step, ended=time, timed_step=step, trains_since=time)
     return replace(start, stretches=(*before, last))
+
+
+def _number(value: object, default: float) -> float:
+    """The value, but where a flipped bit has made something else of it."""
+    return value if isinstance(value, int | float) else default
+
+
+def _texts(value: object) -> tuple[str, ...]:
+    """Likewise, of several."""
+    texts = value if isinstance(value, list) else ()
+    return tuple(text for text in texts if isinstance(text, str))
 
 
 def steps_trained_again(starts: Sequence[PastStart]) -> int:

@@ -1,9 +1,14 @@
 """The history of a run: what is told is read back, whatever else stands in the file."""
 
 import resource
+from types import SimpleNamespace
+
+import pytest
 
 from triptych.train.events import EVENTS, read_events, record_event
+from triptych.train.failures import leave_failure
 from triptych.train.restarts import effective_share, read_starts, starts_without_progress
+from triptych.train.run_folder import tell_of_the_start_before
 
 
 def test_events_are_read_in_the_order_in_which_they_were_told(tmp_path):
@@ -58,3 +63,19 @@ def test_no_flipped_bit_keeps_a_run_from_starting(tmp_path):
         assert len(starts_without_progress(events, 0)) <= 1
         if starts := read_starts(events):
             effective_share(starts, 10.0, 7)
+
+
+DAMAGED = (None, 5, "text", [[5]], {"a": 1})
+
+
+@pytest.mark.parametrize("value", DAMAGED, ids=str)
+@pytest.mark.parametrize("key", ["begun", "hosts", "world_size", "last_seen", "suspects"])
+def test_a_value_of_another_kind_keeps_no_run_from_starting(key, value, tmp_path):
+    details = {"begun": 1.5, "hosts": ["a"], "world_size": 2, key: value}
+    record_event(tmp_path, "started", step=0, **details)
+    leave_failure(tmp_path, 0, RuntimeError("[gloo] connection closed by peer"))
+    tell_of_the_start_before(tmp_path, SimpleNamespace(is_main=True))
+    record_event(tmp_path, "died", **{"step": 7, "last_seen": 9.5, "suspects": ["b"], key: value})
+    starts = starts_without_progress(read_events(tmp_path), 0)
+    assert len(starts) == 1
+    assert 0.0 <= effective_share(starts, 10.0, 7) <= 1.0

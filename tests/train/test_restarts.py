@@ -1,5 +1,6 @@
 """What starts of a run come to: steps trained again, effective time, starts that lead nowhere."""
 
+import json
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -194,6 +195,29 @@ def test_what_ranks_leave_is_found_once_and_in_order(tmp_path):
     assert (second["rank"], second["is_cause"]) == (1, False)
     assert collect_failures(tmp_path) == []
     leave_failure(tmp_path / "missing", 0, ValueError("nowhere to leave it"))
+
+
+LEFT = {"rank": 1, "host": "b", "time": 9.5, "error": "OSError: of it", "is_cause": True}
+NOT_LEFT_SO = [
+    [LEFT],
+    "rank 1",
+    7,
+    None,
+    *({name: value for name, value in LEFT.items() if name != key} for key in LEFT),
+    *({**LEFT, key: value} for key in LEFT for value in (None, [LEFT[key]], {"rank": 1})),
+]
+
+
+def test_what_no_rank_has_left_so_keeps_no_run_from_starting(tmp_path):
+    """Nor does it hide what others have left."""
+    record_event(tmp_path, "started", step=4, hosts=["a", "b"], world_size=2)
+    (tmp_path / "failures").mkdir()
+    for number, content in enumerate([*map(json.dumps, NOT_LEFT_SO), "[" * 100_000]):
+        (tmp_path / "failures" / f"rank_{number:05d}.json").write_text(content)
+    (tmp_path / "failures" / "rank_99999.json").write_text(json.dumps(LEFT))
+    tell_of_the_start_before(tmp_path, ALONE)
+    died = read_events(tmp_path)[-1]
+    assert (died["what"], died["failures"], died["suspects"]) == ("died", [LEFT], ["b"])
 
 
 ALONE = SimpleNamespace(world=SingleProcess(), is_main=True)
