@@ -1,4 +1,4 @@
-r"""Makes a dataset folder from JSONL, JSON, Parquet or webdataset shards, and media files.
+r"""Makes a dataset folder from JSONL, JSON, Parquet, webdataset or IndexedDataset, and media.
 
     python launch/prepare.py --input chats.jsonl --images photos --tokenizer Qwen2-VL-2B \
         --output datasets/chats

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from triptych.data.dataset.block_hashes import CheckedFile
 from triptych.errors import DataError
 
-_MAGIC = b"MMIDIDX\x00\x00"
-_HEADER = struct.Struct("<9sQBQQ")
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")
 _INT32 = 4  # megatron's code of the dtype
 
 
@@ -34,7 +34,7 @@ class TextFile:
         """
         self._index, self._ids = index, ids
         self._num_samples, num_documents = _read_header(index)
-        self._offsets_start = _HEADER.size + 4 * self._num_samples
+        self._offsets_start = HEADER.size + 4 * self._num_samples
         check_size(index.path, self._offsets_start + 8 * (self._num_samples + num_documents))
         self.num_tokens = 0
         """Tokens of all samples together."""
@@ -49,7 +49,7 @@ class TextFile:
 
     def lengths(self, start: int, end: int) -> NDArray[np.int32]:
         """Tokens of each sample from ``start`` to before ``end``, (end - start,) int32."""
-        base = _HEADER.size
+        base = HEADER.size
         return np.frombuffer(self._index.read(base + 4 * start, base + 4 * end), dtype="<i4")
 
     def span(self, index: int) -> slice:
@@ -105,7 +105,7 @@ def write_index(file: Path, lengths: NDArray[np.int32]) -> None:
     ends = 4 * np.cumsum(lengths, dtype=np.int64)
     num_samples = len(lengths)
     with file.open("wb") as index:
-        index.write(_HEADER.pack(_MAGIC, 1, _INT32, num_samples, num_samples + 1))
+        index.write(HEADER.pack(MAGIC, 1, _INT32, num_samples, num_samples + 1))
         index.write(lengths.astype("<i4").tobytes())
         index.write((ends - 4 * lengths).astype("<i8").tobytes())
         index.write(np.arange(num_samples + 1, dtype="<i8").tobytes())
@@ -113,7 +113,7 @@ def write_index(file: Path, lengths: NDArray[np.int32]) -> None:
 
 def read_lengths(file: Path, num_samples: int) -> NDArray[np.int32]:
     """(num_samples,) tokens of each sample of a ``text.idx``."""
-    return np.fromfile(file, dtype="<i4", count=num_samples, offset=_HEADER.size)
+    return np.fromfile(file, dtype="<i4", count=num_samples, offset=HEADER.size)
 
 
 def check_size(file: Path, expected: int) -> None:
@@ -132,10 +132,10 @@ def check_size(file: Path, expected: int) -> None:
 
 def _read_header(index: CheckedFile) -> tuple[int, int]:
     """Numbers of samples and documents."""
-    header = bytes(index.read(0, min(index.size, _HEADER.size)))
-    if len(header) < _HEADER.size or not header.startswith(_MAGIC):
+    header = bytes(index.read(0, min(index.size, HEADER.size)))
+    if len(header) < HEADER.size or not header.startswith(MAGIC):
         raise DataError(f"{index.path} is not an index in megatron's IndexedDataset format")
-    _, version, dtype, num_samples, num_documents = _HEADER.unpack(header)
+    _, version, dtype, num_samples, num_documents = HEADER.unpack(header)
     if (version, dtype) != (1, _INT32):
         raise DataError(
             f"{index.path} has version {version} and dtype code {dtype}; version 1 and code "

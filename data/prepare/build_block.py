@@ -14,6 +14,7 @@ from triptych.data.dataset.dataset import Dataset
 from triptych.data.parts import Encoded
 from triptych.data.prepare.blocks import Block
 from triptych.data.prepare.foreign import NOTHING, Allowed, check_record
+from triptych.data.prepare.inputs.indexed_dataset import TokenisedDocument
 from triptych.data.prepare.inputs.raw_sample import RawSample
 from triptych.data.prepare.inputs.readers import read_segments
 from triptych.data.prepare.inputs.record_formats import convert
@@ -129,7 +130,13 @@ class BlockBuilder:
 
     def read(self, raw: RawSample, tally: Tally) -> tuple[Encoded, list[MediaFile]]:
         """Encodes a sample and reads its media, each of which must decode."""
-        found, record = convert(raw.read(), self.reading.format, self.reading.allowed.keys)
+        content = raw.read()
+        if isinstance(content, TokenisedDocument):
+            encoded = content.encoded(self.tokenizer)
+            tally.formats["IndexedDataset"] += 1
+            tally.good({}, encoded)
+            return encoded, []
+        found, record = convert(content, self.reading.format, self.reading.allowed.keys)
         tally.formats[found] += 1
         if self.reading.parse_grounding and isinstance(record, Mapping):
             record = with_places(record)

@@ -1,4 +1,4 @@
-"""Opens an input by its first bytes: JSONL, a JSON array, Parquet or a webdataset shard."""
+"""Opens an input by its first bytes: JSONL, a JSON array, Parquet, webdataset, IndexedDataset."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -6,7 +6,9 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import NamedTuple
 
+from triptych.data.dataset.text_file import MAGIC
 from triptych.data.prepare.foreign import HEADS, refuse
+from triptych.data.prepare.inputs.indexed_dataset import read_indexed, split_indexed
 from triptych.data.prepare.inputs.parquet import read_parquet, split_parquet
 from triptych.data.prepare.inputs.raw_sample import FileSegment, RawSample, of_json
 from triptych.data.prepare.inputs.tar_pairs import read_tar
@@ -80,7 +82,11 @@ def _read_array(segment: FileSegment) -> Iterator[RawSample]:
             rest = rest[end:]
 
 
+INDEXED = Container(
+    "IndexedDataset", lambda head: head.startswith(MAGIC), split_indexed, read_indexed
+)
 CONTAINERS = (
+    INDEXED,
     Container("Parquet", lambda head: head.startswith(b"PAR1"), split_parquet, read_parquet),
     Container("webdataset", lambda head: head[257:262] == b"ustar", _whole, read_tar),
     Container("JSON array", lambda head: head.lstrip().startswith(b"["), _whole, _read_array),
@@ -103,6 +109,10 @@ def container_of(path: Path) -> Container:
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
     refuse(HEADS, head, f"{path} is")
+    if path.suffix == ".idx":
+        return INDEXED  # also where it is damaged in its head, so that this is what is said
+    if path.suffix == ".bin" and path.with_suffix(".idx").exists():
+        raise DataError(f"{path} has the ids alone  -> give {path.with_suffix('.idx')}")
     return next(container for container in CONTAINERS if container.is_it(head))
 
 
