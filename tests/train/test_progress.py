@@ -10,6 +10,7 @@ from triptych.costs.flops import NO_WORK
 from triptych.data.batch import MediaWork
 from triptych.data.plan.order import Cursor
 from triptych.parallel.mesh import Dims
+from triptych.tests.helpers.clock import Clock
 from triptych.train.console import console
 from triptych.train.hooks import progress
 from triptych.train.hooks.hook import StepEvent
@@ -20,16 +21,6 @@ from triptych.train.step import StepResult, Totals
 TOKENS = 1000
 START_UP = "18.9 s (imports 8.7, data 10.2)"
 BUDGET = 10**5
-
-
-class Clock:
-    """The time as ``progress`` reads it, set by the test."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def perf_counter(self) -> float:
-        return self.now
 
 
 def event(step: int, last: int, **metrics: float) -> StepEvent:
