@@ -26,7 +26,7 @@ from triptych.configs.schema import Config
 from triptych.data.hashed_files import HashedFile
 from triptych.errors import CheckpointError
 from triptych.models.sharding import ShardingTable
-from triptych.parallel.device import HAS_CUDA, random_states, set_random_states
+from triptych.parallel.device import random_states, set_random_states
 from triptych.parallel.mesh import Mesh
 from triptych.parallel.zero.protocol import STATE_KINDS, ShardedOptimizer, StateShard
 
@@ -210,7 +210,7 @@ def load_random_state(folder: Path, mesh: Mesh) -> bool:
             f"{file} holds no random states: {error}  -> it was not saved by this project"
         ) from error
     trackers = {key: state.pop(key) for key in list(state) if key.startswith(TRACKER)}
-    if HAS_CUDA != ("cuda" in state):
+    if state.keys() != random_states().keys():
         return False
     set_random_states(state)
     states = {key.removeprefix(TRACKER): value for key, value in trackers.items()}

@@ -51,7 +51,8 @@ class MegatronFinder(importlib.abc.MetaPathFinder):
         if fullname == "megatron.core":
             _refuse_other_version()
             _silence_expected_warnings()
-        from triptych.parallel.device import HAS_CUDA  # late: imports torch
+        # late: imports torch; asked here as nobody who could say has been imported yet
+        from triptych.parallel.device import HAS_CUDA
 
         spec = importlib.machinery.PathFinder.find_spec(fullname, path)
         if spec is None or not isinstance(spec.loader, importlib.machinery.SourceFileLoader):

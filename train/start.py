@@ -92,8 +92,8 @@ def load_start(start: StartingPoint, config: Config, engine: Engine) -> None:
     load_weights(folder, engine.tensors)
     if start.resumes:
         load_optimizer(folder, engine.tensors, partly=False)
-        same_ranks = load_random_state(folder, mesh)
-        note = "" if same_ranks else " (another number of ranks: random states start afresh)"
+        goes_on = load_random_state(folder, mesh)
+        note = "" if goes_on else " (other ranks or devices: random states start afresh)"
         say(f"resumed from {folder}, step {start.state.step}{note}{start.told}")
         return
     carried = "fresh"

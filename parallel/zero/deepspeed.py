@@ -23,14 +23,14 @@ from torch import Tensor, nn
 
 from triptych.configs.schema import PARTS, OptimizerConfig, Precision
 from triptych.parallel.data_parallel import DataParallelModel
-from triptych.parallel.device import BACKEND, HAS_CUDA
+from triptych.parallel.device import BACKEND
 from triptych.parallel.mesh import Mesh
 from triptych.parallel.zero.protocol import (
-    FUSED,
     MOMENTS,
     STATE_KINDS,
     ShardedOptimizer,
     StateShard,
+    fuses,
 )
 
 BUCKET_NUMEL = 50_000_000
@@ -203,11 +203,15 @@ def _sharded_adam(
     mesh: Mesh,
 ) -> _ToldTheNorm:
     deepspeed_logger.setLevel(logging.WARNING)
-    if not HAS_CUDA:
+    if mesh.device.type == "cpu":
         deepspeed.ops.__compatible_ops__ = {}  # else a CPU collective is compiled for a minute
     deepspeed.init_distributed(dist_backend=BACKEND, auto_mpi_discovery=False, verbose=False)
     adam = torch.optim.AdamW(
-        groups, lr=1.0, betas=(config.beta1, config.beta2), eps=config.eps, fused=FUSED or None
+        groups,
+        lr=1.0,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=fuses(mesh.device) or None,
     )
     by_parameter = {parameter: name for name, parameter in trained.items()}
     by_parameter |= {

@@ -14,11 +14,11 @@ from triptych.parallel.data_parallel import DataParallelModel
 from triptych.parallel.mesh import Mesh
 from triptych.parallel.zero.gather import gather_whole
 from triptych.parallel.zero.protocol import (
-    FUSED,
     MOMENTS,
     STATE_KINDS,
     ShardedOptimizer,
     StateShard,
+    fuses,
 )
 
 from megatron.core.optimizer import (
@@ -61,7 +61,8 @@ class MegatronZero(ShardedOptimizer):
         )
         self._optimizers = [o for o in self._chain.chained_optimizers if not o.is_stub_optimizer]
         for optimizer in self._optimizers:
-            _fuse(optimizer.optimizer)
+            if fuses(mesh.device):
+                _fuse(optimizer.optimizer)
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
@@ -183,7 +184,7 @@ def _param_groups(model: DataParallelModel, weight_decay: float) -> dict[ParamKe
 
 def _fuse(adam: torch.optim.Optimizer) -> None:
     """Torch's own AdamW, where megatron-core found no other, in its one kernel for all weights."""
-    if FUSED and isinstance(adam, torch.optim.AdamW):
+    if isinstance(adam, torch.optim.AdamW):
         for group in adam.param_groups:
             group.update(fused=True, foreach=False)
 

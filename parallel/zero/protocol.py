@@ -12,12 +12,9 @@ from torch.nn.utils import get_total_norm
 
 from triptych.configs.schema import PARTS, OptimizerConfig, Precision
 from triptych.parallel.data_parallel import DataParallelModel
-from triptych.parallel.device import HAS_CUDA
 from triptych.parallel.dtypes import DTYPES
 from triptych.parallel.mesh import Mesh
 
-FUSED = HAS_CUDA
-"""Whether torch's AdamW, where it is the one, updates all weights in one kernel."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Adam's state, as torch and apex name it."""
 STATE_KINDS = ("master", *MOMENTS)
@@ -127,3 +124,8 @@ class ShardedOptimizer(ABC):
     def _count_update(self) -> None:
         """One update was made, of all parts."""
         self.num_updates = {part: count + 1 for part, count in self.num_updates.items()}
+
+
+def fuses(device: torch.device) -> bool:
+    """Whether torch's AdamW, where it is the one, updates all weights in one kernel."""
+    return device.type == "cuda"

@@ -75,8 +75,8 @@ def run_fused(
 ) -> tuple[list[float | None], int, dict[str, Tensor]]:
     """With the AdamW that CUDA gets; torch has its kernel for CPUs, too."""
     with (
-        mock.patch("triptych.parallel.zero.megatron.FUSED", True),
-        mock.patch("triptych.parallel.zero.deepspeed.FUSED", True),
+        mock.patch("triptych.parallel.zero.megatron.fuses", return_value=True),
+        mock.patch("triptych.parallel.zero.deepspeed.fuses", return_value=True),
     ):
         return run_sharded(case, zeros)
 

@@ -6,7 +6,7 @@ from torch import profiler
 
 from triptych.configs.rules.training import profiled_steps
 from triptych.configs.schema import Config
-from triptych.parallel.device import HAS_CUDA, dump_memory_history, record_memory_history
+from triptych.parallel.device import dump_memory_history, record_memory_history
 from triptych.parallel.mesh import Mesh
 from triptych.train.console import say
 from triptych.train.hooks.hook import Hook, StepEvent
@@ -27,6 +27,7 @@ class Profiler(Hook):
         steps = profiled_steps(config.train.profile)
         assert steps is not None, "the hook is there where they are"
         self._first, self._last = steps
+        self._device = mesh.device
         self._prefix = Path(config.run.dir) / PROFILE / f"pp_{mesh.pp_rank:05d}"
         self._running: profiler.profile | None = None
 
@@ -34,7 +35,7 @@ class Profiler(Hook):
         """Start before the first of the steps, or before the first that is left of them."""
         if self._running is None and self._first <= state.step + 1 <= self._last:
             activities = [profiler.ProfilerActivity.CPU]
-            activities += [profiler.ProfilerActivity.CUDA] if HAS_CUDA else []
+            activities += [profiler.ProfilerActivity.CUDA] if self._device.type == "cuda" else []
             record_memory_history()
             self._running = profiler.profile(activities=activities, profile_memory=True)
             self._running.start()
