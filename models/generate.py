@@ -18,6 +18,7 @@ from triptych.data.batch import Batch
 from triptych.data.patch_layout import PatchLayout
 from triptych.models.feed import on_device
 from triptych.models.kv_cache import KeyValueCache
+from triptych.parallel.device import Upload
 from triptych.parallel.mesh import Mesh
 from triptych.parallel.schedule import run_microbatches
 
@@ -159,8 +160,8 @@ def next_logits(model: nn.Module, batch: Batch) -> Tensor:
         model: whole, in this process.
         batch: on the CPU.
     """
-    device = next(model.parameters()).device
-    last_S = torch.tensor(batch.segments[1:], device=device) - 1
-    moved = batch.each(lambda tensor: tensor.to(device))
+    upload = Upload(next(model.parameters()).device)
+    moved, last_S = batch.each(upload), upload(torch.tensor(batch.segments[1:]) - 1)
+    upload.wait()
     logits_TV: Tensor = model(moved, with_loss=False).squeeze(0)
     return logits_TV[last_S]
