@@ -22,7 +22,7 @@ ASKED = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "^NVLS"}
 
 
 def loss_of_a_step() -> float:
-    engine = engine_of(LayoutCase(Layout()))
+    engine = engine_of(LayoutCase(Layout(layers=(1,))))
     mesh = engine.mesh
     step = make_step("some", mesh, 1)
     step = replace(step, microbatches=step.microbatches[:1])

@@ -18,6 +18,8 @@ pytestmark = pytest.mark.distributed
 BAR = 1e-6
 """Of losses, relative."""
 OPTIONS = (
+    "model.vision.depth=1",
+    "model.language.num_layers=2",
     "train.global_batch_size=2",
     "train.validate_every=3",
     "train.validation_packs=2",
