@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 try:
     from triptych.configs.model_schema import ModelConfig
     from triptych.configs.schema import Precision
-    from triptych.launch.cli import run
+    from triptych.launch.cli import long_import, run
 except ModuleNotFoundError as missing:
     sys.exit(f"{missing.name} is not installed -> make install && source .venv/bin/activate")
 
@@ -33,9 +33,10 @@ except ModuleNotFoundError as missing:
 def main(argv: Sequence[str]) -> None:
     """Convert in the direction that is asked for."""
     options = _parser().parse_args(argv)
-    from triptych.checkpoints.hf import conversion  # late: --help does not pay for torch
-    from triptych.checkpoints.model_file import read_model
-    from triptych.parallel.dtypes import DTYPES
+    with long_import():  # late: --help does not pay for torch
+        from triptych.checkpoints.hf import conversion
+        from triptych.checkpoints.model_file import read_model
+        from triptych.parallel.dtypes import DTYPES
 
     is_main = os.environ.get("RANK", "0") == "0"
     if options.direction == "import":

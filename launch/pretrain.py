@@ -15,7 +15,7 @@ from collections.abc import Sequence
 try:
     from triptych.configs.compose import load_config
     from triptych.configs.validate import validate
-    from triptych.launch.cli import run
+    from triptych.launch.cli import long_import, run
 except ModuleNotFoundError as missing:
     if missing.name not in ("triptych", "hydra", "omegaconf"):
         raise
@@ -29,7 +29,8 @@ def main(argv: Sequence[str]) -> None:
     """Compose, validate, train."""
     config = load_config(argv)
     validate(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
-    from triptych.train.run import leave, pretrain  # late: --help and refusals do not pay for torch
+    with long_import():  # late: --help and refusals do not pay for torch
+        from triptych.train.run import leave, pretrain
 
     pretrain(config)
     leave()

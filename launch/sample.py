@@ -18,7 +18,7 @@ from pathlib import Path
 
 try:
     from triptych.launch.bar import Bar
-    from triptych.launch.cli import at_least_one, run
+    from triptych.launch.cli import at_least_one, long_import, run
 except ModuleNotFoundError as missing:
     sys.exit(f"{missing.name} is not installed -> make install && source .venv/bin/activate")
 
@@ -37,8 +37,9 @@ def main(argv: Sequence[str]) -> None:
         )
     if options.digits is not None and options.output is None:
         parser.error("--digits needs --output FOLDER")
-    from triptych.data.types import MediaKind  # late: --help does not pay for torch
-    from triptych.launch.inference.answering import Answerer, Question
+    with long_import():  # late: --help does not pay for torch
+        from triptych.data.types import MediaKind
+        from triptych.launch.inference.answering import Answerer, Question
 
     layout = {"tp": options.tp, "pp": options.pp}
     answerer = Answerer.load(options.checkpoint, options.tokenizer, **layout)
