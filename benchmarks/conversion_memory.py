@@ -1,10 +1,14 @@
 r"""Memory and time of import, export and verify, by commands, on random weights.
 
     python benchmarks/conversion_memory.py --folder /tmp/weights model=qwen2_vl_7b \
-        model.language.num_layers=2 model.vision.depth=2
+        model.language.num_layers=6 model.vision.depth=2 --tp 2 --pp 2
 
-Memory is what a rank has for itself (RssAnon): pages of mapped files are the system's. The base is
-that of the same command on a model whose largest tensor has 1 MB. The folder is removed afterwards.
+With --tp or --pp, what was imported is saved again by the ranks of that layout, and that is
+exported. Both ends are verified: what came in, and what goes out, are bit-equal to the checkpoint.
+
+Memory is what each rank has for itself (RssAnon): pages of mapped files are the system's. The base
+is that of the same command on a model whose largest tensor has 1 MB. The folder is removed
+afterwards.
 """
 
 import argparse
@@ -25,10 +29,12 @@ from triptych.checkpoints.hf.name_table import name_table
 from triptych.checkpoints.hf.origin import Origin
 from triptych.configs.compose import load_config
 from triptych.configs.model_schema import ModelConfig
+from triptych.configs.schema import DataConfig
 from triptych.data.tokenizer import train_tokenizer
 from triptych.data.types import PixelLimits
 
 CONVERT = str(Path(__file__).parents[1] / "launch" / "convert.py")
+SAVED_BY_LAYOUT = str(Path(__file__).with_name("saved_by_layout.py"))
 EVERY_S = 0.005
 MB = 1e6
 
@@ -41,8 +47,10 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--folder", type=Path, required=True, help="new; for all that is written")
     parser.add_argument("--import-ranks", type=int, default=2)
     parser.add_argument("--export-ranks", type=int, default=4)
+    parser.add_argument("--tp", type=int, default=1, help="of the ranks that save in between")
+    parser.add_argument("--pp", type=int, default=1, help="of the ranks that save in between")
     parser.add_argument("words", nargs="+", help="model=..., model.language...=...")
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     small = ["model=debug", "model.language.vocab_size=4096"]
     for words in (small, options.words):
         config = load_config([*words, "init.allow_random=true"])
@@ -54,21 +62,29 @@ def main(argv: Sequence[str]) -> None:
 
 
 def measure(model: ModelConfig, options: argparse.Namespace) -> None:
-    """Print a table: the peak of each command, and its time."""
+    """Print a table: what each rank of each command had at most, and the command's time."""
     hub, tokenizer, out = (options.folder / name for name in ("hub", "tokenizer", "out"))
     tokens = train_tokenizer(["x"], tokenizer, 280).tokens
     model = replace(model, tokens=tokens)
     largest = write_random(model, hub, tokenizer)
     print(f"{model.name}: largest tensor {largest / MB:,.0f} MB in bf16", flush=True)
-    run = str(options.folder / "run")
-    commands = {
-        "import": (options.import_ranks, [str(hub), run]),
-        "export": (options.export_ranks, [run, str(out), "--tokenizer", str(tokenizer)]),
-        "verify": (1, [str(out), run, "--tensors-only"]),
-    }
-    for name, (num_ranks, words) in commands.items():
-        peak, wall_s = peak_of(num_ranks, [CONVERT, name, *words])
-        print(f"  {name} by {num_ranks}: {peak / MB:,.0f} MB a rank at most, {wall_s:.0f} s")
+    imported = run = options.folder / "imported"
+    commands = [("import", options.import_ranks, [CONVERT, "import", hub, imported])]
+    if options.tp * options.pp > 1:
+        run = options.folder / "run"
+        layout = ["--tp", options.tp, "--pp", options.pp]
+        words = [SAVED_BY_LAYOUT, *layout, imported, run, tokenizer]
+        commands.append(
+            (f"save as tp {options.tp} x pp {options.pp}", options.tp * options.pp, words)
+        )
+    words = [CONVERT, "export", run, out, "--tokenizer", tokenizer]
+    commands.append(("export", options.export_ranks, words))
+    for name, folder in {"what was imported": hub, "what was exported": out}.items():
+        commands.append((f"verify {name}", 1, [CONVERT, "verify", folder, run, "--tensors-only"]))
+    for name, num_ranks, words in commands:
+        peaks, wall_s = peaks_of(num_ranks, list(map(str, words)))
+        each = ", ".join(f"{peak / MB:,.0f}" for peak in peaks)
+        print(f"  {name}, ranks 0 to {num_ranks - 1}: {each} MB; {wall_s:.0f} s", flush=True)
 
 
 def write_random(model: ModelConfig, hub: Path, tokenizer: Path) -> int:
@@ -76,25 +92,35 @@ def write_random(model: ModelConfig, hub: Path, tokenizer: Path) -> int:
     writer = HFWriter(hub, model, torch.bfloat16)
     for name, shape in writer.shapes.items():
         writer.add(name, torch.randn(shape, dtype=torch.bfloat16))
-    writer.finish(tokenizer, Origin(limits=PixelLimits(784, 28224), stage="imported"))
+    writer.finish(tokenizer, Origin(limits=PixelLimits.of(DataConfig()), stage="imported"))
     shapes = [shape for entry in name_table(model).values() for shape in entry.theirs.values()]
     return max(map(prod, shapes)) * torch.bfloat16.itemsize
 
 
-def peak_of(num_ranks: int, words: list[str]) -> tuple[int, float]:
-    """Largest RssAnon that any rank had, in bytes, and the seconds that the command took."""
+def peaks_of(num_ranks: int, words: list[str]) -> tuple[list[int], float]:
+    """Largest RssAnon that each rank had, in bytes, and the seconds that the command took."""
     launcher = [sys.executable]
     if num_ranks > 1:
         torchrun = [sys.executable, "-m", "torch.distributed.run"]
         launcher = [*torchrun, "--standalone", "--nproc-per-node", str(num_ranks)]
-    started, peak = time.monotonic(), 0
+    started, peaks = time.monotonic(), [0] * num_ranks
     with subprocess.Popen([*launcher, *words], stdout=subprocess.DEVNULL) as command:
         process = psutil.Process(command.pid)
         while command.poll() is None:
-            peak = max([peak, *map(anonymous_bytes, [process, *children(process)])])
+            for each in [process] if num_ranks == 1 else children(process):
+                rank = rank_of(each)
+                peaks[rank] = max(peaks[rank], anonymous_bytes(each))
             time.sleep(EVERY_S)
     assert command.returncode == 0, words
-    return peak, time.monotonic() - started
+    return peaks, time.monotonic() - started
+
+
+def rank_of(process: psutil.Process) -> int:
+    """As torchrun tells it; 0 where nothing does."""
+    try:
+        return int(process.environ().get("RANK", "0"))
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return 0
 
 
 def children(process: psutil.Process) -> list[psutil.Process]:
