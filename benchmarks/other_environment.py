@@ -4,9 +4,10 @@ r"""One exported folder in several environments: do they answer alike, and as we
         --python /path/to/venv/bin/python    # of another transformers; as often as there are some
 
 Asks about 50 pictures of held-out digits, 10 videos of digits that move, and 10 texts, in fp32: our
-forward pass, transformers here, and transformers of each interpreter. Pictures go through each
-transformers' own processor of images; videos have the patches of training, as the processor of
-videos needs torchvision. Exits with 1 where any answer differs.
+forward pass, transformers here, and transformers of each interpreter, which may be of one version.
+Pictures go through each transformers' own processor of images, by Pillow and, where it is, by
+torchvision; videos through its processor of videos where there is torchvision, and else have the
+patches of training. Exits with 1 where any answer differs.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,7 +36,16 @@ from triptych.launch.inference.answering import Answerer, Question
 NUM_PICTURES, NUM_VIDEOS, NUM_TEXTS = 50, 10, 10
 NUM_FRAMES, FRAME_MS = 8, 250
 MAX_NEW_TOKENS = 8
-ASKED = Path(__file__).with_name("asked_transformers.py")
+ASKED_SCRIPT = Path(__file__).with_name("asked_transformers.py")
+
+
+class Asked(NamedTuple):
+    """What asked_transformers.py wrote of one environment and backend."""
+
+    backend: str
+    told: dict[str, Any]
+    pixels: dict[str, np.ndarray]
+    """By number of the question."""
 
 
 def main() -> None:
@@ -52,11 +62,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_questions(questions, ours, folder)
-        found = [
-            ask(python, options.exported, folder)
-            for python in [Path(sys.executable), *options.python]
-        ]
-        alike = report(questions, ours, found, folder)
+        found: list[Asked] = []
+        for number, python in enumerate([Path(sys.executable), *options.python]):
+            found += ask(python, options.exported, folder, folder / f"answers_{number}")
+        alike = report(questions, ours, found)
     sys.exit(0 if alike else 1)
 
 
@@ -85,30 +94,30 @@ def write_questions(questions: list[Question], ours: Answerer, folder: Path) -> 
             kind, file = "image", f"{number}.png"
             (folder / file).write_bytes(question.file)
         elif question.file is not None:
-            kind, file = "video", f"{number}.npz"
+            kind, file = "video", f"{number}.gif"
+            (folder / file).write_bytes(question.file)
             mine = ours.prompt(question)
             patches = normalize_patches(torch.from_numpy(mine.pixels[0])).numpy()
-            np.savez(folder / file, patches=patches, grid_thw=mine.grid_thw)
+            np.savez(folder / f"{number}.npz", patches=patches, grid_thw=mine.grid_thw)
         listed.append({"kind": kind, "file": file, "prompt": question.prompt})
     (folder / "questions.json").write_text(json.dumps(listed))
 
 
-def ask(python: Path, exported: Path, folder: Path) -> dict[str, Any]:
-    """What the transformers of an interpreter answers."""
-    command = [str(python), str(ASKED), str(exported.resolve()), str(folder)]
+def ask(python: Path, exported: Path, folder: Path, answers: Path) -> list[Asked]:
+    """What the transformers of an interpreter answers, by each backend of images that it has."""
+    command = [str(python), str(ASKED_SCRIPT), str(exported.resolve()), str(folder), str(answers)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
     if done.returncode:
         sys.exit(f"{python} failed:\n{done.stderr[-3000:]}")
-    version = done.stdout.split()[-1]
-    answers: dict[str, Any] = json.loads((folder / f"answers_{version}.json").read_text())
-    return answers
+    return [
+        Asked(path.stem, json.loads(path.read_text()), dict(np.load(path.with_suffix(".npz"))))
+        for path in sorted(answers.glob("*.json"))
+    ]
 
 
-def report(
-    questions: list[Question], ours: Answerer, found: list[dict[str, Any]], folder: Path
-) -> bool:
+def report(questions: list[Question], ours: Answerer, found: list[Asked]) -> bool:
     """Print a row for each environment; whether all answer alike."""
-    decode, first = ours.tokenizer.decode, found[0]["answers"]
+    decode, first = ours.tokenizer.decode, found[0].told["answers"]
     mine = [decode(ids) for ids in ours.answer(questions, max_new_tokens=MAX_NEW_TOKENS)]
     margin = min(margin_of(np.array(answer["logits"])) for answer in first)
     print(
@@ -116,16 +125,18 @@ def report(
     )
     alike = True
     for each in found:
-        pairs = list(zip(each["answers"], first, strict=True))
+        told, pairs = each.told, list(zip(each.told["answers"], first, strict=True))
         texts = [without_end(answer["answer"]) for answer, _ in pairs]
         same = sum(text == own for text, own in zip(texts, mine, strict=True))
         same_ids = sum(a["input_ids"] == b["input_ids"] for a, b in pairs)
         apart = max(relative(a["logits"], b["logits"]) for a, b in pairs)
-        pixels = pixels_apart(each["transformers"], questions, ours, folder)
+        pixels = pixels_apart(each.pixels, questions, ours)
         print(
-            f"transformers {each['transformers']} (torch {each['torch']}, {each['images']}): "
-            f"{same} of {len(mine)} answers are ours, {same_ids} prompts those here; pixels at "
-            f"most {pixels:.1e} from training's, logits {apart:.1e} of the largest from those here"
+            f"transformers {told['transformers']} (torch {told['torch']}), {each.backend} "
+            f"({', '.join(told['processors'])}): {same} of {len(mine)} answers are ours, "
+            f"{same_ids} prompts those here; pixels at most {pixels} from training's, logits "
+            f"{apart:.1e} of the largest from those here; AutoProcessor: "
+            f"{told['opened_by_its_name']}"
         )
         alike &= same == len(mine) == same_ids
     return alike
@@ -147,14 +158,16 @@ def without_end(text: str) -> str:
     return text.partition("<|im_end|>")[0].partition("<|endoftext|>")[0]
 
 
-def pixels_apart(version: str, questions: list[Question], ours: Answerer, folder: Path) -> float:
-    """The largest difference of a normalised pixel of any picture."""
-    theirs = np.load(folder / f"pixels_{version}.npz")
-    apart = 0.0
+def pixels_apart(theirs: dict[str, np.ndarray], questions: list[Question], ours: Answerer) -> str:
+    """The largest difference of a normalised pixel of any medium, for each kind of medium."""
+    apart: dict[str, float] = {}
     for number, pixels in theirs.items():
-        trained = torch.from_numpy(ours.prompt(questions[int(number)]).pixels[0])
-        apart = max(apart, float(np.abs(pixels - normalize_patches(trained).numpy()).max()))
-    return apart
+        question = questions[int(number)]
+        trained = torch.from_numpy(ours.prompt(question).pixels[0])
+        largest = float(np.abs(pixels - normalize_patches(trained).numpy()).max())
+        kind = question.kind.name.lower()
+        apart[kind] = max(apart.get(kind, 0.0), largest)
+    return ", ".join(f"{largest:.1e} ({kind})" for kind, largest in apart.items())
 
 
 if __name__ == "__main__":
