@@ -71,6 +71,9 @@ def test_literal_command_trains_each_stage(stage, clone):
     used_s = cpu_s() - before
     print(f"stage={stage}: {used_s:.1f} CPU-seconds")
     assert ended.returncode == 0, ended.stdout
+    told, _, _ = ended.stdout.partition(" step 1/20 ")
+    assert "train.num_steps=20 ends them at 0.1 of the budget" in told
+    assert "  -> stage.horizon=run or stage.token_budget=" in told
 
     run = clone / "runs" / "debug" / f"stage{stage}"
     metrics = lines(run)
