@@ -67,8 +67,10 @@ Run what follows in the folder that this one lies in.
 
 ## lmms-eval
 
-Its own limits are 3,136 to 602,112 pixels. It sends pictures through JPEG of quality 85, which
-training did not.
+Its own limits are 3,136 to 602,112 pixels; what is given is for pictures and frames of videos. It
+sends pictures through JPEG of quality 85, which training did not. Of a video qwen-vl-utils takes
+frames from the first to the last, and lmms-eval at most `max_num_frames` (32) of them; training
+took frames `i * total // n`, as transformers does.
 
     python -m lmms_eval --model qwen2_vl --model_args pretrained={name},{pixels} \\
         --tasks mmmu_val --batch_size 1 --log_samples --output_path results

@@ -176,6 +176,7 @@ def test_each_harness_gets_the_trained_limits():
     assert "min_pixels=784, max_pixels=28224" in card
     assert "SGLANG_IMAGE_MAX_PIXELS=28224 python -m sglang" in card
     assert "of which training took 2 frames a second" in card
+    assert "lmms-eval at most `max_num_frames` (32) of them" in card
     assert "**base model**" in card
     assert "Rename" not in card
     assert "its name has `2.5`" in evaluation_card(Path("out/qwen-2.5-mine"), STAGE_2)
