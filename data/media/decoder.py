@@ -32,14 +32,23 @@ WALL_S = 300.0
 """Seconds for the same; only a decoder that waits for something meets them first."""
 
 
+NOT_FOR_DECODERS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+"""By which a run is asked to stop. A terminal sends them to its whole process group, Slurm to every
+process of a job; a decoder that ended by one would make its file a bad one."""
+
+
 class VideoDecoder:
     """A process that decodes one file at a time."""
 
     def __init__(self, command: Sequence[str] = COMMAND) -> None:
-        """Starts it. A Ctrl-C at the terminal is for us alone: it is no sign of a bad file."""
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
-        )
+        """Starts it, with the signals that are for us alone blocked from its first moment on."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, NOT_FOR_DECODERS)
+        try:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         assert isinstance(self._process.stdin, io.BufferedWriter)
         assert isinstance(self._process.stdout, io.BufferedReader)
         self._requests, self._answers = self._process.stdin, self._process.stdout

@@ -2,6 +2,8 @@
 
 import contextlib
 import io
+import os
+import signal
 import sys
 from dataclasses import replace
 from fractions import Fraction
@@ -430,6 +432,20 @@ def test_a_decoder_that_does_not_start_is_no_bad_sample():
     decoder._idle.append(VideoDecoder([sys.executable, "-c", "raise SystemExit(3)"]))
     with pytest.raises(ConfigError, match="ended with exit code 3"):
         VideoKind().measure(GOOD, "x")
+
+
+@pytest.mark.parametrize("number", decoder.NOT_FOR_DECODERS)
+def test_what_stops_a_run_neither_ends_a_decoder_nor_spoils_its_file(number):
+    """As it starts, and as it serves: Slurm signals every process of a job."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    one = VideoDecoder()
+    try:
+        for _ in range(2):
+            os.kill(one._process.pid, number)
+            assert one.extent(GOOD, "x")["frames"] == 50
+    finally:
+        one.kill()
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
 
 
 def test_a_process_serves_many_files():
