@@ -3,6 +3,7 @@
 The answers are greedy and in fp32 on both sides, of the weights as they were exported: transformers
 by the folder's own processor, template and ``generate``, ours by the forward pass of training.
 transformers' processor of videos needs torchvision, so of a video it is given training's patches.
+Pictures are asked by each backend of images that is there, Pillow and torchvision.
 """
 
 import io
@@ -30,6 +31,8 @@ from triptych.parallel.mesh import build_mesh, init_distributed
 
 PROMPT = "What is this?"
 MAX_NEW_TOKENS = 8
+PILLOW = "Pillow"
+"""The backend of images whose pixels are training's; torchvision's are not."""
 VIDEO_FRAMES = 4
 VIDEO_FRAME_MS = 500
 LOGITS_BAR = 1e-3
@@ -78,8 +81,6 @@ def verify(exported: Path, checkpoint: Path, *, answers: bool = True) -> list[st
 def _compare_answers(exported: Path, folder: Path, report: Report) -> None:
     from transformers import Qwen2VLForConditionalGeneration
 
-    from triptych.checkpoints.hf.processor import load_processor
-
     ours = Answerer.load(folder, exported, Precision.fp32)
     theirs = Qwen2VLForConditionalGeneration.from_pretrained(exported)
     exported_dtype = theirs.dtype
@@ -87,52 +88,70 @@ def _compare_answers(exported: Path, folder: Path, report: Report) -> None:
     [model] = ours.chunks
     for parameter in model.parameters():
         parameter.data = parameter.data.to(exported_dtype).float()
-    processor = load_processor(exported)
+    processors = _processors(exported)
     for question in _questions():
-        mine, where = ours.prompt(question), question.where
-        is_video = question.kind == MediaKind.VIDEO
-        if is_video:
-            prompt = _prompt_with_our_frames(processor, question, mine)
-        else:
-            prompt = _prompt_of_transformers(processor, question)
-        if prompt["input_ids"][0].tolist() != mine.input_ids.tolist():
-            report.problems.append(f"{where}: the processor makes other ids than training")
-            continue
-        if is_video:
-            report.told.append(f"{where}: frames and pixels are training's, and not compared")
-        elif question.file is not None:
-            _compare_pixels(prompt["pixel_values"], mine, where, report)
-        batch = collate([mine], ours.config, pad_to=1, with_pixels=True)
-        _compare_logits(theirs, prompt, next_logits(model, batch)[0], where, report)
-        [answer] = ours.answer([question], max_new_tokens=MAX_NEW_TOKENS)
-        other = _answer_of_transformers(theirs, prompt)
-        text = ours.tokenizer.decode(answer)
-        if answer == other:
-            report.told.append(f"{where}: both answer {text!r} ({len(answer)} tokens)")
-        else:
-            other_text = ours.tokenizer.decode(other)
-            report.problems.append(f"{where}: transformers answers {other_text!r}, we {text!r}")
+        is_image = question.file is not None and question.kind == MediaKind.IMAGE
+        for backend, processor in processors if is_image else processors[:1]:
+            where = f"{question.where} by {backend}" if is_image else question.where
+            _compare_question(ours, theirs, processor, question, where, report)
 
 
-def _compare_pixels(found: Tensor, mine: Segment, where: str, report: Report) -> None:
+def _processors(exported: Path) -> list[tuple[str, Any]]:
+    """One for each backend of images that is installed."""
+    from transformers import AutoImageProcessor
     from transformers.utils import is_torchvision_available
 
-    apart = float((found - normalize_patches(torch.from_numpy(mine.pixels[0]))).abs().max())
-    backend = "torchvision" if is_torchvision_available() else "Pillow"
-    line = f"{where}: pixels by {backend}, at most {apart:.2g} from training's"
-    report.told.append(line)
-    if apart > 0 and backend == "Pillow":
-        report.problems.append(line)
+    from triptych.checkpoints.hf.processor import load_processor
+
+    by_pillow = load_processor(exported)
+    if not is_torchvision_available():
+        return [(PILLOW, by_pillow)]
+    by_pillow.image_processor = AutoImageProcessor.from_pretrained(exported, backend="pil")
+    return [(PILLOW, by_pillow), ("torchvision", load_processor(exported))]
+
+
+def _compare_question(
+    ours: Answerer, theirs: Any, processor: Any, question: Question, where: str, report: Report
+) -> None:
+    """What follows from other pixels than training's is told, and no fault of the export."""
+    mine, faults = ours.prompt(question), report.problems
+    if question.kind == MediaKind.VIDEO:
+        prompt = _prompt_with_our_frames(processor, question, mine)
+        report.told.append(f"{where}: frames and pixels are training's, and not compared")
+    else:
+        prompt = _prompt_of_transformers(processor, question)
+    if prompt["input_ids"][0].tolist() != mine.input_ids.tolist():
+        report.problems.append(f"{where}: the processor makes other ids than training")
+        return
+    if "pixel_values" in prompt:
+        trained = normalize_patches(torch.from_numpy(mine.pixels[0]))
+        apart = float((prompt["pixel_values"] - trained).abs().max())
+        report.told.append(f"{where}: pixels at most {apart:.2g} from training's")
+        if apart > 0 and where.endswith(PILLOW):
+            report.problems.append(report.told[-1])
+        elif apart > 0:
+            faults = report.told
+    [model] = ours.chunks
+    batch = collate([mine], ours.config, pad_to=1, with_pixels=True)
+    apart = _logits_apart(theirs, prompt, next_logits(model, batch)[0])
+    report.told.append(f"{where}: logits {apart:.1e} of the largest from ours")
+    if not apart <= LOGITS_BAR:
+        faults.append(f"{report.told[-1]}, more than {LOGITS_BAR:g}")
+    [answer] = ours.answer([question], max_new_tokens=MAX_NEW_TOKENS)
+    other = _answer_of_transformers(theirs, prompt)
+    text = ours.tokenizer.decode(answer)
+    if answer == other:
+        report.told.append(f"{where}: both answer {text!r} ({len(answer)} tokens)")
+    else:
+        other_text = ours.tokenizer.decode(other)
+        faults.append(f"{where}: transformers answers {other_text!r}, we {text!r}")
 
 
 @torch.no_grad()
-def _compare_logits(theirs: Any, prompt: Any, ours: Tensor, where: str, report: Report) -> None:
+def _logits_apart(theirs: Any, prompt: Any, ours: Tensor) -> float:
+    """Of the next token: largest difference / largest logit."""
     found = theirs(**prompt).logits[0, -1]
-    apart = float((found - ours).abs().max() / ours.abs().max())
-    line = f"{where}: logits {apart:.1e} of the largest from ours"
-    report.told.append(line)
-    if not apart <= LOGITS_BAR:
-        report.problems.append(f"{line}, more than {LOGITS_BAR:g}")
+    return float((found - ours).abs().max() / ours.abs().max())
 
 
 def _questions() -> Iterator[Question]:

@@ -62,10 +62,12 @@ def test_an_export_is_what_its_checkpoint_says_and_answers_as_we_do(exported, ru
     (text,) = pool(1).run(told_of_all, exported=exported, checkpoint=runs.dir("three"))
     assert "every tensor: bit-equal" in text
     assert "every setting, and the chat template: as trained" in text
-    assert re.search(r"an image: pixels by \w+, at most .* from training's", text)
+    assert re.search(r"an image by Pillow: pixels at most 0 from training's", text)
     assert "a video: frames and pixels are training's, and not compared" in text
-    assert len(re.findall(r"both answer .* \(\d tokens\)", text)) == 3
-    apart = re.findall(r"(?:an image|a video|text alone): logits (\S+) of the largest", text)
+    assert len(re.findall(r"both answer .* \(\d tokens\)", text)) >= 3
+    apart = re.findall(
+        r"(?:an image by Pillow|a video|text alone): logits (\S+) of the largest", text
+    )
     assert len(apart) == 3
     print(f"logits of transformers and ours: {apart}")
     assert text.endswith(f"{exported} is what {runs.dir('three')} says\n")
