@@ -98,11 +98,13 @@ def _refuse_other_version() -> None:
 
 
 def _silence_expected_warnings() -> None:
-    """megatron-core warns at import of every kernel that is not installed.
+    """megatron-core warns at import of every kernel that is not installed, torch of a barrier.
 
-    Our own table at start says it once.
+    Our own table at start says once what is installed.
     """
     warnings.filterwarnings("ignore", module=r"megatron\.core.*")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
+    # On CUDA; parallel.device.local_device has made it the current one.
+    warnings.filterwarnings("ignore", message=r"barrier\(\): using the device")
     quiet = logging.getLogger("megatron.core.tensor_parallel.random")
     quiet.addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())

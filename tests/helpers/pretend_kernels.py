@@ -132,11 +132,18 @@ def _flash_backward(
     return torch.zeros(q.size(1), len(q) + 128 * (len(cu_q) - 1))
 
 
-def _layer_norm_backward(grad, x, shape, mean, rstd, *rest):
+def _layer_norm(x, shape, weight, bias, eps):
     """CUDA keeps mean and deviation in fp32, the CPU in the dtype of ``x``."""
-    return torch.ops.aten.native_layer_norm_backward(
-        grad, x, shape, mean.to(x.dtype), rstd.to(x.dtype), *rest
-    )
+    wide = (x.float(), shape, weight.float(), bias.float(), eps)
+    normalized, mean, rstd = torch.ops.aten.native_layer_norm(*wide)
+    return normalized.to(x.dtype), mean, rstd
+
+
+def _layer_norm_backward(grad, x, shape, mean, rstd, weight, bias, mask):
+    """CUDA sums the gradients of weight and bias in fp32, the CPU in the dtype of ``x``."""
+    wide = (grad.float(), x.float(), shape, mean, rstd, weight.float(), bias.float(), mask)
+    grads = torch.ops.aten.native_layer_norm_backward(*wide)
+    return [None if grad is None else grad.to(x.dtype) for grad in grads]
 
 
 KERNELS: dict[str, Callable[..., Any]] = {
@@ -144,6 +151,7 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "torch_attn::_varlen_attn_backward": _torch_varlen_backward,
     "flash_attn::_flash_attn_varlen_forward": _flash,
     "flash_attn::_flash_attn_varlen_backward": _flash_backward,
+    "aten::native_layer_norm": _layer_norm,
     "aten::native_layer_norm_backward": _layer_norm_backward,
     "symm_mem::fused_all_gather_matmul": symmetric_memory._fused_all_gather_matmul_fallback,
     "symm_mem::fused_matmul_reduce_scatter": symmetric_memory._fused_matmul_reduce_scatter_fallback,

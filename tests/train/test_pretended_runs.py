@@ -55,6 +55,7 @@ def start_and_resume(on_cpu: Runs, on_cuda: Runs, layout: str, *options: str) ->
         on_cpu.train("cpu", layout, *words)
         [(told, _), *_] = ranks = on_cuda.call(train_on_cuda, "cuda", layout, *words)
         assert [read for _, read in ranks] == [num_read for _ in ranks]
+        assert "warning" not in told
     assert "step_000000002.0, step 2" in told
     folder = on_cuda.dir("cuda")
     assert (folder / "weights" / "step_000000002.0" / "COMMIT").exists()
