@@ -207,6 +207,6 @@ def cut_patches(frames: NDArray[np.uint8], vision: VisionConfig) -> NDArray[np.u
     cut = lines.reshape(t, together, colours, rows, merge, side, columns, merge)
     cut = np.ascontiguousarray(cut.transpose(0, 3, 6, 4, 7, 2, 1, 5)).view(np.uint8)
     pixels = cut.reshape(-1, colours, together, side * side)
-    if together < depth:
-        pixels = pixels.repeat(depth, axis=2)
+    if together < depth:  # not by repeat, which keeps the interpreter's lock
+        pixels = np.broadcast_to(pixels, (len(pixels), colours, depth, side * side))
     return pixels.reshape(-1, vision.patch_dim)
