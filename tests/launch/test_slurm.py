@@ -10,13 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from triptych.tests.helpers.runs import Runs, without_times
+from triptych.tests.helpers.slurm_jobs import FOLLOW, ROOT, SBATCH_FILE, submit
 from triptych.train.events import read_events
-from triptych.train.restarts import read_starts
 
-ROOT = Path(__file__).parents[2]
-WITH_SLURM = ROOT / "tests" / "helpers" / "slurm" / "with_slurm.sh"
-SBATCH_FILE = ROOT / "launch" / "slurm" / "pretrain.sbatch"
 PREPARE = ROOT / "launch" / "slurm" / "prepare.sbatch"
 GPU_CHECK = ROOT / "launch" / "slurm" / "gpu_check.sbatch"
 
@@ -37,49 +33,6 @@ if "fail" in sys.argv:
     time.sleep(3600)
 dist.destroy_process_group()
 """
-
-
-# Not `sbatch --wait`, which looks every ten seconds.
-TO_ITS_END = """
-    sbatch --nodes=2 --time=30 --output="$0" "$@" >&2 || exit
-    while [ -n "$(squeue --noheader)" ]; do sleep 0.2; done
-    scontrol --oneliner show job
-"""
-
-
-def submit(
-    tmp_path: Path,
-    project: Path,
-    *arguments: str,
-    file: Path = SBATCH_FILE,
-    script: str = TO_ITS_END,
-    **env: str,
-) -> tuple[str, str]:
-    """Run the job on a cluster of two nodes, by default to its end. Returns its state and its log.
-
-    Slurm ends a job that hangs after half an hour (``TIMEOUT``), so that its log is shown.
-    """
-    log = tmp_path / "job.log"
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "SLURM_TEST_ROOT": str(tmp_path / "slurm"),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        **env,
-    }
-    command = [WITH_SLURM, "2", "bash", "-c", script, log, file, *arguments]
-    ended = subprocess.run(
-        command,
-        cwd=project,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    state = re.search(r"JobState=(\w+)", ended.stdout)
-    assert state is not None, ended.stdout + ended.stderr
-    return state[1], log.read_text()
 
 
 @pytest.fixture
@@ -166,22 +119,6 @@ while start == 2:
     time.sleep(0.1)
 record_event(run, "finished", step=start)
 """
-FOLLOW = """
-    export LOG=$0 TIME=30
-    chain_of() {
-      python launch/submit.py --nodes="$NODES" --time="$TIME" --jobs="$1" --notice-s=60 \\
-        --sbatch=--output="$LOG" --sbatch=--open-mode=append -- "${@:2}" >&2
-    }
-    until_told() { # so often, of this kind of event
-      until [ "$(grep -c "\\"$2\\"" "$RUN/events.jsonl" 2>/dev/null)" = "$1" ] ||
-        [ -z "$(squeue --noheader)" ]; do sleep 0.2; done
-    }
-    the_running() { squeue --noheader --states=RUNNING --format=%i; }
-    until_none_is_left() {
-      while [ -n "$(squeue --noheader)" ]; do sleep 0.2; done
-      scontrol --oneliner show job | tee "$LOG.jobs"
-    }
-"""
 NOTICED_CHAIN = """
     chain_of 4 "$@" || exit
     until_told 2 started
@@ -241,43 +178,6 @@ def test_jobs_go_on_after_a_failure_and_a_notice_until_the_run_ends_or_is_cancel
     assert [event["what"] for event in read_events(run)] == told.split(), log
     jobs = (tmp_path / "job.log.jobs").read_text()
     assert re.findall(r"JobState=(\w+)", jobs) == states.split(), log
-
-
-CHAIN = """
-    chain_of 4 "$@" || exit
-    until_told 1 first_step
-    kill -KILL "$(pgrep --oldest --full -- '-u launch/pretrain.py')"
-    until_told 2 first_step
-    scancel --signal=USR1 --batch "$(the_running)"
-    until_none_is_left
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.slurm
-def test_a_chain_goes_on_after_a_crash_and_a_notice_and_ends_with_the_run(pool, digits, tmp_path):
-    """The first job loses a rank, the second is given notice, the third ends, the last never runs.
-
-    Every step is made once, as by a run without interruption.
-    """
-    runs = Runs(pool, digits, tmp_path)
-    options = ["train.num_steps=150", "run.checkpoint_every=20"]
-    words = runs.words("chain", "dp2", *options)
-    *_, log = submit(
-        tmp_path,
-        ROOT,
-        *words,
-        script=FOLLOW + "shift\n" + CHAIN,
-        RUN=str(runs.dir("chain")),
-        NODES="2",
-    )
-    starts = read_starts(read_events(runs.dir("chain")))
-    assert [start.end for start in starts] == ["died", "stopped", "finished"], log
-    assert [start.hosts for start in starts] == [("n0", "n1")] * 3
-    assert starts[1].reached == starts[2].step
-    runs.train("whole", "dp2", *options)
-    assert without_times(runs.dir("chain")) == without_times(runs.dir("whole"))
-    assert log.count("pretrain.sbatch: job") == 3
 
 
 @pytest.mark.slow

@@ -10,7 +10,8 @@
 #
 # COMMAND finds the cluster through SLURM_CONF. Logs and state are in $SLURM_TEST_ROOT: set it to keep
 # them (in a short path: the munge socket's may have 107 characters). `node.sh down 1` and
-# `node.sh up 1`, beside this file, cut the power of a node and bring it back.
+# `node.sh up 1`, beside this file, cut the power of a node and bring it back; the controller takes
+# it for lost after $SLURM_TEST_LOST_AFTER_S seconds (120).
 set -euo pipefail
 
 if [ "$(id -u)" != 0 ]; then
@@ -91,7 +92,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0,sched_min_interval=0
-SlurmdTimeout=120
+SlurmdTimeout=${SLURM_TEST_LOST_AFTER_S:-120}
 SlurmctldTimeout=120
 MessageTimeout=100
 BatchStartTimeout=600
