@@ -6,11 +6,15 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from triptych.tests.helpers.pool import PRELOAD, PRETEND_PRELOAD, RankPool
+
+if TYPE_CHECKING:
+    from triptych.tests.helpers.runs import Runs
 
 settings.register_profile(
     "a busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
@@ -58,6 +62,14 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("digits") / "sample_data"
     make_digits(root, num_images=60, num_samples=120)
     return root
+
+
+@pytest.fixture
+def runs(pool: Callable[[int], RankPool], digits: Path, tmp_path: Path) -> "Runs":
+    """Runs of this test, on ``pool`` and ``digits``."""
+    from triptych.tests.helpers.runs import Runs  # late: torch
+
+    return Runs(pool, digits, tmp_path)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

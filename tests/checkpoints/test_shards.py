@@ -68,11 +68,6 @@ def test_parts_are_equal_and_cover_everything_once(num_parts):
 # --- any layout reads what any other has written
 
 
-@pytest.fixture
-def runs(pool, digits, tmp_path) -> Runs:
-    return Runs(pool, digits, tmp_path)
-
-
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("first", "zero"),

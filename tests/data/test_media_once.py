@@ -11,7 +11,7 @@ from triptych.data.dataset.dataset import Dataset
 from triptych.data.loading.joined_media import JoinedMedia
 from triptych.data.loading.loader import Loader
 from triptych.data.media import kinds
-from triptych.tests.helpers.runs import COVERING, LAYOUTS, STAGE2, Runs, train
+from triptych.tests.helpers.runs import COVERING, LAYOUTS, STAGE2, train
 
 pytestmark = pytest.mark.distributed
 
@@ -23,11 +23,6 @@ READING_RANKS = {
     "tp2 pp2": [0],
     "dp2 pp2 interleaved": [0, 1],
 }
-
-
-@pytest.fixture
-def runs(pool, digits, tmp_path) -> Runs:
-    return Runs(pool, digits, tmp_path)
 
 
 def count_decodes(config: Config) -> tuple[int, int, int]:

@@ -37,11 +37,6 @@ SENSELESS = ("nan", "abc", "{a: 1}", "${oc.env:HOME}")
 """Values of a wrong type or of none; every key must take or refuse them without a traceback."""
 
 
-@pytest.fixture
-def runs(pool, digits, tmp_path) -> Runs:
-    return Runs(pool, digits, tmp_path)
-
-
 # --- the command line
 
 

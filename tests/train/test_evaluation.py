@@ -25,11 +25,6 @@ ASKED = ("train.evaluate_every=2", "train.evaluation_questions=4", "data.evaluat
 FIRST = "step_000000002"
 
 
-@pytest.fixture
-def runs(pool, digits, tmp_path) -> Runs:
-    return Runs(pool, digits, tmp_path)
-
-
 def chosen(root: Path, folder: Path, name: str, number: int, **limits: int):
     config = load_config([])
     dataset = Dataset.open(root / name, name, folder)

@@ -43,11 +43,6 @@ distributed, slow = pytest.mark.distributed, pytest.mark.slow
 SPIKES = ("train.spikes.window=3", "train.spikes.sigmas=3")
 
 
-@pytest.fixture
-def runs(pool, digits, tmp_path) -> Runs:
-    return Runs(pool, digits, tmp_path)
-
-
 @pytest.mark.parametrize(
     ("recent", "limit"),
     [

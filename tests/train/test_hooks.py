@@ -39,11 +39,6 @@ every_layout = pytest.mark.parametrize(
 PROGRESS = "triptych.train.hooks.progress.Progress.after_step"
 
 
-@pytest.fixture
-def runs(pool, digits, tmp_path) -> Runs:
-    return Runs(pool, digits, tmp_path)
-
-
 def test_a_resumed_file_has_every_step_once(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "lo')

@@ -44,11 +44,6 @@ WRITE = "triptych.checkpoints.run_state.RunSnapshot.write"
 RECORD = "triptych.checkpoints.checkpoint_writer.CheckpointWriter.record"
 
 
-@pytest.fixture
-def runs(pool, digits, tmp_path) -> Runs:
-    return Runs(pool, digits, tmp_path)
-
-
 WIDEST = "tp2 pp2"
 SLOW_LAYOUTS = [
     pytest.param(name, marks=() if name == WIDEST else pytest.mark.slow) for name in LAYOUTS

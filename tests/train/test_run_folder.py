@@ -10,16 +10,11 @@ from PIL import Image
 
 from triptych.checkpoints.environment import ROOT, git_state
 from triptych.configs.schema import Config
-from triptych.tests.helpers.runs import Runs, losses, train
+from triptych.tests.helpers.runs import losses, train
 from triptych.tests.train.test_hook_chain import EVENT, STATE, Recording
 from triptych.train.hooks.chain import HookChain
 from triptych.train.hooks.harmless import Harmless
 from triptych.train.hooks.loss_curve import draw
-
-
-@pytest.fixture
-def runs(pool, digits, tmp_path) -> Runs:
-    return Runs(pool, digits, tmp_path)
 
 
 @pytest.mark.distributed

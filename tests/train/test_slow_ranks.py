@@ -15,17 +15,12 @@ import torch.distributed as dist
 from triptych.configs.schema import Config
 from triptych.parallel.waits import measure_waits, take_waits, waits_for
 from triptych.tests.helpers.clock import Clock
-from triptych.tests.helpers.runs import Runs, train
+from triptych.tests.helpers.runs import train
 from triptych.train.events import read_events
 
 pytestmark = pytest.mark.distributed
 SLEEPS_S = 0.5
 """Several times what a step takes: noise of a busy machine is no reason to tell another rank."""
-
-
-@pytest.fixture
-def runs(pool, digits, tmp_path) -> Runs:
-    return Runs(pool, digits, tmp_path)
 
 
 CAUSES = [("compute", "dp2", 1), ("data", "dp2", 0), ("checkpoint", "dp2", 1)]

@@ -38,11 +38,6 @@ PRETRAIN = Path(__file__).parents[2] / "launch" / "pretrain.py"
 slow = pytest.mark.slow
 
 
-@pytest.fixture
-def runs(pool, digits, tmp_path) -> Runs:
-    return Runs(pool, digits, tmp_path)
-
-
 @pytest.mark.parametrize(("tp", "pp"), MESHES)
 def test_all_ranks_learn_of_any_that_asks(tp, pp, pool):
     """In the one collective that counts samples and tokens anyway."""
