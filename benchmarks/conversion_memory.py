@@ -1,20 +1,19 @@
 r"""Memory and time of import, export and verify, by commands, on random weights.
 
-    python benchmarks/conversion_memory.py --folder /tmp/weights model=qwen2_vl_7b \
+    python benchmarks/conversion_memory.py --folder /tmp model=qwen2_vl_7b \
         model.language.num_layers=6 model.vision.depth=2 --tp 2 --pp 2
 
 With --tp or --pp, what was imported is saved again by the ranks of that layout, and that is
 exported. Both ends are verified: what came in, and what goes out, are bit-equal to the checkpoint.
 
 Memory is what each rank has for itself (RssAnon): pages of mapped files are the system's. The base
-is that of the same command on a model whose largest tensor has 1 MB. The folder is removed
-afterwards.
+is that of the same command on a model whose largest tensor has 1 MB. What is written is removed.
 """
 
 import argparse
-import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,6 +23,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from triptych.benchmarks.given_folder import parser_with_folder
 from triptych.checkpoints.hf.folder_writer import HFWriter
 from triptych.checkpoints.hf.name_table import name_table
 from triptych.checkpoints.hf.origin import Origin
@@ -41,10 +41,7 @@ MB = 1e6
 
 def main(argv: Sequence[str]) -> None:
     """Measure the small model, then the one that is asked for."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--folder", type=Path, required=True, help="new; for all that is written")
+    parser = parser_with_folder(__doc__ or "")
     parser.add_argument("--import-ranks", type=int, default=2)
     parser.add_argument("--export-ranks", type=int, default=4)
     parser.add_argument("--tp", type=int, default=1, help="of the ranks that save in between")
@@ -54,24 +51,21 @@ def main(argv: Sequence[str]) -> None:
     small = ["model=debug", "model.language.vocab_size=4096"]
     for words in (small, options.words):
         config = load_config([*words, "init.allow_random=true"])
-        options.folder.mkdir(parents=True)
-        try:
-            measure(config.model, options)
-        finally:
-            shutil.rmtree(options.folder)
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            measure(config.model, Path(folder), options)
 
 
-def measure(model: ModelConfig, options: argparse.Namespace) -> None:
+def measure(model: ModelConfig, folder: Path, options: argparse.Namespace) -> None:
     """Print a table: what each rank of each command had at most, and the command's time."""
-    hub, tokenizer, out = (options.folder / name for name in ("hub", "tokenizer", "out"))
+    hub, tokenizer, out = (folder / name for name in ("hub", "tokenizer", "out"))
     tokens = train_tokenizer(["x"], tokenizer, 280).tokens
     model = replace(model, tokens=tokens)
     largest = write_random(model, hub, tokenizer)
     print(f"{model.name}: largest tensor {largest / MB:,.0f} MB in bf16", flush=True)
-    imported = run = options.folder / "imported"
+    imported = run = folder / "imported"
     commands = [("import", options.import_ranks, [CONVERT, "import", hub, imported])]
     if options.tp * options.pp > 1:
-        run = options.folder / "run"
+        run = folder / "run"
         layout = ["--tp", options.tp, "--pp", options.pp]
         words = [SAVED_BY_LAYOUT, *layout, imported, run, tokenizer]
         commands.append(
@@ -79,8 +73,8 @@ def measure(model: ModelConfig, options: argparse.Namespace) -> None:
         )
     words = [CONVERT, "export", run, out, "--tokenizer", tokenizer]
     commands.append(("export", options.export_ranks, words))
-    for name, folder in {"what was imported": hub, "what was exported": out}.items():
-        commands.append((f"verify {name}", 1, [CONVERT, "verify", folder, run, "--tensors-only"]))
+    for name, hf in {"what was imported": hub, "what was exported": out}.items():
+        commands.append((f"verify {name}", 1, [CONVERT, "verify", hf, run, "--tensors-only"]))
     for name, num_ranks, words in commands:
         peaks, wall_s = peaks_of(num_ranks, list(map(str, words)))
         each = ", ".join(f"{peak / MB:,.0f}" for peak in peaks)

@@ -1,4 +1,6 @@
-"""What reading in threads costs a training thread: ``benchmarks/interpreter_lock.py FOLDER``.
+"""What reading in threads costs a training thread.
+
+    python benchmarks/interpreter_lock.py --folder /tmp
 
 While other threads read samples to collated batches, as in a run, or do a part of that, this one
 computes in pure Python, which needs the interpreter's lock all the time. When it neither runs nor
@@ -8,13 +10,13 @@ the CPU time that the work takes: the median of some rounds, and the least and t
 
 import gc
 import statistics
-import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+from triptych.benchmarks.given_folder import parser_with_folder
 from triptych.benchmarks.reading import NUM_SAMPLES, arms, prepare
 from triptych.data.media.image import cut_patches, decode_image, image_frames
 
@@ -66,7 +68,8 @@ def works(folder: Path) -> dict[str, Callable[[], object]]:
 
 def main() -> None:
     """Measure, and print a line for each."""
-    with tempfile.TemporaryDirectory(dir=sys.argv[1]) as name:
+    options = parser_with_folder(__doc__ or "").parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
         parts = works(Path(name))
         gc.freeze()
         for what, work in parts.items():

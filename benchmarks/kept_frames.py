@@ -1,4 +1,4 @@
-"""Kept frames against decoding them: ``python benchmarks/kept_frames.py FOLDER``.
+"""Kept frames against decoding them: ``python benchmarks/kept_frames.py --folder FOLDER``.
 
 An image and a video, made here, smooth with some noise, as photographs compress. Prints CPU-seconds
 per item: decoded anew each time, processes that decode videos included, and read from a cache in
@@ -6,7 +6,6 @@ FOLDER. What the processes spend to read the file itself from its shard is not c
 """
 
 import io
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ import av
 import numpy as np
 import psutil
 
+from triptych.benchmarks.given_folder import parser_with_folder
 from triptych.benchmarks.noisy_picture import picture
 from triptych.configs.model_schema import VisionConfig
 from triptych.configs.schema import DataConfig
@@ -87,7 +87,8 @@ def measure(what: str, code: MediaKind, data: bytes, repeats: int, folder: Path)
 
 def main() -> None:
     """Measure each; the entries are removed."""
-    with tempfile.TemporaryDirectory(dir=sys.argv[1]) as name:
+    options = parser_with_folder(__doc__ or "").parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         measure("JPEG 448x448", MediaKind.IMAGE, jpeg(448, 448), 300, folder)
         measure("JPEG 1920x1088", MediaKind.IMAGE, jpeg(1920, 1088), 20, folder)

@@ -1,17 +1,16 @@
 """What kills cost: from kill -9 of a rank to its next optimizer step, and the time that counts.
 
-    python benchmarks/kills.py --folder /tmp/kills [--kills 4]
+    python benchmarks/kills.py --folder /tmp [--kills 4]
 
 Two ranks under torchrun, which restarts them. One is killed at as many places between two saves as
 there are kills, evenly spread: so on average half of a save interval is lost.
 """
 
-import argparse
 import os
-import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from itertools import pairwise
@@ -20,6 +19,7 @@ from typing import Any
 
 import psutil
 
+from triptych.benchmarks.given_folder import parser_with_folder
 from triptych.benchmarks.table import Row, finish, spread
 from triptych.train.events import read_events
 from triptych.train.json_lines import last_line, read_lines
@@ -27,7 +27,7 @@ from triptych.train.records import METRICS
 from triptych.train.restarts import effective_share, read_starts
 
 ROOT = Path(__file__).parents[1]
-COMMAND = "python benchmarks/kills.py --folder /tmp/kills"
+COMMAND = "python benchmarks/kills.py --folder /tmp"
 EVERY, BETWEEN = 16, 64
 """Steps from save to save, and about as many from kill to kill."""
 MOST_S = 10.0
@@ -35,18 +35,13 @@ MOST_S = 10.0
 
 def main(argv: Sequence[str]) -> None:
     """Train, kill, and print a row for each claim."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--folder", type=Path, required=True, help="new")
+    parser = parser_with_folder(__doc__ or "")
     parser.add_argument("--kills", type=int, default=4)
     parser.add_argument("words", nargs="*", help="more of the run's configuration")
     options = parser.parse_args(argv)
-    options.folder.mkdir(parents=True)
-    try:
-        finish(measure(options.folder, options.kills, options.words))
-    finally:
-        shutil.rmtree(options.folder)
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        found = measure(Path(name), options.kills, options.words)
+    finish(found)
 
 
 def measure(folder: Path, num_kills: int, words: Sequence[str]) -> list[Row]:

@@ -1,4 +1,4 @@
-"""What a second process brings to preparing: ``python benchmarks/preparing.py FOLDER``.
+"""What a second process brings to preparing: ``python benchmarks/preparing.py --folder FOLDER``.
 
 Caption pairs with a JPEG of 448x448 each, by one process and by two, in turn, in FOLDER. Prints
 samples per second of wall time, so it says something on an idle machine only.
@@ -6,13 +6,13 @@ samples per second of wall time, so it says something on an idle machine only.
 
 import json
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 
+from triptych.benchmarks.given_folder import parser_with_folder
 from triptych.benchmarks.noisy_picture import picture
 from triptych.data.prepare.build_dataset import build_dataset
 from triptych.data.tokenizer import train_tokenizer
@@ -22,7 +22,8 @@ NUM_SAMPLES, NUM_BLOCKS, SIDE, ROUNDS = 6000, 24, 448, 3
 
 def main() -> None:
     """Measure, and print one line."""
-    with tempfile.TemporaryDirectory(dir=sys.argv[1]) as name:
+    options = parser_with_folder(__doc__ or "").parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder, rng = Path(name), np.random.default_rng(0)
         for number in range(20):
             picture(rng, SIDE, SIDE).save(folder / f"{number}.jpg", quality=90)

@@ -1,6 +1,8 @@
-"""Our reading against webdataset's, of the same shards: ``python benchmarks/reading.py FOLDER``.
+"""Our reading against webdataset's, of the same shards.
 
-Caption pairs with a JPEG of 448x448 each, prepared in FOLDER and removed. Prints samples per
+    python benchmarks/reading.py --folder /tmp
+
+Caption pairs with a JPEG of 448x448 each, prepared there and removed. Prints samples per
 CPU-second of this process, ours and webdataset's in short turns, many rounds:
 
     files               ours by offset and size, in random order, hashes checked; webdataset's
@@ -14,7 +16,6 @@ CPU-second of this process, ours and webdataset's in short turns, many rounds:
 import gc
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import webdataset
 
+from triptych.benchmarks.given_folder import parser_with_folder
 from triptych.benchmarks.noisy_picture import picture
 from triptych.configs.model_schema import LanguageConfig, ModelConfig
 from triptych.configs.schema import DataConfig
@@ -122,7 +124,8 @@ def arms(dataset: Dataset, model: ModelConfig) -> dict[str, tuple[Callable[[], i
 
 def main() -> None:
     """Measure, and print a line for each work."""
-    with tempfile.TemporaryDirectory(dir=sys.argv[1]) as name:
+    options = parser_with_folder(__doc__ or "").parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
         dataset, model = prepare(Path(name))
         gc.freeze()  # as a run does: a collection looks through all of torch
         for work, both in arms(dataset, model).items():

@@ -1,17 +1,16 @@
 """What a save costs training, and how fast it writes: against waiting for it, and a plain write.
 
-    python benchmarks/saves.py --folder /tmp/saves [--saves 12] [model.language.num_layers=8 ...]
+    python benchmarks/saves.py --folder /tmp [--saves 12] [model.language.num_layers=8 ...]
 
 Trains one process on random weights, with a save every few steps. Every other save is waited for.
 After each of these, the same bytes are written to the same folder as plainly as can be, and synced.
 So the arms take turns, and what else the machine does falls on both.
 """
 
-import argparse
 import os
-import shutil
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from unittest import mock
 
 import torch
 
+from triptych.benchmarks.given_folder import parser_with_folder
 from triptych.benchmarks.table import Row, finish, spread
 from triptych.checkpoints.direct_file import WRITE_BYTES
 from triptych.configs.compose import load_config
@@ -28,7 +28,7 @@ from triptych.train.hooks.checkpoint import Checkpointing
 from triptych.train.hooks.hook import StepEvent
 from triptych.train.run import pretrain
 
-COMMAND = "python benchmarks/saves.py --folder /tmp/saves"
+COMMAND = "python benchmarks/saves.py --folder /tmp"
 EVERY = 6
 SIZES = (
     "model.language.hidden_size=512",
@@ -100,23 +100,20 @@ found: list[TimedSaves] = []
 
 def main(argv: Sequence[str]) -> None:
     """Train, and print a row for each claim."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--folder", type=Path, required=True, help="new; on the disk of interest")
+    parser = parser_with_folder(__doc__ or "")
     parser.add_argument("--saves", type=int, default=12)
     parser.add_argument("words", nargs="*", help="more of the run's configuration")
     options = parser.parse_args(argv)
+    if options.saves < 3:
+        parser.error("--saves: at least 3; the first is left out, of the others every other waits")
     torch.set_num_threads(1)
-    words = [*SIZES, f"run.dir={options.folder}/run", f"data.root={options.folder}/data"]
-    config = load_config([*words, f"train.num_steps={EVERY * options.saves + 1}", *options.words])
-    validate(config, world_size=1)
-    options.folder.mkdir(parents=True)
-    try:
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        words = [*SIZES, f"run.dir={folder}/run", f"data.root={folder}/data"]
+        words += [f"train.num_steps={EVERY * options.saves + 1}", *options.words]
+        config = load_config(words)
+        validate(config, world_size=1)
         with mock.patch("triptych.train.run.Checkpointing", TimedSaves):
             pretrain(config)
-    finally:
-        shutil.rmtree(options.folder)
     finish(rows(found[0]))
 
 
