@@ -29,7 +29,7 @@ from triptych.models.kernels import Installed, choose
 from triptych.parallel.dtypes import DTYPES
 from triptych.parallel.mesh import Mesh
 from triptych.train.engine import Engine, build_engine
-from triptych.train.step import sum_losses
+from triptych.train.step import microbatch_losses
 
 IGNORED = -100
 PACKED = "packed"
@@ -96,7 +96,7 @@ def ours(engine: Engine, batches: Sequence[Batch]) -> Arm:
 
     def step() -> float:
         engine.optimizer.zero_grad()
-        loss = sum_losses(engine.chunks, batches, engine.mesh, forward_only=False)
+        loss = microbatch_losses(engine.chunks, batches, engine.mesh, forward_only=False).sum()
         return float(loss) / num_supervised_tokens
 
     return step

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from triptych.costs.flops import NO_WORK, Workload
 from triptych.data.batch import Batch, MediaWork, Step, UnreadableSample
 from triptych.models.feed import on_device
-from triptych.parallel.device import Upload
 from triptych.parallel.mesh import Mesh
 from triptych.parallel.schedule import LossFunction, run_microbatches
 from triptych.train.engine import Engine
@@ -112,7 +111,7 @@ def train_step(
         return StepResult(None, 0.0, lr, totals)
     optimizer.zero_grad()
     losses = microbatch_losses(engine.chunks, step.microbatches, mesh, forward_only=False)
-    total_loss = _over_ranks(losses.sum(), mesh)
+    total_loss = over_ranks(losses.sum(), mesh)
     most = (loss_limit if vetoes_spikes else math.inf) * totals.num_supervised_tokens
     squared_norm = optimizer.squared_grad_norm(veto=~(total_loss < most))
     # The step's one wait for the device.
@@ -127,54 +126,6 @@ def train_step(
     return StepResult(told_loss, None, lr, totals, loss_limit, veto)
 
 
-def validation_loss(
-    chunks: Sequence[nn.Module], step: Step, mesh: Mesh
-) -> tuple[float, list[float | None]]:
-    """Mean loss over the supervised tokens of all ranks' batches, and over those of each source.
-
-    None for a source that has no such tokens. Every rank must call this.
-    """
-    totals, num_sources = count(step, mesh), step.num_sources
-
-    def forward(chunk: nn.Module, batch: Batch) -> tuple[Tensor, LossFunction[Tensor]]:
-        of_segments = chunk(batch, by_segment=True)
-        return of_segments, lambda sums: counted(
-            sums, batch.num_supervised_tokens, _by_source(sums, batch, num_sources)
-        )
-
-    with torch.no_grad():
-        sums = _run(chunks, step.microbatches, mesh, forward, forward_only=True)
-        total = torch.zeros(num_sources + 1, dtype=torch.float64, device=mesh.device)
-        for column, of_microbatches in enumerate(torch.stack(sums, dim=1) if sums else ()):
-            total[column] = of_microbatches.sum()
-        *by_source, loss_sum = _over_ranks(total, mesh).tolist()
-    return loss_sum / max(1, totals.num_supervised_tokens), [
-        loss / count if count else None
-        for loss, count in zip(by_source, totals.supervised_by_source, strict=True)
-    ]
-
-
-def _by_source(sums: Tensor, batch: Batch, num_sources: int) -> Tensor:
-    """(num_sources + 1,) from the loss of (num_segments + 1,); the last is that of all."""
-    upload = Upload(sums.device)
-    sources = upload(torch.tensor([sample.source for sample in batch.sample_ids]))
-    upload.wait()
-    found = sums.new_zeros(num_sources + 1)
-    found.index_add_(0, sources, sums[: len(sources)])
-    found[-1] = sums[-1]
-    return found
-
-
-def sum_losses(
-    chunks: Sequence[nn.Module], batches: Sequence[Batch], mesh: Mesh, *, forward_only: bool
-) -> Tensor:
-    """Loss of this rank's supervised tokens, summed in fp64.
-
-    0 but on the last stage. Every rank must call this.
-    """
-    return microbatch_losses(chunks, batches, mesh, forward_only=forward_only).sum()
-
-
 def microbatch_losses(
     chunks: Sequence[nn.Module], batches: Sequence[Batch], mesh: Mesh, *, forward_only: bool
 ) -> Tensor:
@@ -186,12 +137,12 @@ def microbatch_losses(
     def forward(chunk: nn.Module, batch: Batch) -> tuple[Tensor, LossFunction[Tensor]]:
         return chunk(batch), lambda loss_sum: counted(loss_sum, batch.num_supervised_tokens)
 
-    sums = _run(chunks, batches, mesh, forward, forward_only=forward_only)
+    sums = run_forward(chunks, batches, mesh, forward, forward_only=forward_only)
     none = torch.zeros(0, dtype=torch.float64, device=mesh.device)
     return torch.stack(sums) if sums else none
 
 
-def _run(
+def run_forward(
     chunks: Sequence[nn.Module],
     batches: Sequence[Batch],
     mesh: Mesh,
@@ -199,7 +150,10 @@ def _run(
     *,
     forward_only: bool,
 ) -> list[Tensor]:
-    """What ``forward`` reports of each microbatch; nothing but on the last stage."""
+    """What ``forward`` reports of each microbatch; nothing but on the last stage.
+
+    Backward follows it but where ``forward_only``. Every rank must call this.
+    """
     lengths = [len(batch.input_ids) for batch in batches]
     feeds = [on_device(batches, mesh, place) for place in mesh.places(len(chunks))]
     return run_microbatches(chunks, feeds, lengths, forward, mesh, forward_only=forward_only)
@@ -272,8 +226,8 @@ def drop_unreadable(step: Step, unreadable: Iterable[UnreadableSample]) -> None:
         batch.leave_out(*batch.segments[sample.segment : sample.segment + 2])
 
 
-def _over_ranks(loss_sum: Tensor, mesh: Mesh) -> Tensor:
-    """The sum over all ranks, on every rank.
+def over_ranks(loss_sum: Tensor, mesh: Mesh) -> Tensor:
+    """The sum over all ranks, on every rank, of any shape. Every rank must call this.
 
     The last stage's sums over dp, then from the last stage to the others.
     """

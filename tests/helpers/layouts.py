@@ -41,7 +41,7 @@ from triptych.tests.helpers.limits import HANG_S
 from triptych.tests.helpers.reference import TOKENS, TOWERS, conversation, small_model
 from triptych.tests.helpers.whole_state import whole_state
 from triptych.train.engine import Engine, build_engine
-from triptych.train.step import count, sum_losses, train_step
+from triptych.train.step import count, microbatch_losses, train_step
 
 SEQ_LEN = 128
 NUM_PACKS = 8
@@ -224,7 +224,7 @@ def _measure(
     for kind in telling_kinds:
         engine.optimizer.zero_grad()
         microbatches = steps[kind].microbatches
-        loss = sum_losses(engine.chunks, microbatches, mesh, forward_only=False)
+        loss = microbatch_losses(engine.chunks, microbatches, mesh, forward_only=False).sum()
         loss_sums[kind] = float(loss)
         norms[kind] = float(engine.optimizer.squared_grad_norm()) ** 0.5
         grads[kind] = engine.optimizer.local_grads()

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from triptych.parallel import schedule
 from triptych.parallel.p2p import PlannedP2P
 from triptych.tests.helpers.layouts import Layout, LayoutCase, engine_of, make_step
-from triptych.train.step import sum_losses
+from triptych.train.step import microbatch_losses
 
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
@@ -42,7 +42,7 @@ def count_messages(layout: Layout, planned: bool) -> tuple[float, int, set[int],
         mock.patch.object(schedule, "PlannedP2P", PlannedP2P if planned else handshake),
     ):
         engine.optimizer.zero_grad()
-        loss = sum_losses(engine.chunks, step.microbatches, mesh, forward_only=False)
+        loss = microbatch_losses(engine.chunks, step.microbatches, mesh, forward_only=False).sum()
     lengths = {tensor.size(0) for tensor in sent if tensor.is_floating_point()}
     norm = float(engine.optimizer.squared_grad_norm()) ** 0.5
     return float(loss), len(sent), lengths, norm

@@ -17,7 +17,8 @@ from triptych.tests.helpers.layouts import (
     make_step,
 )
 from triptych.tests.helpers.pool import RankFailureError
-from triptych.train.step import train_step, validation_loss
+from triptych.train.hooks.validation import validation_loss
+from triptych.train.step import train_step
 
 pytestmark = pytest.mark.distributed
 

@@ -27,7 +27,7 @@ from triptych.models.qwen_vl.model import Qwen2VL
 from triptych.parallel.device import Upload
 from triptych.tests.helpers.layouts import Layout, LayoutCase, engine_of, make_step
 from triptych.tests.helpers.pretend_cuda import pretended_cuda
-from triptych.train.step import sum_losses
+from triptych.train.step import microbatch_losses
 
 pytestmark = pytest.mark.distributed
 Planting = Callable[[], AbstractContextManager[object]]
@@ -301,7 +301,9 @@ def run_with(plantings: list[Planting], layout: Layout, current_device: int) -> 
             total, error, where = None, "", ""
             with planting():
                 try:
-                    loss_sum = sum_losses(engine.chunks, microbatches, mesh, forward_only=False)
+                    loss_sum = microbatch_losses(
+                        engine.chunks, microbatches, mesh, forward_only=False
+                    ).sum()
                     total = float(device.to_host(loss_sum))
                 except Exception as raised:
                     error, where = str(raised), traceback.format_exc()

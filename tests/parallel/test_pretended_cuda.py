@@ -27,7 +27,7 @@ from triptych.tests.helpers.layouts import (
     make_step,
 )
 from triptych.tests.helpers.pretend_cuda import Wait, pretended_cuda
-from triptych.train.step import sum_losses, train_step
+from triptych.train.step import microbatch_losses, train_step
 
 pytestmark = pytest.mark.distributed
 KINDS = ("first", "some")
@@ -75,7 +75,7 @@ def run_case(case: LayoutCase, waits: list[Wait], *, with_grads: bool) -> RankNu
     grads = {}
     if with_grads:
         engine.optimizer.zero_grad()
-        sum_losses(engine.chunks, step.microbatches, mesh, forward_only=False)
+        microbatch_losses(engine.chunks, step.microbatches, mesh, forward_only=False)
         engine.optimizer.squared_grad_norm()
         grads = {name: grad.cpu() for name, grad in engine.optimizer.local_grads().items()}
     kernel = engine.kernels.attention.kernel

@@ -24,7 +24,7 @@ from triptych.tests.helpers.layouts import (
 )
 from triptych.tests.helpers.whole_state import load_whole_state, whole_state
 from triptych.train.engine import Engine
-from triptych.train.step import count, sum_losses, train_step
+from triptych.train.step import count, microbatch_losses, train_step
 
 STEPS = 20
 MAX_LOSS = 5e-6
@@ -112,7 +112,9 @@ def run_plain(case: LayoutCase) -> tuple[list[float], dict[str, Tensor], int]:
     for kind in kinds():
         step = make_step(kind, engine.mesh, 2)
         engine.optimizer.zero_grad()
-        total = sum_losses(engine.chunks, step.microbatches, engine.mesh, forward_only=False)
+        total = microbatch_losses(
+            engine.chunks, step.microbatches, engine.mesh, forward_only=False
+        ).sum()
         losses.append(float(total) / count(step, engine.mesh).num_supervised_tokens)
         for name, grad in engine.optimizer.local_grads().items():
             own[name].grad = grad.clone()
