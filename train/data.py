@@ -1,6 +1,7 @@
 """The datasets of a run: opened, checked against tokenizer and model, planned, and read."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -119,10 +120,8 @@ class Mixture:
         reader = Reader(
             self.sources, batch_format(config, mesh), num_workers=config.data.num_workers
         )
-        try:
+        with closing(reader):
             return reader.read([[pack] for pack in packs])
-        finally:
-            reader.close()
 
     def validation_step(self, config: Config, mesh: Mesh) -> Step:
         """This rank's share of the ``train.validation_packs`` first packs."""

@@ -1,6 +1,7 @@
 """The questions of ``train.evaluate_every``: chosen, shared out over dp ranks, and read."""
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 from triptych.configs.schema import Config
@@ -68,10 +69,8 @@ class EvaluationSet:
         reader = Reader(
             self.sources, batch_format(config, mesh), num_workers=config.data.num_workers
         )
-        try:
+        with closing(reader):
             step = reader.read(packs)
-        finally:
-            reader.close()
         unreadable = {batches[u.microbatch][u.segment]: u.reason for u in step.unreadable}
         read = [
             QuestionBatch(numbers, batch, max(self.questions[i].num_answer_tokens for i in numbers))

@@ -13,6 +13,7 @@ how far they are ahead. A checkpoint saves ``loader.cursor``; what was read ahea
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import closing
 
 from triptych.costs.flops import NO_WORK, Workload
 from triptych.data.batch import Step
@@ -168,11 +169,8 @@ def validation_step(
     share = (packs + fillers)[dp_rank::dp_size]
     num_real = len(packs[dp_rank::dp_size])
     starts = range(0, len(share), micro_batch_size)
-    reader = Reader(sources, form, num_workers=num_workers)
-    try:
+    with closing(Reader(sources, form, num_workers=num_workers)) as reader:
         step = reader.read([share[start : start + micro_batch_size] for start in starts])
-    finally:
-        reader.close()
     for start, batch in zip(starts, step.microbatches, strict=True):
         real = share[start : min(start + micro_batch_size, num_real)]
         num_segments = sum(len(pack.samples) for pack in real)

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -72,11 +73,8 @@ def read(dataset: Dataset) -> Step:
     sizes = dataset.sizes(LIMITS, MODEL.vision)
     ids = tuple(SampleId(0, i) for i in range(len(dataset)))
     form = BatchFormat(model=MODEL, limits=LIMITS, pad_to=1, read_pixels=True, pin_memory=False)
-    reader = Reader([dataset], form, num_workers=2)
-    try:
+    with closing(Reader([dataset], form, num_workers=2)) as reader:
         return reader.read([[Pack(0, ids, sizes.num_tokens.sum(), sizes.num_patches.sum())]])
-    finally:
-        reader.close()
 
 
 @pytest.fixture(scope="module")
