@@ -151,7 +151,7 @@ def _train_from(
                 stack.callback(gc.unfreeze)
                 return train(config, engine, loader, start.state, hooks)
         except GoBackError as error:
-            back = error
+            back = error.with_traceback(None)  # which would keep loader and hooks in memory
         enter(Phase.START, doing="weights of before")
         start = earlier_start(back, store)
         step = start.state.step

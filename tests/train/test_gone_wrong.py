@@ -8,6 +8,7 @@ import json
 import math
 import os
 import signal
+import weakref
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -33,6 +34,7 @@ from triptych.tests.helpers.runs import (
 from triptych.tests.helpers.whole_state import whole_state
 from triptych.train import events
 from triptych.train.console import console
+from triptych.train.hooks.checkpoint import Checkpointing
 from triptych.train.hooks.progress import Progress
 from triptych.train.spikes import loss_limit
 from triptych.train.start import load_start
@@ -234,13 +236,33 @@ def test_a_run_goes_back_and_passes_over_the_data(zero, runs, whole):
     """At step 7: 6 is not proven, so back to 4, and on with the packs after step 7."""
     wrong = {first_samples(whole, 7)[0]: 9.0}
     words = (*ROLL_BACK, "run.keep=9", f"optimizer.zero={zero}", "train.num_steps=9")
-    (told, loaded), *_ = runs.call(spoil, "run", "dp2", *words, wrong=wrong)
+    (told, loaded, num_saving), *_ = runs.call(spoil_and_count, "run", "dp2", *words, wrong=wrong)
     assert "nothing was updated" in told
     assert "step_000000004.0, step 4" in told
+    assert num_saving == 1, "the snapshot of before it went back takes no memory any more"
     check_gone_back(runs.dir("run"), whole)
     words = (*words, "train.num_steps=5", f"resume={runs.dir('run')}/checkpoints/step_000000004.0")
     (_, [fresh]), *_ = runs.call(spoil, "other", "dp2", *words, wrong=wrong)
     assert loaded[1] == fresh, "weights and moments are those of a process that starts there"
+
+
+def spoil_and_count(config: Config, wrong: dict[str, float]) -> tuple[str, list[str], int]:
+    """As ``spoil``; and how many of the hooks that save are there in the last step."""
+    made: weakref.WeakSet[Checkpointing] = weakref.WeakSet()
+    there = []
+
+    class Counted(Checkpointing):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.add(self)
+
+        def after_step(self, event):
+            there.append(len(made))
+            super().after_step(event)
+
+    with mock.patch("triptych.train.run.Checkpointing", Counted):
+        told, loaded = spoil(config, wrong)
+    return told, loaded, there[-1]
 
 
 def check_gone_back(run_dir: Path, whole: Path) -> None:
