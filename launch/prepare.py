@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 try:
-    from triptych.launch.cli import run
+    from triptych.launch.cli import at_least_one, run
 except ModuleNotFoundError as missing:
     sys.exit(f"{missing.name} is not installed -> make install && source .venv/bin/activate")
 
@@ -111,12 +111,12 @@ def parse_args(args: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--shard-mb",
-        type=_positive,
+        type=at_least_one,
         default=256,
         help="megabytes of images after which a new shard is begun (default: 256)",
     )
     parser.add_argument(
-        "--processes", type=_positive, default=1, help="that work at once (default: 1)"
+        "--processes", type=at_least_one, default=1, help="that work at once (default: 1)"
     )
     parser.add_argument(
         "--part",
@@ -128,18 +128,11 @@ def parse_args(args: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--block-mb",
-        type=_positive,
+        type=at_least_one,
         help="megabytes of input that one process does at a time, and that a kill costs; decides "
         "where shards end (default: 8)",
     )
     return parser.parse_args(args)
-
-
-def _positive(text: str) -> int:
-    """A whole number of at least 1."""
-    if not (text.isdecimal() and int(text)):
-        raise argparse.ArgumentTypeError(f"{text} must be a whole number of at least 1")
-    return int(text)
 
 
 def _part(text: str) -> tuple[int, int]:

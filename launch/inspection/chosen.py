@@ -1,6 +1,7 @@
 """Samples of a dataset, or a pack of a run's plan, read as training reads them."""
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,11 +75,8 @@ def read_whole(sources: Sequence[Dataset], pack: Pack, config: Config) -> Chosen
         read_pixels=True,
         pin_memory=False,
     )
-    reader = Reader(sources, form, num_workers=config.data.num_workers)
-    try:
+    with closing(Reader(sources, form, num_workers=config.data.num_workers)) as reader:
         step = reader.read([[pack]])
-    finally:
-        reader.close()
     titles = [f"{sources[i.source].name}, sample {i.index}" for i in pack.samples]
     tokenizer = load_tokenizer(config.data.tokenizer)
     return Chosen(step.microbatches[0], titles, step.unreadable, tokenizer)

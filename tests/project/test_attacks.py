@@ -161,7 +161,7 @@ def test_a_bad_sample_is_left_out_with_its_reason_and_the_rest_is_kept(pictures,
 def test_a_shard_size_that_is_none(size, capsys):
     with pytest.raises(SystemExit):
         prepare.parse_args(f"--input a --tokenizer b --output c --shard-mb {size}".split())
-    assert f"{size} must be a whole number of at least 1" in capsys.readouterr().err
+    assert f"{size} must be a whole number from 1 on" in capsys.readouterr().err
 
 
 # --- dataset folders
