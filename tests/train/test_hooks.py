@@ -7,6 +7,7 @@ import struct
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -28,6 +29,7 @@ from triptych.tests.helpers.runs import (
     packs,
     train,
 )
+from triptych.train.hooks.ledger import trained_after
 from triptych.train.json_lines import JsonLines, keep_until, read_lines
 
 distributed = pytest.mark.distributed
@@ -74,6 +76,26 @@ def test_a_record_that_cannot_be_replaced_decides_nothing(tmp_path, caplog):
     (tmp_path / "metrics.jsonl").mkdir()
     keep_until(tmp_path / "metrics.jsonl", 3)
     assert "stays as it is" in caplog.text
+
+
+DAMAGED = (None, 5, "text", [5], {"packs": 5, "samples": "text"})
+
+
+@pytest.mark.parametrize("value", DAMAGED, ids=str)
+@pytest.mark.parametrize("key", ["packs", "samples", "passed_over"])
+def test_a_damaged_ledger_keeps_no_run_from_going_back(key, value, tmp_path):
+    """It says what it still says: here of steps 3 and 4, the latter damaged."""
+    lines = JsonLines(tmp_path / "ledger" / "dp_00000.jsonl")
+    before = {"packs": [1], "samples": [[0, 7]]}
+    for step in (2, 3, 4):
+        line = {"step": step, "packs": [step], "samples": [[0, step]], "passed_over": before}
+        lines.write({**line, key: value} if step == 4 else line)
+    lines.close()
+    mesh = SimpleNamespace(dp_rank=0, dims=SimpleNamespace(dp=1))
+    found = trained_after(2, tmp_path, mesh)
+    assert found["packs"][:2] == [1, 3]
+    assert found["samples"][:2] == [[0, 7], [0, 3]]
+    assert (4 in found["packs"]) == (key != "packs")
 
 
 @distributed

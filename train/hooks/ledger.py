@@ -39,14 +39,21 @@ class Ledger(Hook):
 def trained_after(step: int, run_dir: Path, mesh: Mesh) -> dict[str, Any]:
     """Packs and samples after ``step``, and what was passed over there, for the ledger to keep.
 
-    Of this rank's file, and of its share of those that more ranks have left.
+    Of this rank's file, and of its share of those that more ranks have left. What is damaged there
+    is left out: a ledger decides nothing.
     """
     packs: list[int] = []
     samples: list[list[int]] = []
     files = sorted((run_dir / LEDGER).glob("dp_*.jsonl"))
     for line in chain.from_iterable(map(read_lines, files[mesh.dp_rank :: mesh.dims.dp])):
         if line["step"] > step:
-            for found in (line.get("passed_over", {}), line):
-                packs += found.get("packs", [])
-                samples += found.get("samples", [])
+            for found in (line.get("passed_over"), line):
+                packs += _listed(found, "packs")
+                samples += _listed(found, "samples")
     return {"packs": packs, "samples": samples}
+
+
+def _listed(found: object, key: str) -> list[Any]:
+    """What a line lists under a key; nothing where it has no such list."""
+    listed = found.get(key) if isinstance(found, dict) else None
+    return listed if isinstance(listed, list) else []
