@@ -65,7 +65,7 @@ FULL = DemoSizes(
 MINIATURE = DemoSizes(
     num_images=400,
     num_samples=400,
-    budgets=(8_000, 8_000, 8_000, 8_000),
+    budgets=(20_000, 20_000, 20_000, 20_000),
     num_read=40,
     num_exported=10,
     bars=Bars(accuracy=0.0, each=0.0, controls=1.0),
