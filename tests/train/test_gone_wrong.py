@@ -319,12 +319,20 @@ def spoil_and_die(config: Config, wrong: dict[str, float], call: int) -> None:
 @slow
 @distributed
 def test_a_run_goes_back_three_times_to_one_checkpoint_and_no_more(runs, whole):
-    """Whatever the data are, the loss after step 5 is a spike."""
-    wrong = {sample: 9.0 for step in (6, 7, 8, 9) for sample in first_samples(whole, step)}
+    """Whatever the data are, the loss after step 5 is a spike, and before it none."""
     runs.train("longer", "dp2", "train.num_steps=20")
-    later = {s: 9.0 for step in range(6, 21) for s in first_samples(runs.dir("longer"), step)}
+    firsts = {step: first_samples(runs.dir("longer"), step) for step in range(1, 21)}
+    later = {sample: 9.0 for step in range(6, 21) for sample in firsts[step]}
+    before = {
+        sample
+        for ledger in (whole / "ledger").glob("*.jsonl")
+        for line in map(json.loads, ledger.read_text().splitlines())
+        if line["step"] <= 5
+        for sample in map(str, line["samples"])
+    }
+    wrong = {sample: factor for sample, factor in later.items() if sample not in before}
     words = (*ROLL_BACK, "run.checkpoint_every=4", "train.num_steps=20")
-    (message, _), _ = runs.call(spoil, "run", "dp2", *words, wrong=wrong | later, refused=True)
+    (message, _), _ = runs.call(spoil, "run", "dp2", *words, wrong=wrong, refused=True)
     assert "the loss is a spike, and the run has gone back to step 4 3 times" in message
     back = [event for event in read_events(runs.dir("run")) if event["what"] == "went_back"]
     assert [event["to_step"] for event in back] == [4, 4, 4]
