@@ -1,11 +1,16 @@
-"""Every chunk of a model has one place, and one rank of each tensor-parallel column holds it."""
+"""Every chunk of a model has one place, and one rank of each tensor-parallel column holds it. And
+what a device is asked for before it is there.
+"""
 
+import os
+import runpy
 from itertools import product
 from unittest.mock import Mock
 
 import pytest
 import torch
 
+from triptych.parallel import device
 from triptych.parallel.agree import SingleProcess
 from triptych.parallel.mesh import Dims, Mesh, tp_ranks_read_each_other
 from triptych.tests.helpers.thread_ranks import ThreadRanks, on_ranks
@@ -59,3 +64,22 @@ def test_ranks_agree_whether_tp_groups_are_linked(linked, kind, agreed, monkeypa
         return tp_ranks_read_each_other(mesh)
 
     assert on_ranks(4, ask) == [agreed] * 4
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        ({"PYTORCH_ALLOC_CONF": "a_user's"}, {"PYTORCH_ALLOC_CONF": "a_user's"}),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "a_user's"}, {"PYTORCH_CUDA_ALLOC_CONF": "a_user's"}),
+    ],
+    ids=["nothing", "by its name", "by its older name"],
+)
+def test_memory_may_grow_unless_the_user_asks_for_something_else(asked, expected, monkeypatch):
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in asked.items():
+        monkeypatch.setenv(name, value)
+    runpy.run_path(device.__file__)
+    assert {name: os.environ[name] for name in names if name in os.environ} == expected

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d as c10d
 
 from triptych.models.kernels import Kernel
 from triptych.tests.helpers.layouts import (
@@ -53,6 +55,8 @@ class RankNumbers:
     waits: list[Wait]
     """Of the last step."""
     attention: Kernel
+    num_gloo_groups: int
+    """Of those that this rank is in."""
     cpu_s: float
 
 
@@ -79,7 +83,9 @@ def run_case(case: LayoutCase, waits: list[Wait], *, with_grads: bool) -> RankNu
         engine.optimizer.squared_grad_norm()
         grads = {name: grad.cpu() for name, grad in engine.optimizer.local_grads().items()}
     kernel = engine.kernels.attention.kernel
-    return RankNumbers(numbers, grads, found, kernel, time.process_time() - begin_s)
+    backends = [dist.get_backend(group) for group in c10d._world.pg_map]
+    spent_s = time.process_time() - begin_s
+    return RankNumbers(numbers, grads, found, kernel, backends.count("gloo"), spent_s)
 
 
 def on_cpu(case: LayoutCase, *, with_grads: bool) -> RankNumbers:
@@ -120,6 +126,7 @@ def check(case: LayoutCase, pool, pretended_pool) -> None:
     attention = ATTENTION_BF16 if is_bf16 else Kernel.PER_SEGMENT
     for rank, numbers in enumerate(cuda):
         assert numbers.attention is attention
+        assert numbers.num_gloo_groups == 1, "meshes of gloo are known to fail near 1,000 ranks"
         for place, count in Counter(wait.place for wait in numbers.waits).items():
             print(f"  rank {rank} waits {count} times: {place}")
         assert Counter(map(str, numbers.waits)) == WAITS
