@@ -181,7 +181,7 @@ def test_batches_hold_the_samples_of_the_packs(open_loader, mixed, text):
         assert 4 * len(batch.vision_index) == patches
 
 
-def packs_of_steps(open_loader, dp_size, micro_batch_size, num_steps, cursor=None):
+def packs_of_steps(open_loader, dp_size, micro_batch_size, num_steps, cursor=None, **arguments):
     """For each step, which samples each pack holds, over all ranks."""
     loaders = [
         open_loader(
@@ -190,6 +190,7 @@ def packs_of_steps(open_loader, dp_size, micro_batch_size, num_steps, cursor=Non
             dp_size=dp_size,
             micro_batch_size=micro_batch_size,
             read_pixels=False,
+            **arguments,
         )
         for rank in range(dp_size)
     ]
@@ -211,6 +212,21 @@ def test_a_global_batch_is_the_same_in_every_layout(open_loader, dp_size, micro_
     assert steps == reference
     assert other == cursor
     assert [packs for packs, _ in steps] == [list(range(8 * i, 8 * i + 8)) for i in range(5)]
+
+
+def test_there_may_be_more_ranks_than_samples(open_loader, tokenizer, tmp_path):
+    """Packs are as with one rank, and no sample comes much more often than another."""
+
+    def three(rng, _):
+        return ({"text": " ".join(["word"] * 30 * n)} for n in (1, 2, 3))
+
+    few = (Dataset.open(build(tmp_path, tokenizer, three), "few"),)
+    reference, _ = packs_of_steps(open_loader, 1, 1, 6, sources=few)
+    steps, _ = packs_of_steps(open_loader, 8, 1, 6, sources=few)
+    assert steps == reference
+    read = sum((samples for _, samples in steps), Counter())
+    assert set(read) == {(0, 0), (0, 1), (0, 2)}
+    assert max(read.values()) - min(read.values()) <= GLOBAL_BATCH_SIZE
 
 
 def test_microbatches_go_in_the_order_that_their_workloads_are_given(open_loader):
