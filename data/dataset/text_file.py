@@ -116,6 +116,18 @@ def read_lengths(file: Path, num_samples: int) -> NDArray[np.int32]:
     return np.fromfile(file, dtype="<i4", count=num_samples, offset=HEADER.size)
 
 
+def unpack_header(header: bytes, file: Path) -> tuple[int, int, int, int]:
+    """Version, megatron's code of the dtype, and numbers of sequences and of document bounds.
+
+    Raises:
+        DataError: the first bytes of ``file`` are not those of an index.
+    """
+    if len(header) < HEADER.size or not header.startswith(MAGIC):
+        raise DataError(f"{file} is not an index in megatron's IndexedDataset format")
+    _, version, dtype, num_sequences, num_bounds = HEADER.unpack(header)
+    return version, dtype, num_sequences, num_bounds
+
+
 def check_size(file: Path, expected: int) -> None:
     """Refuses a file that is not as long as it should be: reading it would fail much later."""
     if not file.is_file():
@@ -133,9 +145,7 @@ def check_size(file: Path, expected: int) -> None:
 def _read_header(index: CheckedFile) -> tuple[int, int]:
     """Numbers of samples and documents."""
     header = bytes(index.read(0, min(index.size, HEADER.size)))
-    if len(header) < HEADER.size or not header.startswith(MAGIC):
-        raise DataError(f"{index.path} is not an index in megatron's IndexedDataset format")
-    _, version, dtype, num_samples, num_documents = HEADER.unpack(header)
+    version, dtype, num_samples, num_documents = unpack_header(header, index.path)
     if (version, dtype) != (1, _INT32):
         raise DataError(
             f"{index.path} has version {version} and dtype code {dtype}; version 1 and code "

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from triptych.data.dataset.text_file import HEADER, MAGIC, check_size
+from triptych.data.dataset.text_file import HEADER, check_size, unpack_header
 from triptych.data.parts import Encoded
 from triptych.data.prepare.inputs.raw_sample import FileSegment, RawSample
 from triptych.data.tokenizer import Tokenizer
@@ -70,9 +70,7 @@ class _Index:
         self.path, self.ids = path, path.with_suffix(".bin")
         with path.open("rb") as file:
             header = file.read(HEADER.size)
-        if len(header) < HEADER.size or not header.startswith(MAGIC):
-            raise DataError(f"{path} is not an index in megatron's IndexedDataset format")
-        _, version, code, num_sequences, num_bounds = HEADER.unpack(header)
+        version, code, num_sequences, num_bounds = unpack_header(header, path)
         if version != 1 or code not in DTYPES:
             raise DataError(
                 f"{path} has version {version} and dtype code {code}; version 1 and the codes of "
