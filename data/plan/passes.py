@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -52,9 +53,9 @@ def remember_in(folders: Sequence[Path]) -> Remember:
         if num_samples < WORTH_REMEMBERING:
             return compute()
         passes = read_or_make(
-            [folder / f"{key}.plan.json" for folder in folders],
-            read=_read,
-            write=lambda file: file.write(json.dumps(asdict(compute())).encode()),
+            [folder / f"{key}.passes.json" for folder in folders],
+            read=lambda path: _read(path, key),
+            write=lambda file: file.write(_file_content(key, asdict(compute()))),
         )
         return compute() if passes is None else passes
 
@@ -127,9 +128,17 @@ def _count_tokens(source: PlanSource, seq_len: int, max_patches: int) -> int:
     return total
 
 
-def _read(path: Path) -> Passes | None:
-    """None where there is no such file, or a damaged one."""
+def _file_content(key: str, passes: dict[str, Any]) -> bytes:
+    """The key is hashed too: a file under the name of another plan is no file of this one."""
+    digest = xxhash.xxh3_128_hexdigest(json.dumps([key, passes]).encode())
+    return json.dumps({"passes": passes, "xxh3_128": digest}).encode()
+
+
+def _read(path: Path, key: str) -> Passes | None:
+    """None where there is no such file, or one that is damaged, or of a plan of another key."""
     try:
-        return Passes(**json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError):
+        found = path.read_bytes()
+        passes = json.loads(found)["passes"]
+        return Passes(**passes) if found == _file_content(key, passes) else None
+    except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -242,9 +242,39 @@ def test_a_pass_is_remembered_where_it_is_worth_it(tmp_path, monkeypatch):
     monkeypatch.setattr(passes_module, "WORTH_REMEMBERING", 9)
     assert remember("key", 9, lambda: found) == found
     assert remember("key", 9, lambda: never(0, 0)) == found
-    (tmp_path / "key.plan.json").write_text("{")
-    assert remember("key", 9, lambda: found) == found
-    assert json.loads((tmp_path / "key.plan.json").read_text())["hash"] == "hash"
+
+
+def test_a_pass_in_which_any_bit_flipped_is_made_again(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(passes_module, "WORTH_REMEMBERING", 0)
+    monkeypatch.setattr(make_once.os, "fsync", lambda _: None)
+    found, remember = Passes("hash", [3], [None], [17]), remember_in([tmp_path])
+    remember("key", 9, lambda: found)
+    file = tmp_path / "key.passes.json"
+    good = file.read_bytes()
+    for at in range(len(good)):
+        flip(file, at)
+        assert remember("key", 9, lambda: found) == found
+        assert file.read_bytes() == good
+    assert caplog.text.count("is damaged: it is made again") == len(good)
+
+
+def test_a_pass_under_the_name_of_another_plan_is_not_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr(passes_module, "WORTH_REMEMBERING", 0)
+    remember, other = remember_in([tmp_path]), Passes("other", [4], [None])
+    remember("key", 9, lambda: Passes("hash", [3], [None]))
+    (tmp_path / "key.passes.json").rename(tmp_path / "another.passes.json")
+    assert remember("another", 9, lambda: other) == other
+
+
+def test_a_pass_of_a_version_that_wrote_no_hash_is_made_again_without_a_word(
+    tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(passes_module, "WORTH_REMEMBERING", 0)
+    former = {"hash": "hash", "num_fitting": [4], "misfits": [None], "num_tokens": []}
+    (tmp_path / "key.plan.json").write_text(json.dumps(former))
+    found = Passes("hash", [3], [None])
+    assert remember_in([tmp_path])("key", 9, lambda: found) == found
+    assert not caplog.text
 
 
 def test_a_plan_that_remembers_is_the_same_plan(tmp_path, monkeypatch):
