@@ -78,8 +78,17 @@ def long_import() -> Iterator[None]:
 
 def at_least_one(text: str) -> int:
     """The type of an argument that counts something."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be a whole number from 1 on")
+    return _whole_number(text, 1)
+
+
+def at_least_zero(text: str) -> int:
+    """The type of an argument that counts something that may be left out."""
+    return _whole_number(text, 0)
+
+
+def _whole_number(text: str, least: int) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text} must be a whole number from {least} on")
     return int(text)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from triptych.configs.schema import Config
 from triptych.configs.validate import validate
 from triptych.errors import ConfigError
-from triptych.launch.cli import run
+from triptych.launch.cli import at_least_zero, run
 from triptych.launch.inspection.chosen import read_whole
 from triptych.launch.inspection.drawing import draw
 from triptych.launch.inspection.segment_view import segment_views
@@ -93,7 +93,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("step", metavar="step=N")
     parser.add_argument("--run", action="store_true", help="run the step again")
     parser.add_argument(
-        "--pictures", type=int, default=8, metavar="N", help="packs to draw, at most (default: 8)"
+        "--pictures",
+        type=at_least_zero,
+        default=8,
+        metavar="N",
+        help="packs to draw, at most (default: 8)",
     )
     return parser
 

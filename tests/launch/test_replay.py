@@ -111,6 +111,12 @@ def test_what_cannot_be_replayed_is_refused(words, refused, pool, run_dir):
     assert re.search(refused, told), told
 
 
+def test_a_number_of_pictures_below_zero_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        replay.main(["run", "step=1", "--pictures", "-1"])
+    assert "--pictures: -1 must be a whole number from 0 on" in capsys.readouterr().err
+
+
 def leave_ledger(run_dir: Path, *lines: dict[str, Any]) -> None:
     (run_dir / "ledger").mkdir(parents=True, exist_ok=True)
     number = len(list((run_dir / "ledger").iterdir()))
