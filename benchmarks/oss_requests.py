@@ -13,7 +13,7 @@ from multiprocessing.synchronize import Barrier
 
 from triptych.data.stores.media_store import open_store
 from triptych.errors import TriptychError
-from triptych.tests.helpers.oss_server import KEY, SECRET, serving
+from triptych.tests.helpers.oss_server import environment, serving
 
 PROCESSES, THREADS, OBJECTS = 2, 16, 3000
 LIMIT, SHARE = 150, 0.95
@@ -44,9 +44,7 @@ def main() -> None:
     with serving() as server:
         server.objects["bucket/000000.tar"] = bytes(100_000)
         server.per_second = LIMIT
-        environment = {"ENDPOINT": server.endpoint, "ACCESS_KEY_ID": KEY}
-        environment["ACCESS_KEY_SECRET"] = SECRET
-        os.environ |= {f"OSS_{name}": value for name, value in environment.items()}
+        os.environ |= environment(server.endpoint)
         context = multiprocessing.get_context("spawn")
         all_ready = context.Barrier(PROCESSES + 1)
         with context.Pool(PROCESSES, warm_up, (all_ready,)) as pool:

@@ -27,10 +27,10 @@ import urllib3
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay
 
 from triptych.data.stores.breaker import Breaker
-from triptych.data.stores.cut_object import cut_object
 from triptych.data.stores.hedging import Hedge
+from triptych.data.stores.object_errors import cut_object, replaced_object
 from triptych.data.stores.request_rate import RequestRate
-from triptych.errors import ConfigError, DataError, StorageError
+from triptych.errors import ConfigError, StorageError
 
 PATIENCE_S = 300.0
 """How long one read is tried. Below the 600 s that other ranks wait in a collective."""
@@ -197,10 +197,7 @@ class OssStore:
                 self._rate.hold(wait_s)
             raise _TransientError(f"{code} (request {error.request_id})", wait_s) from None
         if error.status == 412:
-            raise DataError(
-                f"{url} was replaced while it was read"
-                "  -> copy the shard again, and let nobody write there during a run"
-            ) from None
+            raise replaced_object(url) from None
         if error.status == 416:
             raise cut_object(self.path(name), offset, size) from None
         if self._keys_are_renewed and code in _OLD_KEYS:

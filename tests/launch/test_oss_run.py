@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from triptych.tests.helpers.oss_server import KEY, REGION, SECRET, serving
+from triptych.tests.helpers.oss_server import REGION, environment, serving
 from triptych.tests.helpers.runs import STAGE2, Runs, losses
 
 PRETRAIN = str(Path(__file__).parents[2] / "launch" / "pretrain.py")
@@ -29,17 +29,15 @@ def test_a_run_reads_its_shards_from_object_storage(pool, digits, tmp_path):
                 server.objects[f"bucket/{name}/{shard.name}"] = shard.read_bytes()
             shutil.rmtree(root / name / "shards")
         places = [f"data.sources.{name}.shards=oss://bucket/{name}" for name in STAGE2]
-        environment = {
+        variables = {
             **os.environ,
+            **environment(server.endpoint),
+            "OSS_REGION": REGION,
             "OMP_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "",
-            "OSS_ENDPOINT": server.endpoint,
-            "OSS_REGION": REGION,
-            "OSS_ACCESS_KEY_ID": KEY,
-            "OSS_ACCESS_KEY_SECRET": SECRET,
         }
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command = [*torchrun, "--nproc-per-node=2", PRETRAIN, *runs.words("oss", "dp2", *words)]
-        subprocess.run([*command, *places], env=environment, check=True)
+        subprocess.run([*command, *places], env=variables, check=True)
         assert server.asked
     assert losses(runs.dir("oss")) == losses(runs.dir("local"))
