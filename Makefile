@@ -48,7 +48,7 @@ test: checks
 	$(BIN)/python tests/helpers/side_by_side.py "not slow"
 
 test-fast: $(INSTALLED)
-	$(BIN)/pytest -m "not slow and not distributed and not torchrun and not slurm"
+	$(BIN)/python tests/helpers/side_by_side.py --fast
 
 test-full: checks
 	$(BIN)/python tests/helpers/side_by_side.py

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -49,6 +50,7 @@ class ShardingTable:
         return self.patterns[pattern]
 
 
+@cache
 def pattern_of(name: str) -> str:
     """A name, or a line about one, without the number of its layer: the same for all layers."""
     return re.sub(r"\.layers\.\d+\.", ".layers.*.", name)

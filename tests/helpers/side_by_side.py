@@ -1,6 +1,7 @@
-"""Run the tests in three pytest processes side by side; for make test and make test-full.
+"""Run the tests in pytest processes side by side; for make test, test-full and test-fast.
 
     python tests/helpers/side_by_side.py "not slow"     # a mark expression; none: every test
+    python tests/helpers/side_by_side.py --fast         # only those that start no other process
 
 Ranks that wait for each other leave most of two cores idle, single-process tests one of them. The
 first process reports as it goes; the reports of the others follow when all have ended, and the
@@ -12,43 +13,74 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 TESTS = Path(__file__).parents[1]
 RUN_FOLDERS = ("checkpoints", "configs", "data", "launch", "project", "train")
 """Of whole runs, and what belongs to them; the other folders are those of the engine."""
+FAST = ("not slow", "not distributed", "not torchrun", "not slurm")
+FIRST_FAST_FOLDERS = ("checkpoints", "configs", "launch", "train")
+"""Those that take about as long as all others."""
 
 
-def main(marks: Sequence[str]) -> int:
+class Part(NamedTuple):
+    """The tests of one pytest process."""
+
+    title: str
+    marks: Sequence[str]
+    folders: Sequence[Path]
+
+
+def main(arguments: Sequence[str]) -> int:
     """Run all to their end, and show how each closed; returns 0 where every test passed."""
-    folders = sorted(path.name for path in TESTS.iterdir() if any(path.glob("test_*.py")))
-    runs = [TESTS / name for name in folders if name in RUN_FOLDERS]
-    engine = [TESTS / name for name in folders if name not in RUN_FOLDERS]
-    with tempfile.TemporaryFile() as engine_report, tempfile.TemporaryFile() as single_report:
-        single = start([*marks, "not distributed"], [TESTS], single_report)
-        on_engine = start([*marks, "distributed"], engine, engine_report)
-        on_runs = start([*marks, "distributed"], runs, subprocess.PIPE)
+    first, *others = fast_parts() if "--fast" in arguments else parts(arguments)
+    with ExitStack() as stack:
+        reports = [stack.enter_context(tempfile.TemporaryFile()) for _ in others]
+        processes = [start(part, report) for part, report in zip(others, reports, strict=True)]
+        shown = start(first, subprocess.PIPE)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all: each ends by itself
-        assert on_runs.stdout is not None
-        closing = [show(on_runs.stdout)]
-        codes = [process.wait() for process in (on_runs, on_engine, single)]
-        for title, report in {
-            "the engine on a pool of ranks": engine_report,
-            "all tests that need no pool of ranks": single_report,
-        }.items():
-            print(f"\n--- {title}", flush=True)
+        assert shown.stdout is not None
+        closing = [show(shown.stdout)]
+        codes = [process.wait() for process in (shown, *processes)]
+        for part, report in zip(others, reports, strict=True):
+            print(f"\n--- {part.title}", flush=True)
             report.seek(0)
             closing.append(show(report))
     print("\n--- all", *closing, sep="\n")
     return next((code for code in codes if code != 0), 0)
 
 
-def start(
-    marks: Sequence[str], folders: Sequence[Path], output: int | IO[bytes]
-) -> subprocess.Popen[bytes]:
-    """A pytest of the tests in some folders that have all these marks."""
-    command = [sys.executable, "-m", "pytest", "-m", " and ".join(marks), *map(str, folders)]
+def parts(marks: Sequence[str]) -> list[Part]:
+    """Of all tests that have these marks; that of the runs takes longest, and is shown."""
+    distributed = [*marks, "distributed"]
+    runs, engine = split(RUN_FOLDERS)
+    return [
+        Part("whole runs on a pool of ranks", distributed, runs),
+        Part("the engine on a pool of ranks", distributed, engine),
+        Part("all tests that need no pool of ranks", [*marks, "not distributed"], [TESTS]),
+    ]
+
+
+def fast_parts() -> list[Part]:
+    """Of the tests that start no other process, in two halves."""
+    first, others = split(FIRST_FAST_FOLDERS)
+    names = ", ".join(folder.name for folder in others)
+    return [Part(", ".join(FIRST_FAST_FOLDERS), FAST, first), Part(names, FAST, others)]
+
+
+def split(names: Sequence[str]) -> tuple[list[Path], list[Path]]:
+    """The folders of tests of these names, and all others."""
+    folders = sorted(path for path in TESTS.iterdir() if any(path.glob("test_*.py")))
+    named = [folder for folder in folders if folder.name in names]
+    return named, [folder for folder in folders if folder.name not in names]
+
+
+def start(part: Part, output: int | IO[bytes]) -> subprocess.Popen[bytes]:
+    """A pytest of the tests in its folders that have all its marks."""
+    marks = " and ".join(part.marks)
+    command = [sys.executable, "-m", "pytest", "-m", marks, *map(str, part.folders)]
     return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
 
 
