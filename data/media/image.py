@@ -181,8 +181,10 @@ def image_frames(image: Image.Image, size: tuple[int, int]) -> NDArray[np.uint8]
     """The one frame of an 8-bit RGB image, resized to height and width: (1, 3, height, width)."""
     if (image.height, image.width) != size:
         image = image.resize(size[::-1], Image.Resampling.BICUBIC)
-    colours = [np.frombuffer(image.tobytes("raw", colour), dtype=np.uint8) for colour in "RGB"]
-    return np.stack(colours).reshape(1, 3, *size)
+    planes = np.empty((3, size[0] * size[1]), dtype=np.uint8)
+    for plane, colour in zip(planes, "RGB", strict=True):  # each reuses the memory of the last
+        plane[:] = np.frombuffer(image.tobytes("raw", colour), dtype=np.uint8)
+    return planes.reshape(1, 3, *size)
 
 
 def cut_patches(frames: NDArray[np.uint8], vision: VisionConfig) -> NDArray[np.uint8]:
