@@ -55,15 +55,21 @@ def plan_of(*words: str) -> Estimate:
     return estimate(config(*words))
 
 
-def test_the_command_prints_a_plan_in_three_cpu_seconds_without_torch() -> None:
-    """Measured: 1.7 s with the search, most of it composing the configuration."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+def test_the_command_prints_a_plan_without_torch() -> None:
     command = [sys.executable, "-c", WITHOUT_TORCH, *BIG]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3.0
     for heading in ("Parameters", "Memory", "Pipeline", "Communication", "FLOPs", "Best layouts"):
         assert heading in done.stdout
+
+
+@pytest.mark.slow  # CPU-seconds double where other work takes the caches
+def test_a_plan_takes_three_cpu_seconds() -> None:
+    """Measured: 1.7 s with the search, most of it composing the configuration."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "launch/plan.py", *BIG]
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3.0
 
 
 def test_help_prints_its_own_options_and_those_of_a_run_without_torch() -> None:
