@@ -25,7 +25,7 @@ FIRST_FAST_FOLDERS = ("checkpoints", "configs", "launch", "train")
 """Those that take about as long as all others."""
 
 
-class Part(NamedTuple):
+class Session(NamedTuple):
     """The tests of one pytest process."""
 
     title: str
@@ -35,39 +35,39 @@ class Part(NamedTuple):
 
 def main(arguments: Sequence[str]) -> int:
     """Run all to their end, and show how each closed; returns 0 where every test passed."""
-    first, *others = fast_parts() if "--fast" in arguments else parts(arguments)
+    first, *others = fast_sessions() if "--fast" in arguments else sessions(arguments)
     with ExitStack() as stack:
         reports = [stack.enter_context(tempfile.TemporaryFile()) for _ in others]
-        processes = [start(part, report) for part, report in zip(others, reports, strict=True)]
+        processes = [start(*each) for each in zip(others, reports, strict=True)]
         shown = start(first, subprocess.PIPE)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all: each ends by itself
         assert shown.stdout is not None
         closing = [show(shown.stdout)]
         codes = [process.wait() for process in (shown, *processes)]
-        for part, report in zip(others, reports, strict=True):
-            print(f"\n--- {part.title}", flush=True)
+        for session, report in zip(others, reports, strict=True):
+            print(f"\n--- {session.title}", flush=True)
             report.seek(0)
             closing.append(show(report))
     print("\n--- all", *closing, sep="\n")
     return next((code for code in codes if code != 0), 0)
 
 
-def parts(marks: Sequence[str]) -> list[Part]:
+def sessions(marks: Sequence[str]) -> list[Session]:
     """Of all tests that have these marks; that of the runs takes longest, and is shown."""
     distributed = [*marks, "distributed"]
     runs, engine = split(RUN_FOLDERS)
     return [
-        Part("whole runs on a pool of ranks", distributed, runs),
-        Part("the engine on a pool of ranks", distributed, engine),
-        Part("all tests that need no pool of ranks", [*marks, "not distributed"], [TESTS]),
+        Session("whole runs on a pool of ranks", distributed, runs),
+        Session("the engine on a pool of ranks", distributed, engine),
+        Session("all tests that need no pool of ranks", [*marks, "not distributed"], [TESTS]),
     ]
 
 
-def fast_parts() -> list[Part]:
+def fast_sessions() -> list[Session]:
     """Of the tests that start no other process, in two halves."""
     first, others = split(FIRST_FAST_FOLDERS)
     names = ", ".join(folder.name for folder in others)
-    return [Part(", ".join(FIRST_FAST_FOLDERS), FAST, first), Part(names, FAST, others)]
+    return [Session(", ".join(FIRST_FAST_FOLDERS), FAST, first), Session(names, FAST, others)]
 
 
 def split(names: Sequence[str]) -> tuple[list[Path], list[Path]]:
@@ -77,10 +77,10 @@ def split(names: Sequence[str]) -> tuple[list[Path], list[Path]]:
     return named, [folder for folder in folders if folder.name not in names]
 
 
-def start(part: Part, output: int | IO[bytes]) -> subprocess.Popen[bytes]:
+def start(session: Session, output: int | IO[bytes]) -> subprocess.Popen[bytes]:
     """A pytest of the tests in its folders that have all its marks."""
-    marks = " and ".join(part.marks)
-    command = [sys.executable, "-m", "pytest", "-m", marks, *map(str, part.folders)]
+    marks = " and ".join(session.marks)
+    command = [sys.executable, "-m", "pytest", "-m", marks, *map(str, session.folders)]
     return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
 
 
