@@ -21,7 +21,7 @@ TESTS = Path(__file__).parents[1]
 RUN_FOLDERS = ("checkpoints", "configs", "data", "launch", "project", "train")
 """Of whole runs, and what belongs to them; the other folders are those of the engine."""
 FAST = ("not slow", "not distributed", "not torchrun", "not slurm")
-FIRST_FAST_FOLDERS = ("checkpoints", "configs", "launch", "train")
+FIRST_FAST_FOLDERS = ("checkpoints", "configs", "costs", "launch", "train")
 """Those that take about as long as all others."""
 
 
