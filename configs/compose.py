@@ -27,7 +27,8 @@ from triptych.errors import ConfigError
 
 FOLDER = Path(__file__).parent
 
-ConfigStore.instance().store(name="schema", node=Config)
+_SCHEMA = OmegaConf.structured(Config)
+ConfigStore.instance().store(name="schema", node=_SCHEMA)
 
 
 def load_config(argv: Sequence[str]) -> Config:
@@ -182,7 +183,7 @@ def _typed(composed: Any) -> Config:
     """The dataclasses of a merged configuration."""
     resolved = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
     # merged again: what an interpolation gives has not been checked against the schema
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), resolved))
+    config = OmegaConf.to_object(OmegaConf.merge(_SCHEMA, resolved))
     assert isinstance(config, Config)
     config.data.mixtures = _as_floats(config.data.mixtures)
     return config
