@@ -7,12 +7,14 @@
 
 What threads do here lets others run: writing, hashing and waiting for a disk hold no lock of
 Python's. A thread ends with its process, however that ends, and opens no connection: collectives
-are called by ``begin`` and ``poll`` only.
+are called by ``begin`` and ``poll`` only. Until somebody waits for it, a save rests as long as it
+works: hashing at full speed takes the memory's bandwidth from the step beside it.
 """
 
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
 from pathlib import Path
@@ -55,7 +57,8 @@ class BackgroundSave:
         self._store, self._ranks = store, ranks
         self._keep, self._keep_every = keep, keep_every
         self._executor = futures.ThreadPoolExecutor(1, thread_name_prefix="save")
-        self._given_up = threading.Event()
+        self._given_up, self._is_awaited = threading.Event(), threading.Event()
+        self._rested_until_s = 0.0
         self._step = 0
         self._info: dict[str, Any] = {}
         self._writer: CheckpointWriter | None = None
@@ -84,7 +87,10 @@ class BackgroundSave:
         with self._explained():
             writer = self._store.begin(step, num_bytes=part.num_bytes)
 
+        self._is_awaited.clear()
+
         def write() -> Mapping[str, SavedFile]:
+            self._rested_until_s = time.perf_counter()
             known = part.write(writer.folder, self._go_on)
             self._go_on()
             return writer.record(known)
@@ -125,11 +131,13 @@ class BackgroundSave:
     def close(self) -> None:
         """Give up what is in flight; no collective. The folder is removed at the next start."""
         self._given_up.set()
+        self._is_awaited.set()
         self._executor.shutdown()
 
     def _results(self, future: futures.Future[Any], *, wait: bool) -> list[Any] | None:
         """What came of it on every rank; None while a rank is busy and none has failed."""
         if wait:
+            self._is_awaited.set()
             futures.wait([future])
         is_done = future.done()
         has_failed = is_done and future.exception() is not None
@@ -164,5 +172,8 @@ class BackgroundSave:
             ) from error
 
     def _go_on(self) -> None:
+        """Between two blocks: rest as long as the last one took."""
+        self._is_awaited.wait(time.perf_counter() - self._rested_until_s)
+        self._rested_until_s = time.perf_counter()
         if self._given_up.is_set():
             raise CheckpointError(f"the save of step {self._step} was given up, as the run ended")

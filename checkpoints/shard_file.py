@@ -115,15 +115,16 @@ class Snapshot:
             OSError: it cannot be written.
         """
         assert self._index is not None, "nothing was taken"
-        self._refuse_what_is_not_finite(self._index)
+        self._refuse_what_is_not_finite(self._index, go_on)
         files = ShardFiles(folder, rank)
         content = memoryview(self._buffer.content.numpy())  # type: ignore[arg-type]  # numpy's types lack it
         written = write_hashed(files.content, content, go_on)
         self._index.write(files)
         return {files.content: written}
 
-    def _refuse_what_is_not_finite(self, index: ShardIndex) -> None:
+    def _refuse_what_is_not_finite(self, index: ShardIndex, go_on: Callable[[], None]) -> None:
         for key, tensor in index.tensors.items():
+            go_on()
             dtype = DTYPES[tensor["dtype"]]
             for offset, _, _, num_rows, num_columns in tensor["boxes"]:
                 extremes = self._buffer.view(offset, num_rows * num_columns, dtype).aminmax()

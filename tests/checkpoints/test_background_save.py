@@ -20,6 +20,7 @@ from triptych.checkpoints.store import CheckpointStore
 from triptych.data.hashed_files import HashedFile
 from triptych.errors import CheckpointError
 from triptych.parallel.agree import Ranks, SingleProcess
+from triptych.tests.helpers.clock import Clock
 from triptych.tests.helpers.limits import HANG_S
 from triptych.tests.helpers.thread_ranks import ThreadRanks, on_ranks
 
@@ -56,6 +57,37 @@ def save(background: BackgroundSave, step: int, *, proven: bool = True) -> Path:
 
 def names(root: Path) -> list[str]:
     return sorted(path.name for path in root.iterdir() if path.is_dir())
+
+
+def test_a_save_rests_as_long_as_it_works(tmp_path, monkeypatch):
+    """Seconds of work between two blocks; the rest ends when somebody waits for the save."""
+    clock, rests = Clock(), []
+
+    class Rest(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            rests.append(timeout)
+            return super().wait(0)
+
+    monkeypatch.setattr("triptych.checkpoints.background_save.time", clock)
+    background = saves(tmp_path)
+    background._is_awaited = Rest()
+    part = BytesOfStep(7, meanwhile=lambda: clock.sleep(3.0))
+    background.begin(7, part, {})
+    assert background.poll(wait=True, proven=True) is not None
+    assert rests == [3.0, 0.0]
+    assert background._is_awaited.is_set()
+    background.close()
+
+
+def test_who_waits_for_a_save_ends_its_rest(tmp_path, monkeypatch):
+    """Of three years."""
+    clock = Clock()
+    monkeypatch.setattr("triptych.checkpoints.background_save.time", clock)
+    background = saves(tmp_path)
+    background.begin(7, BytesOfStep(7, meanwhile=lambda: clock.sleep(1e8)), {})
+    assert background.poll() is None
+    assert background.poll(wait=True, proven=True) is not None
+    background.close()
 
 
 def test_it_is_told_when_it_is_committed_and_not_before(tmp_path):
