@@ -58,7 +58,7 @@ class BackgroundSave:
         self._keep, self._keep_every = keep, keep_every
         self._executor = futures.ThreadPoolExecutor(1, thread_name_prefix="save")
         self._given_up, self._is_awaited = threading.Event(), threading.Event()
-        self._rested_until_s = 0.0
+        self._works_since_s = 0.0
         self._step = 0
         self._info: dict[str, Any] = {}
         self._writer: CheckpointWriter | None = None
@@ -90,7 +90,7 @@ class BackgroundSave:
         self._is_awaited.clear()
 
         def write() -> Mapping[str, SavedFile]:
-            self._rested_until_s = time.perf_counter()
+            self._works_since_s = time.perf_counter()
             known = part.write(writer.folder, self._go_on)
             self._go_on()
             return writer.record(known)
@@ -173,7 +173,7 @@ class BackgroundSave:
 
     def _go_on(self) -> None:
         """Between two blocks: rest as long as the last one took."""
-        self._is_awaited.wait(time.perf_counter() - self._rested_until_s)
-        self._rested_until_s = time.perf_counter()
+        self._is_awaited.wait(time.perf_counter() - self._works_since_s)
+        self._works_since_s = time.perf_counter()
         if self._given_up.is_set():
             raise CheckpointError(f"the save of step {self._step} was given up, as the run ended")
