@@ -112,9 +112,10 @@ def _run_stage(config: Config, mesh: Mesh, start_up: StartUp) -> TrainState:
         return state
     start_up.done("weights")
     open_run_folder(config, mesh, state, start_up, store.damaged)
-    lasting = History(run_dir, mesh), StopRequest(run_dir, mesh)
+    lasting = history, _ = History(run_dir, mesh), StopRequest(run_dir, mesh)
     hooks_of = partial(_hooks, config, engine, held_out, questions, start_up, *lasting)
-    state, asked = _train_from(start, config, engine, data, hooks_of)
+    with history.telling_errors():
+        state, asked = _train_from(start, config, engine, data, hooks_of)
     if asked is not None and asked.is_error:
         raise TrainingError(out_of_budget(asked.text, config, state))
     if _is_over(config, engine, data.plan, state):

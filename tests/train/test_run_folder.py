@@ -12,6 +12,8 @@ from triptych.checkpoints.environment import ROOT, git_state
 from triptych.configs.schema import Config
 from triptych.tests.helpers.runs import losses, train
 from triptych.tests.train.test_hook_chain import EVENT, STATE, Recording
+from triptych.train.events import read_events
+from triptych.train.failures import collect_failures
 from triptych.train.hooks.chain import HookChain
 from triptych.train.hooks.harmless import Harmless
 from triptych.train.hooks.loss_curve import draw
@@ -99,3 +101,19 @@ def train_with_failures(config: Config) -> str:
         mock.patch("triptych.train.hooks.loss_curve.draw", side_effect=full),
     ):
         return train(config)
+
+
+@pytest.mark.distributed
+def test_an_error_while_hooks_are_made_is_left_for_the_next_start(runs):
+    assert runs.call(train_without_a_ledger, "run", "dp2") == ["no room"] * 2
+    assert [left["error"] for left in collect_failures(runs.dir("run"))] == ["OSError: no room"] * 2
+    failed = read_events(runs.dir("run"))[-1]
+    assert (failed["what"], failed["step"], failed["error"]) == ("failed", 0, "OSError: no room")
+
+
+def train_without_a_ledger(config: Config) -> str:
+    """The message of the error."""
+    with mock.patch("triptych.train.run.Ledger", side_effect=OSError("no room")):
+        with pytest.raises(OSError, match="no room") as failed:
+            train(config)
+    return str(failed.value)

@@ -1,6 +1,8 @@
 """Tells ``events.jsonl`` of the first step and of an error that ends training."""
 
+import contextlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from triptych.parallel.mesh import Mesh
@@ -18,6 +20,17 @@ class History(Hook):
         self._step = 0
         self._began: float | None = None
         self._is_first = True
+        self._has_failed = False
+
+    @contextlib.contextmanager
+    def telling_errors(self) -> Iterator[None]:
+        """Also those of a time when no hook runs: as hooks are made, or the run goes back."""
+        try:
+            yield
+        except BaseException as error:
+            if not self._has_failed:
+                self.on_error(error)
+            raise
 
     def on_start(self, state: TrainState) -> None:
         """The first step counts from here; not again where the run goes back."""
@@ -35,6 +48,7 @@ class History(Hook):
 
     def on_error(self, error: BaseException) -> None:
         """Leave it for the next start, and for whoever reads the history before."""
+        self._has_failed = True
         interrupted = isinstance(error, KeyboardInterrupt)
         if not interrupted:
             leave_failure(self._run_dir, self._mesh.rank, error)
