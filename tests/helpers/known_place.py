@@ -15,6 +15,16 @@ PLACES_IN_A_SAVE = {
 }
 """Of rank 0, in the save of step 4: audit events, and the end of the path that they name."""
 
+CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
+"""Audit events of a change of the file system, beside opening a file to write."""
+
+
+def is_change(event: str, args: tuple[Any, ...]) -> bool:
+    """Whether the process is about to change the file system."""
+    return event in CHANGES or (
+        event == "open" and isinstance(args[2], int) and bool(args[2] & os.O_ACCMODE)
+    )
+
 
 def once_at(place: tuple[str, str], act: Callable[[], None]) -> None:
     """Call ``act`` before the first change that is this audit event, of a path that ends so."""

@@ -111,3 +111,43 @@ def test_a_job_goes_on_with_other_nodes_when_one_loses_its_power(cut, runs, tmp_
     assert f"n{cut}" not in last.hosts, log
     assert jobs(tmp_path) == ["COMPLETED"], log
     check_as_uninterrupted(runs, 60)
+
+
+CUT_IN_A_SAVE = """
+    chain_of 1 "$@" || exit
+    until [ -e "$STANDS" ] || [ -z "$(squeue --noheader)" ]; do sleep 0.2; done
+    tests/helpers/slurm/node.sh down 0
+"""
+# Python runs it at its start, where the folder is on PYTHONPATH.
+STANDS_IN_A_SAVE = """
+import os, time
+from pathlib import Path
+
+if os.environ.get("RANK") == "0" and "SLURM_RESTART_COUNT" not in os.environ:
+    from triptych.tests.helpers.known_place import PLACES_IN_A_SAVE, once_at
+
+    def stand():
+        Path(os.environ["STANDS"]).touch()
+        time.sleep(3600)
+
+    once_at(PLACES_IN_A_SAVE[os.environ["PLACE"]], stand)
+"""
+
+
+@pytest.mark.parametrize(("place", "resumed_from"), [("before COMMIT", 2), ("after COMMIT", 4)])
+def test_a_node_that_loses_its_power_in_a_save_loses_no_more_than_that_save(
+    place, resumed_from, runs, tmp_path
+):
+    """Its rank 0 stands still at a known place in the save of step 4 until the power is cut."""
+    (tmp_path / "sitecustomize.py").write_text(STANDS_IN_A_SAVE)
+    stands = {"PLACE": place, "STANDS": str(tmp_path / "stands"), "PYTHONPATH": str(tmp_path)}
+    words = ("cluster.hang_s=20", "train.num_steps=8", "run.checkpoint_every=2")
+    soon = {"SLURM_TEST_LOST_AFTER_S": "20"}
+    log = follow(runs, CUT_IN_A_SAVE, *words, num_nodes=3, **soon, **stands)
+    starts = starts_of(runs)
+    assert (tmp_path / "stands").exists(), log
+    assert [start.end for start in starts] == ["died", "finished"], log
+    assert starts[1].step == resumed_from, log
+    assert "n0" not in starts[1].hosts, log
+    assert jobs(tmp_path) == ["COMPLETED"], log
+    check_as_uninterrupted(runs, 8, *words)

@@ -19,13 +19,12 @@ from triptych.checkpoints.shard_file import Snapshot
 from triptych.checkpoints.store import CheckpointStore
 from triptych.configs.schema import Config
 from triptych.parallel.agree import SingleProcess
+from triptych.tests.helpers.known_place import is_change
 from triptych.tests.helpers.pool import RankFailureError
 from triptych.tests.helpers.runs import LAYOUTS, Runs, losses, train
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 WORDS = ("run.checkpoint_every=2", "run.keep=1")
-CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
-"""Audit events of a change of the file system, beside opening a file to write."""
 
 
 @pytest.mark.parametrize("layout", ["dp2", "tp2 pp2", "dp2 pp2 interleaved"])
@@ -86,10 +85,7 @@ def train_and_kill(config: Config, rank: int, count: int) -> None:
     left, root, armed = [count], str(Path(config.run.dir) / "checkpoints"), [True]
 
     def kill(event: str, args: tuple[Any, ...]) -> None:
-        if not armed[0]:
-            return
-        is_write = event == "open" and isinstance(args[2], int) and args[2] & os.O_ACCMODE
-        if not (is_write or event in CHANGES):
+        if not (armed[0] and is_change(event, args)):
             return
         is_within = isinstance(args[0], str | Path) and str(args[0]).startswith(root)
         if "step_000000006" in str(args[0]):
