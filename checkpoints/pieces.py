@@ -92,7 +92,7 @@ def stored_shape(name: str, tensor: Tensor, mesh: Mesh, table: ShardingTable) ->
 def _block(piece: Piece, mesh: Mesh, table: ShardingTable) -> Box:
     """This tp rank's block of each of the stored tensors."""
     num_rows = piece.whole.shape[0] // _num_halves(piece.name, table)
-    num_columns = piece.whole[0].numel()
+    num_columns = piece.whole.numel() // piece.whole.shape[0]
     sharding = table[piece.name]
     row = mesh.tp_rank * num_rows
     if sharding in (TensorSharding.REPLICATED, TensorSharding.COLUMNS):

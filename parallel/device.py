@@ -1,7 +1,8 @@
 """The one module that knows which device and backend this is."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import torch
@@ -67,6 +68,10 @@ def _upload_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 PAGE_BYTES = 4096
+COPYING_THREADS = 2
+"""Of a CPU's copies: a single core does not take all that memory gives."""
+PART_BYTES = 8 << 20
+"""What one of them copies at a time."""
 
 
 class HostBuffer:
@@ -92,15 +97,33 @@ class HostBuffer:
             memory = torch.zeros(size, dtype=torch.uint8, pin_memory=HAS_CUDA)
             self._memory = memory[-memory.data_ptr() % PAGE_BYTES :]
         self.content = self._memory[:num_bytes]
+        if HAS_CUDA:
+            self._copy_each(copies)
+            torch.cuda.current_stream().synchronize()
+        else:
+            parts = iter([part for tensor, at in copies for part in _in_parts(tensor, at)])
+            with ThreadPoolExecutor(COPYING_THREADS) as pool:  # each takes the next that is left
+                list(pool.map(self._copy_each, [parts] * COPYING_THREADS))
+
+    def _copy_each(self, copies: Iterable[tuple[torch.Tensor, int]]) -> None:
         for tensor, offset in copies:
             place = self.view(offset, tensor.numel(), tensor.dtype)
             place.view(tensor.shape).copy_(tensor, non_blocking=True)
-        if HAS_CUDA:
-            torch.cuda.current_stream().synchronize()
 
     def view(self, offset: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """(numel,) of ``dtype``, from ``offset`` bytes on."""
         return self.content[offset : offset + numel * dtype.itemsize].view(dtype)
+
+
+def _in_parts(tensor: torch.Tensor, offset: int) -> Iterator[tuple[torch.Tensor, int]]:
+    """Blocks of rows, and where each begins."""
+    if tensor.nbytes <= PART_BYTES:
+        yield tensor, offset
+        return
+    row_bytes = tensor.nbytes // len(tensor)
+    num_rows = max(1, PART_BYTES // row_bytes)
+    for number, part in enumerate(tensor.split(num_rows)):
+        yield part, offset + number * num_rows * row_bytes
 
 
 class DeviceTimer:
