@@ -203,7 +203,8 @@ def _make(
     pictures = dict.fromkeys(num_samples, _pictures(train, close_ups))
     pictures["heldout"] = _pictures(heldout, [])
     build = partial(_build, root, tokenizer, seed)
-    list(worker_map(build, num_samples, pictures.values(), num_samples.values()))
+    names = sorted(num_samples, key=num_samples.__getitem__, reverse=True)  # no large one at last
+    list(worker_map(build, names, [pictures[n] for n in names], [num_samples[n] for n in names]))
 
 
 def _save(raw: Path, seed: int, name: str, num_images: int) -> list[Picture]:

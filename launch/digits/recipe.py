@@ -49,12 +49,12 @@ class Run:
 FULL = DemoSizes(
     num_images=45_000,
     num_samples={
-        "text": 12_000,
-        "text_chat": 12_000,
+        "text": 9_000,
+        "text_chat": 9_000,
         "classification": 48_000,
         "captions": 18_000,
         "strings": 60_000,
-        "chat": 15_000,
+        "chat": 8_000,
         "heldout": 2_000,
     },
     budgets=(350_000, 750_000, 1_250_000, 300_000),
