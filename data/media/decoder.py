@@ -3,7 +3,7 @@
 A damaged file can crash a decoder, or keep it busy for ever. So each thread that needs frames
 borrows a process of ``data/media/video_file.py``; a process serves many files, and one that dies
 takes the file with it that it had, not the run. It ends itself where it does not move, and it ends
-when we do.
+when we do. One that was killed was killed by others: its file is decoded anew.
 """
 
 import atexit
@@ -13,9 +13,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,11 +30,16 @@ CPU_S = 30.0
 and a film may be long."""
 WALL_S = 300.0
 """Seconds for the same; only a decoder that waits for something meets them first."""
-
-
+TRIES = 3
+"""Processes that a file is given while they are killed."""
 NOT_FOR_DECODERS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 """By which a run is asked to stop. A terminal sends them to its whole process group, Slurm to every
 process of a job; a decoder that ended by one would make its file a bad one."""
+Decoded = TypeVar("Decoded")
+
+
+class DecoderKilledError(DataError):
+    """SIGKILL ended a decoder: no file does that, but a kernel that runs out of memory."""
 
 
 class VideoDecoder:
@@ -120,6 +125,11 @@ class VideoDecoder:
                 f"  -> {' '.join(COMMAND[1:])} must start"
             )
         ended = signal.Signals(-code)
+        if ended is signal.SIGKILL:
+            raise DecoderKilledError(
+                f"{where}: not decoded: {TRIES} decoders were killed (SIGKILL), as by a kernel "
+                "that runs out of memory  -> see dmesg on this node; take fewer data.num_workers"
+            )
         reason = f"it ended the decoder by signal {ended.name}"
         if ended is signal.SIGPROF:
             reason = f"the decoder did not move for {CPU_S:g} CPU-seconds"
@@ -130,6 +140,21 @@ class VideoDecoder:
 
 _idle: list[VideoDecoder] = []
 """Processes that nobody has borrowed; as many as were ever needed at once."""
+
+
+def decode(work: Callable[[VideoDecoder], Decoded]) -> Decoded:
+    """What ``work`` makes of one file; it may be called up to ``TRIES`` times.
+
+    Else what a step reads would depend on how much memory a node had at that moment.
+
+    Raises:
+        DataError: the file cannot be decoded, or each of its decoders was killed.
+    """
+    for _ in range(TRIES - 1):
+        with suppress(DecoderKilledError), borrowed_decoder() as decoder:
+            return work(decoder)
+    with borrowed_decoder() as decoder:
+        return work(decoder)
 
 
 @contextmanager

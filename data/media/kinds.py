@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from triptych.configs.model_schema import VisionConfig
-from triptych.data.media.decoder import borrowed_decoder
+from triptych.data.media.decoder import decode
 from triptych.data.media.image import (
     check_shape,
     decode_image,
@@ -145,8 +145,7 @@ class VideoKind:
 
     def measure(self, data: bytes, where: str, clip: Clip | None = None) -> Extent:
         """Size of the upright frames, how many, and how long they last. All of it is decoded."""
-        with borrowed_decoder() as decoder:
-            extent = Extent(**decoder.extent(data, where, clip))
+        extent = Extent(**decode(lambda decoder: decoder.extent(data, where, clip)))
         check_shape((extent.width, extent.height), where)
         return extent
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from triptych.configs.model_schema import VisionConfig
-from triptych.data.media.decoder import borrowed_decoder
+from triptych.data.media.decoder import VideoDecoder, decode
 from triptych.data.media.image import smart_resize
 from triptych.data.types import Media, VideoLimits
 from triptych.errors import DataError
@@ -95,13 +95,14 @@ def video_frames(
         DataError: the file cannot be decoded, or is not what ``media`` says.
     """
     frames = np.empty(shape, dtype=np.uint8)
-    with borrowed_decoder() as decoder:
-        wanted = {
-            "num_frames": len(frames),
-            "frames": media.frames,
-            "duration_ms": media.duration_ms,
-            "start_ms": media.start_ms,
-        }
+    wanted = {
+        "num_frames": len(frames),
+        "frames": media.frames,
+        "duration_ms": media.duration_ms,
+        "start_ms": media.start_ms,
+    }
+
+    def take_frames(decoder: VideoDecoder) -> None:
         for number, frame in enumerate(decoder.frames(data, wanted, where)):
             if frame.shape[:2] != (media.height, media.width):
                 raise DataError(
@@ -109,6 +110,8 @@ def video_frames(
                     f"{media.width}x{media.height}  -> prepare the dataset again"
                 )
             frames[number] = _resized(frame, shape[2:])
+
+    decode(take_frames)
     return frames
 
 

@@ -428,6 +428,25 @@ def test_a_decoder_that_dies_or_hangs_is_a_bad_sample(action, reason, monkeypatc
     assert media_of(GOOD) == media
 
 
+@pytest.mark.parametrize("num_killed", [1, decoder.TRIES - 1, decoder.TRIES])
+def test_a_decoder_that_is_killed_is_no_fault_of_its_file(num_killed):
+    """As where memory runs out: another decodes it, and so often that it is no chance."""
+    media = media_of(GOOD)
+    shape = video_shape(media, LIMITS.video, VISION)
+    for call in (
+        lambda: VideoKind().measure(GOOD, "clip.mp4").frames,
+        lambda: video_frames(GOOD, media, shape, "clip.mp4").tobytes(),
+    ):
+        expected = call()
+        for _ in range(num_killed):
+            decoder._idle.append(faulty("os.kill(os.getpid(), signal.SIGKILL)"))
+        if num_killed < decoder.TRIES:
+            assert call() == expected
+        else:
+            with pytest.raises(DataError, match=r"^clip.mp4: not decoded: 3 decoders were killed"):
+                call()
+
+
 def test_a_decoder_that_does_not_start_is_no_bad_sample():
     decoder._idle.append(VideoDecoder([sys.executable, "-c", "raise SystemExit(3)"]))
     with pytest.raises(ConfigError, match="ended with exit code 3"):
