@@ -356,7 +356,8 @@ def test_hash_and_order_are_the_same_on_every_machine():
 # -- speed and fill
 
 
-@pytest.mark.slow  # CPU-seconds double where other work takes the caches
+@pytest.mark.slow
+@pytest.mark.idle  # CPU-seconds double where other work takes the caches
 def test_planning_is_fast():
     """The goal is 1e5 samples per CPU-second; measured 2.8e5 on one core."""
     plan = make_plan(*mixed_sources(20_000), seq_len=2048, max_patches=8192, window=4096)

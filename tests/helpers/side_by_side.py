@@ -5,7 +5,8 @@
 
 Ranks that wait for each other leave most of two cores idle, single-process tests one of them. The
 first process reports as it goes; the reports of the others follow when all have ended, and the
-closing line of each, with its counts, once more at the end.
+closing line of each, with its counts, once more at the end. What needs a machine without other work
+runs last, alone, where every test is asked for.
 """
 
 import signal
@@ -16,6 +17,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, NamedTuple
+
+import pytest
 
 TESTS = Path(__file__).parents[1]
 RUN_FOLDERS = ("checkpoints", "configs", "data", "launch", "project", "train")
@@ -33,14 +36,32 @@ class Session(NamedTuple):
     folders: Sequence[Path]
 
 
+class Ended(NamedTuple):
+    """How a pytest process ended."""
+
+    closing: str
+    """Its last line, with its counts."""
+    code: int
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run all to their end, and show how each closed; returns 0 where every test passed."""
-    first, *others = fast_sessions() if "--fast" in arguments else sessions(arguments)
+    at_once = fast_sessions() if "--fast" in arguments else sessions([*arguments, "not idle"])
+    ended = run(at_once)
+    if not arguments and all(each.code != pytest.ExitCode.INTERRUPTED for each in ended):
+        ended += run([Session("tests that need idle cores, alone", ["idle"], [TESTS])])
+    print("\n--- all", *(each.closing for each in ended), sep="\n")
+    return next((each.code for each in ended if each.code != 0), 0)
+
+
+def run(at_once: Sequence[Session]) -> list[Ended]:
+    """Run them at the same time; show the first as it goes, and the others when all have ended."""
+    first, *others = at_once
     with ExitStack() as stack:
         reports = [stack.enter_context(tempfile.TemporaryFile()) for _ in others]
         processes = [start(*each) for each in zip(others, reports, strict=True)]
         shown = start(first, subprocess.PIPE)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all: each ends by itself
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of them
         assert shown.stdout is not None
         closing = [show(shown.stdout)]
         codes = [process.wait() for process in (shown, *processes)]
@@ -48,8 +69,8 @@ def main(arguments: Sequence[str]) -> int:
             print(f"\n--- {session.title}", flush=True)
             report.seek(0)
             closing.append(show(report))
-    print("\n--- all", *closing, sep="\n")
-    return next((code for code in codes if code != 0), 0)
+        signal.signal(signal.SIGINT, before)
+    return [Ended(*each) for each in zip(closing, codes, strict=True)]
 
 
 def sessions(marks: Sequence[str]) -> list[Session]:

@@ -62,7 +62,8 @@ def test_the_command_prints_a_plan_without_torch() -> None:
         assert heading in done.stdout
 
 
-@pytest.mark.slow  # CPU-seconds double where other work takes the caches
+@pytest.mark.slow
+@pytest.mark.idle  # CPU-seconds double where other work takes the caches
 def test_a_plan_takes_three_cpu_seconds() -> None:
     """Measured: 1.7 s with the search, most of it composing the configuration."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -1,7 +1,4 @@
-"""50 ms in a step of a real run are told, by the real clock and windows, of one rank alone.
-
-Slow tests: real time, of which a busy machine gives one rank more than another.
-"""
+"""50 ms in a step of a real run are told, by the real clock and windows, of one rank alone."""
 
 import itertools
 import time
@@ -15,7 +12,7 @@ from triptych.tests.helpers.runs import train
 from triptych.train.events import read_events
 from triptych.train.hooks.slow_ranks import WINDOW_STEPS
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.idle]
 SLOWER_S = 0.05
 BLIP_S = 0.5
 WORDS = (
