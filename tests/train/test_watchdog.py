@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from triptych.configs.compose import load_config
 from triptych.configs.schema import Config
+from triptych.tests.helpers.limits import HANG_S
 from triptych.tests.helpers.pool import RankFailureError
 from triptych.tests.helpers.runs import LAYOUTS, train
 from triptych.train.events import read_events
@@ -29,7 +30,7 @@ PLACES = {
     "save": "triptych.checkpoints.background_save.BackgroundSave.begin",
 }
 """What is called once a step there."""
-HANG_S = {"stopped": 5, "asleep": 30, "killed": 30}
+HANGS_AFTER_S = {"stopped": 5, "asleep": 30, "killed": 30}
 
 
 @pytest.mark.distributed
@@ -50,9 +51,10 @@ def test_a_rank_that_hangs_is_named_and_all_leave(place, step, how, layout, rank
     One that was killed is noticed by the collectives before, and not taken for a hang. Ranks stop
     before anybody has learnt how long a step takes: then nobody is late who is only slow.
     """
-    words = ("train.num_steps=9", "run.checkpoint_every=1", f"cluster.hang_s={HANG_S[how]}")
+    words = ("train.num_steps=9", "run.checkpoint_every=1", f"cluster.hang_s={HANGS_AFTER_S[how]}")
+    case = {"place": place, "step": step, "how": how, "rank": rank}
     with pytest.raises(RankFailureError) as failed:
-        runs.call(train_and_hang, "run", layout, *words, place=place, step=step, how=how, rank=rank)
+        runs.call(train_and_hang, "run", layout, *words, **case, grace_s=HANG_S)
     hangs = [event for event in read_events(runs.dir("run")) if event["what"] == "hang"]
     if how == "killed":
         assert not hangs
