@@ -2,13 +2,13 @@
 
 import itertools
 import time
-from unittest import mock
 
 import pytest
 import torch.distributed as dist
 
 from triptych.configs.schema import Config
 from triptych.tests.helpers.runs import train
+from triptych.tests.helpers.slow_work import slow_work
 from triptych.train.events import read_events
 from triptych.train.hooks.slow_ranks import WINDOW_STEPS
 
@@ -49,22 +49,11 @@ def told_of(runs, cause: str, sleeps_s: dict[int, float], every: int = 1) -> lis
 
 def train_slowly(config: Config, cause: str, sleeps_s: dict[int, float], every: int) -> None:
     """The ranks of ``sleeps_s`` sleep before each ``every``-th piece of work of that kind."""
-    from triptych.checkpoints.background_save import BackgroundSave
-    from triptych.data.loading.loader import Loader
-    from triptych.parallel.zero.megatron import MegatronZero
-
-    owner, name = {
-        "compute": (MegatronZero, "zero_grad"),
-        "data": (Loader, "__next__"),
-        "checkpoint": (BackgroundSave, "begin"),
-    }[cause]
-    original = getattr(owner, name)
     calls = itertools.count(1)
 
-    def slowly(*args, **options):
+    def sleep() -> None:
         if next(calls) % every == 0:
             time.sleep(sleeps_s.get(dist.get_rank(), 0.0))
-        return original(*args, **options)
 
-    with mock.patch.object(owner, name, slowly):
+    with slow_work(cause, sleep):
         train(config)

@@ -16,6 +16,7 @@ from triptych.configs.schema import Config
 from triptych.parallel.waits import measure_waits, take_waits, waits_for
 from triptych.tests.helpers.clock import Clock
 from triptych.tests.helpers.runs import train
+from triptych.tests.helpers.slow_work import slow_work
 from triptych.train.events import read_events
 
 pytestmark = pytest.mark.distributed
@@ -55,23 +56,11 @@ def told_of(cause, layout, rank, clock, runs):
 
 
 def train_slowly(config: Config, cause: str, slow_rank: int, clock: Clock | None) -> str:
-    from triptych.checkpoints.background_save import BackgroundSave
-    from triptych.data.loading.loader import Loader
-    from triptych.parallel.zero.megatron import MegatronZero
-
-    owner, name = {
-        "compute": (MegatronZero, "zero_grad"),
-        "data": (Loader, "__next__"),
-        "checkpoint": (BackgroundSave, "begin"),
-    }[cause]
-    original = getattr(owner, name)
-
-    def slowly(*args, **options):
+    def sleep() -> None:
         (clock or time).sleep(SLEEPS_S if dist.get_rank() == slow_rank else SLEEPS_S / 10)
-        return original(*args, **options)
 
     with (
-        mock.patch.object(owner, name, slowly),
+        slow_work(cause, sleep),
         mock.patch("triptych.train.hooks.slow_ranks.WINDOW_STEPS", 3),
         mock.patch("triptych.train.watch.place.time", clock or time),
         mock.patch("triptych.parallel.waits.time", clock or time),
