@@ -4,7 +4,6 @@ import errno
 import os
 import shutil
 import signal
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,7 @@ from triptych.data.hashed_files import HashedFile
 from triptych.errors import CheckpointError
 from triptych.parallel.agree import Ranks, SingleProcess
 from triptych.tests.helpers.clock import Clock
-from triptych.tests.helpers.known_place import is_change
+from triptych.tests.helpers.known_place import after_changes
 from triptych.tests.helpers.limits import HANG_S
 from triptych.tests.helpers.thread_ranks import ThreadRanks, on_ranks
 
@@ -267,15 +266,7 @@ def killed_at(count: int, root: Path) -> int:
         background = saves(root)
         for step in (1, 2):
             save(background, step)
-        left = [count]
-
-        def kill(event: str, args: tuple[Any, ...]) -> None:
-            if is_change(event, args):
-                if left[0] == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                left[0] -= 1
-
-        sys.addaudithook(kill)
+        after_changes(count, lambda: os.kill(os.getpid(), signal.SIGKILL))
         save(background, 3)
         os._exit(0)
     finally:

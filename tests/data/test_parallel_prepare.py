@@ -1,12 +1,10 @@
 """The same bytes from one process, from several, from parts put together, and after kills."""
 
 import json
-import os
 import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -149,34 +147,32 @@ def test_a_process_that_prepares_does_not_import_torch():
     assert subprocess.run([sys.executable, "-c", child], check=False).returncode == 0
 
 
+CHANGES_BEFORE_A_KILL = (0, 1, 2, 10, 25, 35, 50, 25, 5)
+"""Of the file system, by each in its turn: those of all three blocks, then some of joining them."""
 CHILD = """
-import sys; from pathlib import Path
+import os, signal, sys; from pathlib import Path
 from triptych.tests.data.test_parallel_prepare import build
-build(Path(sys.argv[1]), Path(sys.argv[2]))
+from triptych.tests.helpers.known_place import after_changes
+work, output, num_changes = sys.argv[1:]
+after_changes(int(num_changes), lambda: os.kill(os.getpid(), signal.SIGKILL))
+build(Path(work), Path(output))
 """
 
 
 @pytest.mark.slow
-def test_the_same_bytes_from_64_parts_and_after_kills(work, whole, tmp_path):
-    rng = random.Random(0)
-    for number in rng.sample(range(1, 65), 64):
+def test_the_same_bytes_from_64_parts(work, whole, tmp_path):
+    for number in random.Random(0).sample(range(1, 65), 64):
         build(work, tmp_path / "parts", part=(number, 64))
     build(work, tmp_path / "parts")
     assert content(tmp_path / "parts") == whole
-    num_killed = 0
-    while not (tmp_path / "killed").exists():
-        child = subprocess.Popen([sys.executable, "-c", CHILD, str(work), str(tmp_path / "killed")])
-        until = time.monotonic() + 600
-        before = _num_finished(tmp_path)
-        while child.poll() is None and time.monotonic() < until:
-            if _num_finished(tmp_path) > before:
-                os.kill(child.pid, signal.SIGKILL)
-                num_killed += 1
-        child.wait()
-    assert num_killed > 2
-    assert content(tmp_path / "killed") == whole
 
 
-def _num_finished(folder: Path) -> int:
-    """Blocks that are there; those that are being written have a longer name."""
-    return len(list(folder.glob(f".killed.parts/{'[0-9]' * 6}")))
+@pytest.mark.slow
+def test_the_same_bytes_after_kills(work, whole, tmp_path):
+    output = tmp_path / "killed"
+    for num_changes in CHANGES_BEFORE_A_KILL:
+        child = [sys.executable, "-B", "-c", CHILD, str(work), str(output), str(num_changes)]
+        assert subprocess.run(child, check=False).returncode == -signal.SIGKILL
+        assert not output.exists()
+    build(work, output)
+    assert content(output) == whole

@@ -38,6 +38,19 @@ def once_at(place: tuple[str, str], act: Callable[[], None]) -> None:
     sys.addaudithook(hear)
 
 
+def after_changes(count: int, act: Callable[[], None]) -> None:
+    """Call ``act`` once, before the change that comes after ``count`` others."""
+    left = [count]
+
+    def hear(event: str, args: tuple[Any, ...]) -> None:
+        if is_change(event, args):
+            left[0] -= 1
+            if left[0] == -1:
+                act()
+
+    sys.addaudithook(hear)
+
+
 def kill_all(process_ids: Iterable[int]) -> None:
     """SIGKILL; this process, if it is one of them, as the last."""
     for process_id in sorted(process_ids, key=os.getpid().__eq__):
