@@ -14,7 +14,13 @@ import torch
 import torch.distributed as dist
 
 from triptych.parallel.agree import ProcessGroupRanks, Ranks, ranks_where
-from triptych.parallel.device import BACKEND, let_peers_work, local_device, reads_memory_of
+from triptych.parallel.device import (
+    BACKEND,
+    let_peers_work,
+    local_device,
+    reads_memory_of,
+    share_gloo_sockets,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +165,7 @@ def init_distributed(timeout_s: int, meeting: Meeting | None = None) -> int:
     if not dist.is_initialized():
         meeting = meeting or meet(timeout_s)
         let_peers_work()
+        share_gloo_sockets()
         local_device(int(os.environ.get("LOCAL_RANK", "0")))
         dist.init_process_group(
             BACKEND,

@@ -90,10 +90,11 @@ def serve(
 
     import torch
 
-    from triptych.parallel.device import let_peers_work
+    from triptych.parallel.device import let_peers_work, share_gloo_sockets
 
     torch.set_num_threads(1)
     let_peers_work()
+    share_gloo_sockets()
     # What was imported before the fork stays frozen. A run that freezes and thaws all there is
     # would have every collection afterwards look through it, for .3 s each.
     gc.freeze = gc.unfreeze = lambda: None
@@ -159,8 +160,7 @@ def _forget_last_case() -> None:
     """Make cases independent of their order: groups, memory and random numbers start anew.
 
     Runs when every rank has answered, so nobody is still using the groups. A gloo group left behind
-    costs three threads, one of which wakes a hundred times a second; the default group too goes, or
-    the ranks that wait for their next case would use a third of a core.
+    costs two threads.
     """
     import torch
     import torch.distributed as dist
