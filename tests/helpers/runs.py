@@ -8,6 +8,7 @@ import os
 import pkgutil
 import signal
 from collections.abc import Callable
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,6 +16,7 @@ from unittest import mock
 import pytest
 import torch.distributed as dist
 
+from triptych.checkpoints.background_save import BackgroundSave
 from triptych.configs.compose import load_config
 from triptych.configs.schema import Config
 from triptych.configs.validate import validate
@@ -127,8 +129,10 @@ def refusal(config: Config) -> str:
 def train_and_die(config: Config, target: str, call: int) -> None:
     """Train; every rank kills itself when it calls ``target`` for the ``call``-th time.
 
-    As kill -9 does: nothing is flushed, no handler runs.
+    As kill -9 does: nothing is flushed, no handler runs. Until then a save that is asked about is
+    done, so what is on disk when they die depends on no clock.
     """
+    results = BackgroundSave._results
     original, calls = pkgutil.resolve_name(target), itertools.count(1)
 
     def die(*args: Any, **kwargs: Any) -> Any:
@@ -136,7 +140,10 @@ def train_and_die(config: Config, target: str, call: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return original(*args, **kwargs)
 
-    with mock.patch(target, die):
+    def of_done(save: BackgroundSave, future: futures.Future[Any], *, wait: bool) -> Any:
+        return results(save, future, wait=True)
+
+    with mock.patch(target, die), mock.patch.object(BackgroundSave, "_results", of_done):
         train(config)
 
 

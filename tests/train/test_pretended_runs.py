@@ -107,7 +107,7 @@ def commands_on_cuda(**options: Path) -> str:
     ("layout", "options"),
     [
         ("dp2", ("optimizer.zero=deepspeed",)),
-        ("dp2 pp2 interleaved", tuple(OVERLAP)),
+        ("dp2 pp2 interleaved", ("model.language.num_layers=4", *OVERLAP)),
         ("tp2 pp2", ("parallel.sequence_parallel=true", "parallel.overlap.tp_comm=true")),
     ],
 )
