@@ -259,7 +259,7 @@ def start_torchrun(runs: Runs, *launcher: str, num_steps: str = "null") -> subpr
 def test_torchrun_restarts_a_run_one_of_whose_ranks_was_killed(runs):
     folder = runs.dir("run")
     agent = start_torchrun(runs, "--max-restarts=2", num_steps="60")
-    victim = psutil.Process(agent.pid).children(recursive=True)[-1]
+    victim = psutil.Process(agent.pid).children()[-1]  # a rank; ranks may have children too
     victim.kill()
     assert agent.wait() == 0
     assert [line["step"] for line in metrics(folder)] == list(range(1, 61))
