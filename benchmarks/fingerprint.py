@@ -62,7 +62,8 @@ def main() -> None:
         tokenizer = f"{folder}/data/tokenizer"
         call(f"python launch/convert.py export {source} {exported} --tokenizer {tokenizer}")
         for file in sorted(exported.iterdir()):
-            print(f"export: {file.name} {digest(file.read_bytes())}")
+            content = file.read_bytes().replace(folder.encode(), b"")  # as the model card names it
+            print(f"export: {file.name} {digest(content)}")
     for words in PLANS:
         print(f"plan.py {words}: {digest(call(f'python launch/plan.py {words}').encode())}")
 
