@@ -174,5 +174,6 @@ def test_the_same_bytes_after_kills(work, whole, tmp_path):
         child = [sys.executable, "-B", "-c", CHILD, str(work), str(output), str(num_changes)]
         assert subprocess.run(child, check=False).returncode == -signal.SIGKILL
         assert not output.exists()
+    assert len(list(tmp_path.glob(f".killed.parts/{'[0-9]' * 6}"))) == 3
     build(work, output)
     assert content(output) == whole
