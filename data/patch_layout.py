@@ -6,6 +6,7 @@ of the rotary embedding, is left to the model.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from typing import Self
 
@@ -62,11 +63,17 @@ def patch_positions(grid_thw: Tensor, merge: int) -> Tensor:
     """Row and column of every patch, in merge order. Returns (P, 2) int64."""
     positions = [torch.empty(0, 2, dtype=torch.int64)]
     for t, h, w in grid_thw.tolist():
-        rows = torch.arange(h).view(-1, 1).expand(h, w)
-        columns = torch.arange(w).view(1, -1).expand(h, w)
-        tiled = (
-            x.reshape(h // merge, merge, w // merge, merge).transpose(1, 2).flatten()
-            for x in (rows, columns)
-        )
-        positions.append(torch.stack(list(tiled), dim=-1).repeat(t, 1))
+        positions += [_frame_positions(h, w, merge)] * t
     return torch.cat(positions)
+
+
+@lru_cache(maxsize=2**8)
+def _frame_positions(h: int, w: int, merge: int) -> Tensor:
+    """(h * w, 2) int64; remembered, for grids recur. Not to be changed."""
+    rows = torch.arange(h).view(-1, 1).expand(h, w)
+    columns = torch.arange(w).view(1, -1).expand(h, w)
+    tiled = (
+        x.reshape(h // merge, merge, w // merge, merge).transpose(1, 2).flatten()
+        for x in (rows, columns)
+    )
+    return torch.stack(list(tiled), dim=-1)

@@ -2,13 +2,14 @@
 
 How large a patch is, and how many become a token, the model says (``VisionConfig``).
 
-    bytes --decode_image--> upright RGB --image_frames--> resized            in the loader
+    bytes --decode_image--> upright RGB or grey --image_frames--> resized    in the loader
     resized --cut_patches--> uint8 patches                                   in the loader
     uint8 patches --normalize_patches--> float32                             on the device
 
 What becomes of an unusual file: every image ends up as 8-bit RGB, or is refused.
 
-    grey, 1-bit, palette     converted
+    8-bit grey               resized once, not once for each colour
+    1-bit, palette           converted
     transparency of any kind composited on white
     CMYK, YCbCr, HSV         converted by Pillow, colour profiles ignored
     16 bits per channel      the high byte is kept
@@ -114,11 +115,13 @@ def _grid(
 
 
 def decode_image(data: bytes, where: str) -> Image.Image:
-    """Decodes a file to upright 8-bit RGB by the rules at the top of this file.
+    """Decodes a file by the rules at the top of this file.
 
     Args:
         data: the whole file.
         where: names the file or sample in errors.
+    Returns:
+        Upright, 8 bits per channel: Pillow's mode ``RGB``, or ``L`` where it is grey.
     Raises:
         DataError: the file is empty, damaged, of an unsupported kind, too large, or too elongated.
     """
@@ -129,7 +132,7 @@ def decode_image(data: bytes, where: str) -> Image.Image:
             _check_size(image.size, where)
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
-            return _to_rgb(image, where)
+            return _to_8_bits(image, where)
     except DataError:
         raise
     except Exception as error:  # on damaged files Pillow's decoders raise all kinds of exceptions
@@ -161,10 +164,10 @@ def check_shape(size: tuple[int, int], where: str) -> None:
         )
 
 
-def _to_rgb(image: Image.Image, where: str) -> Image.Image:
+def _to_8_bits(image: Image.Image, where: str) -> Image.Image:
     if image.mode.startswith("I;16"):
         high_byte = (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)
-        return Image.fromarray(high_byte).convert("RGB")
+        return Image.fromarray(high_byte)
     if image.mode in {"I", "F", "LAB"}:
         raise DataError(
             f"{where}: pixels of kind {image.mode!r} have no defined range"
@@ -174,16 +177,21 @@ def _to_rgb(image: Image.Image, where: str) -> Image.Image:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
         return Image.alpha_composite(white, rgba).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
+    return image if image.mode in {"RGB", "L"} else image.convert("RGB")
 
 
 def image_frames(image: Image.Image, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """The one frame of an 8-bit RGB image, resized to height and width: (1, 3, height, width)."""
+    """The one frame of an ``RGB`` or ``L`` image, resized to height and width.
+
+    Returns:
+        (1, 3, height, width); of a grey image its three planes are equal.
+    """
     if (image.height, image.width) != size:
         image = image.resize(size[::-1], Image.Resampling.BICUBIC)
+    colours = "RGB" if image.mode == "RGB" else "L"
     planes = np.empty((3, size[0] * size[1]), dtype=np.uint8)
-    for plane, colour in zip(planes, "RGB", strict=True):  # each reuses the memory of the last
-        plane[:] = np.frombuffer(image.tobytes("raw", colour), dtype=np.uint8)
+    for number, colour in enumerate(colours):  # each reuses the memory of the last
+        planes[number:] = np.frombuffer(image.tobytes("raw", colour), dtype=np.uint8)
     return planes.reshape(1, 3, *size)
 
 

@@ -166,7 +166,8 @@ def _questions() -> Iterator[Question]:
 
 
 def _prompt_of_transformers(processor: Any, question: Question) -> Any:
-    images = None if question.file is None else [decode_image(question.file, question.where)]
+    file, where = question.file, question.where
+    images = None if file is None else [decode_image(file, where).convert("RGB")]
     return processor(text=[_chat(processor, question)], images=images, return_tensors="pt")
 
 
