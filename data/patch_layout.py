@@ -67,7 +67,7 @@ def patch_positions(grid_thw: Tensor, merge: int) -> Tensor:
     return torch.cat(positions)
 
 
-@lru_cache(maxsize=2**8)
+@lru_cache(maxsize=2**6)
 def _frame_positions(h: int, w: int, merge: int) -> Tensor:
     """(h * w, 2) int64; remembered, for grids recur. Not to be changed."""
     rows = torch.arange(h).view(-1, 1).expand(h, w)

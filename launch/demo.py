@@ -17,10 +17,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from multiprocessing import get_context
 from pathlib import Path
 
 try:
+    from triptych.data.end_with_parent import end_with_parent
     from triptych.errors import TriptychError
     from triptych.launch.bar import Bar
     from triptych.launch.cli import run
@@ -47,13 +50,13 @@ def main(argv: Sequence[str]) -> None:
     _begin(folder, sizes, options.seed)
     runs = runs_of(sizes)
     _train(folder, runs, options.seed)
-    _read(folder, sizes, runs, options.seed)
-    seconds = time.monotonic() - started
     _export(folder, runs)
+    answers = _read(folder, sizes, runs, options.seed)
     _announce("the report of all four")
     _call(f"python launch/report.py {folder} --output {folder}/report.html")
-    print(f"in all {time.monotonic() - started:.0f} s, {_cpu_seconds():.0f} CPU-seconds")
-    _judge(folder, sizes, options.seed, seconds)
+    seconds = time.monotonic() - started
+    print(f"in all {seconds:.0f} s, {_cpu_seconds():.0f} CPU-seconds")
+    _judge(folder, sizes, answers, seconds)
 
 
 def _begin(folder: Path, sizes: DemoSizes, seed: int) -> None:
@@ -96,15 +99,33 @@ def _train(folder: Path, runs: Sequence[Run], seed: int) -> None:
         start = f"init.checkpoint={folder}/{run.name}"
 
 
-def _read(folder: Path, sizes: DemoSizes, runs: Sequence[Run], seed: int) -> None:
-    """The last checkpoint reads pictures of scans and sizes that training never showed."""
-    _announce(f"reading {sizes.num_read} unseen pictures")
+def _read(
+    folder: Path, sizes: DemoSizes, runs: Sequence[Run], seed: int
+) -> Sequence[Sequence[int]]:
+    """The last checkpoint reads pictures of scans and sizes that training never showed.
+
+    Beside it, ``transformers`` reads the first of them from the export: its answers are returned.
+    """
+    _announce(f"reading {sizes.num_read} unseen pictures; {sizes.num_exported} by transformers too")
     curves = " ".join(f"{folder}/{run.name}" for run in runs)
-    _call(
-        f"python launch/sample.py --checkpoint {folder}/{runs[-1].name} "
-        f"--tokenizer {folder}/data/tokenizer --digits {sizes.num_read} --seed {seed} "
-        f"--output {folder} --curves {curves}"
-    )
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=end_with_parent) as beside:
+        asked = beside.submit(_transformers_answers, folder / "export", sizes.num_exported, seed)
+        _call(
+            f"python launch/sample.py --checkpoint {folder}/{runs[-1].name} "
+            f"--tokenizer {folder}/data/tokenizer --digits {sizes.num_read} --seed {seed} "
+            f"--output {folder} --curves {curves}"
+        )
+        return asked.result()
+
+
+def _transformers_answers(export: Path, num_images: int, seed: int) -> list[list[int]]:
+    """Runs in a process of its own, on the core that the reading leaves."""
+    import torch
+
+    from triptych.launch.digits.transformers_check import transformers_answers
+
+    torch.set_num_threads(1)
+    return transformers_answers(export, num_images, seed=seed)
 
 
 def _export(folder: Path, runs: Sequence[Run]) -> None:
@@ -116,19 +137,18 @@ def _export(folder: Path, runs: Sequence[Run]) -> None:
     )
 
 
-def _judge(folder: Path, sizes: DemoSizes, seed: int, seconds: float) -> None:
+def _judge(
+    folder: Path, sizes: DemoSizes, answers: Sequence[Sequence[int]], seconds: float
+) -> None:
     """Compare with transformers, print the last line, and say what is below the bars.
 
     Raises:
         DemoError: something is.
     """
     from triptych.launch.digits import evaluate
-    from triptych.launch.digits.transformers_check import transformers_answers
 
     readings = evaluate.load_readings(folder)
     checked = readings[: sizes.num_exported]
-    tell = Bar("answers of transformers").show
-    answers = transformers_answers(folder / "export", len(checked), seed=seed, tell=tell)
     same = sum(r.answer_ids == ids for r, ids in zip(checked, answers, strict=True))
     print(f"transformers reads {same} of {len(checked)} pictures as we do")
     scores = evaluate.score(readings)
@@ -156,11 +176,10 @@ def _call(command: str) -> None:
     """
     print(f"$ {command}", flush=True)
     program, *words = shlex.split(command)
-    threads = "1" if program == "torchrun" else "2"
     with subprocess.Popen(
         [str(Path(sys.executable).with_name(program)), *words],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": threads},
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     ) as process:
         before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
         try:

@@ -1,5 +1,7 @@
 """Temporal, height and width positions of multimodal rotary embedding (M-RoPE)."""
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -51,15 +53,23 @@ def build_position_ids(
         positions[:, end:start] = np.arange(position, position + start - end)
         position += start - end
         end = start + length
-        positions[:, start:end] = np.indices(grid).reshape(3, length) + position
+        positions[:, start:end] = _patch_indices(*grid) + position
         position += max(grid)
     positions[:, end:] = np.arange(position, position + len(ids) - end)
     return torch.from_numpy(positions)
 
 
+@lru_cache(maxsize=2**6)
+def _patch_indices(t: int, h: int, w: int) -> NDArray[np.int64]:
+    """(3, t * h * w) int64; remembered, for grids recur. Not to be changed."""
+    return np.indices((t, h, w)).reshape(3, -1)
+
+
 def _runs(mask: NDArray[np.bool_]) -> tuple[list[int], list[int]]:
     """Starts and lengths of the runs of True."""
-    edges = np.flatnonzero(np.diff(mask, prepend=False, append=False))
+    framed = np.zeros(len(mask) + 2, dtype=np.bool_)
+    framed[1:-1] = mask
+    edges = np.flatnonzero(framed[1:] != framed[:-1])
     starts: list[int] = edges[::2].tolist()
     ends: list[int] = edges[1::2].tolist()
     return starts, [end - start for start, end in zip(starts, ends, strict=True)]

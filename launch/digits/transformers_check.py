@@ -1,6 +1,5 @@
 """What transformers reads from an exported model: its own tokenizer, chat, pixels and decoding."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,20 +9,18 @@ from triptych.data.digits.texts import READ
 from triptych.launch.digits.evaluate import MAX_NEW_TOKENS
 
 
-def transformers_answers(
-    export: Path, num_images: int, *, seed: int, tell: Callable[[int, int], None]
-) -> list[list[int]]:
-    """Greedy answers about the first held-out pictures, one picture at a time.
-
-    ``tell`` is given the number of answers so far, and of all.
+def transformers_answers(export: Path, num_images: int, *, seed: int) -> list[list[int]]:
+    """Greedy answers about the first held-out pictures, one picture at a time, in silence.
 
     Returns:
         Ids of each answer, without the token that ends it.
     """
     from transformers import Qwen2VLForConditionalGeneration
+    from transformers.utils.logging import disable_progress_bar
 
     from triptych.checkpoints.hf.processor import load_processor
 
+    disable_progress_bar()
     model = Qwen2VLForConditionalGeneration.from_pretrained(export).eval()
     processor = load_processor(export)
     content = [{"type": "image"}, {"type": "text", "text": READ}]
@@ -38,5 +35,4 @@ def transformers_answers(
         new = ids[0, prompt["input_ids"].shape[1] :].tolist()
         ends = [i for i, token in enumerate(new) if token in model.generation_config.eos_token_id]
         answers.append(new[: ends[0]] if ends else new)
-        tell(len(answers), num_images)
     return answers

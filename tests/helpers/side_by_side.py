@@ -25,7 +25,9 @@ RUN_FOLDERS = ("checkpoints", "configs", "data", "launch", "project", "train")
 """Of whole runs, and what belongs to them; the other folders are those of the engine."""
 FAST = ("not slow", "not distributed", "not torchrun", "not slurm")
 FIRST_FAST_FOLDERS = ("checkpoints", "configs", "costs", "launch", "train")
-"""Those that take about as long as all others."""
+"""Those whose fast tests take about as long as all others."""
+FIRST_ALONE_FOLDERS = ("launch",)
+"""Those whose tests without a pool of ranks take about as long as all others."""
 
 
 class Session(NamedTuple):
@@ -75,12 +77,14 @@ def run(at_once: Sequence[Session]) -> list[Ended]:
 
 def sessions(marks: Sequence[str]) -> list[Session]:
     """Of all tests that have these marks; that of the runs takes longest, and is shown."""
-    distributed = [*marks, "distributed"]
+    distributed, alone = [*marks, "distributed"], [*marks, "not distributed"]
     runs, engine = split(RUN_FOLDERS)
+    first, others = split(FIRST_ALONE_FOLDERS)
     return [
         Session("whole runs on a pool of ranks", distributed, runs),
         Session("the engine on a pool of ranks", distributed, engine),
-        Session("all tests that need no pool of ranks", [*marks, "not distributed"], [TESTS]),
+        Session("commands, without a pool of ranks", alone, first),
+        Session("all else that needs no pool of ranks", alone, others),
     ]
 
 
