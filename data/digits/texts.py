@@ -63,7 +63,7 @@ def classification(rng: random.Random, pictures: Pictures) -> Record:
     tells a ViT before a frozen language model what to learn.
     """
     picture = rng.choice(pictures.close_ups)
-    question = rng.choice(("", "", f"{READ}\n", "What digit is this?\n"))
+    question = rng.choice(("", "", "", "", f"{READ}\n"))
     parts = [picture.part, text_part(picture.digits)]
     return {"content": [text_part(question), *parts] if question else parts}
 
@@ -77,7 +77,11 @@ def caption(rng: random.Random, pictures: Pictures) -> Record:
 
 
 def string(rng: random.Random, pictures: Pictures) -> Record:
-    """One or two digits with a sentence or an answer; sometimes an article with two pictures."""
+    """One or two digits, bare, as an answer or in a sentence; or an article with two pictures.
+
+    Most say no more than what the picture tells: what it cannot tell, as which sentence follows,
+    is noise in the gradient.
+    """
     if rng.random() < 0.2:
         first, second = pictures.draw(rng), pictures.draw(rng)
         return {
@@ -90,7 +94,12 @@ def string(rng: random.Random, pictures: Pictures) -> Record:
             ]
         }
     picture = pictures.draw(rng)
-    sentence = rng.choice((*CAPTIONS, READ + " {}", READ + " {}"))
+    form = rng.random()
+    if form < 0.4:
+        return {"content": [picture.part, text_part(picture.digits)]}
+    if form < 0.6:
+        return {"content": [text_part(f"{READ}\n"), picture.part, text_part(picture.digits)]}
+    sentence = rng.choice((*CAPTIONS, *3 * (READ + " {}",)))
     return {"content": [picture.part, text_part(sentence.format(picture.digits))]}
 
 
