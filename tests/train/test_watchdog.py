@@ -21,7 +21,7 @@ from triptych.tests.helpers.pool import RankFailureError
 from triptych.tests.helpers.runs import LAYOUTS, train
 from triptych.train.events import read_events
 from triptych.train.watch.place import Phase, Whereabouts
-from triptych.train.watch.watchdog import Watchdog
+from triptych.train.watch.watchdog import Watchdog, watching
 
 slow = pytest.mark.slow
 PLACES = {
@@ -121,6 +121,13 @@ def test_a_rank_that_moves_on_while_it_tells_has_not_stayed_where_it_is_now(tmp_
                 assert told["place"]["phase"] != Phase.COMPUTE or not told["stayed_s"]
                 if told["place"]["phase"] == Phase.COMPUTE:
                     break
+
+
+def test_a_rank_has_given_a_sign_before_it_goes_on(tmp_path):
+    """One that hangs within its watchdog's first half second would never be missed."""
+    config, store = load_config([f"run.dir={tmp_path}"]), dist.HashStore()
+    with watching(config, store, rank=1, world_size=2):
+        assert store.check(["watch/rank/1"])
 
 
 DIES_EARLY = """

@@ -86,7 +86,8 @@ class Watchdog:
         self._signs: dict[int, _Sign] = {}
 
     def start(self) -> None:
-        """Begin to watch."""
+        """Begin to watch, and be known to the others: one who never gave a sign is not missed."""
+        self._tell()
         self._thread.start()
 
     def close(self) -> None:
