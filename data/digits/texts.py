@@ -64,8 +64,7 @@ def classification(rng: random.Random, pictures: Pictures) -> Record:
     """
     picture = rng.choice(pictures.close_ups)
     question = rng.choice(("", "", "", "", f"{READ}\n"))
-    parts = [picture.part, text_part(picture.digits)]
-    return {"content": [text_part(question), *parts] if question else parts}
+    return _reading(picture, question)
 
 
 def caption(rng: random.Random, pictures: Pictures) -> Record:
@@ -95,12 +94,16 @@ def string(rng: random.Random, pictures: Pictures) -> Record:
         }
     picture = pictures.draw(rng)
     form = rng.random()
-    if form < 0.4:
-        return {"content": [picture.part, text_part(picture.digits)]}
     if form < 0.6:
-        return {"content": [text_part(f"{READ}\n"), picture.part, text_part(picture.digits)]}
+        return _reading(picture, "" if form < 0.4 else f"{READ}\n")
     sentence = rng.choice((*CAPTIONS, *3 * (READ + " {}",)))
     return {"content": [picture.part, text_part(sentence.format(picture.digits))]}
+
+
+def _reading(picture: Picture, question: str) -> Record:
+    """What a picture shows, behind it; the question, if there is one, before it."""
+    parts = [picture.part, text_part(picture.digits)]
+    return {"content": [text_part(question), *parts] if question else parts}
 
 
 def chat(rng: random.Random, pictures: Pictures) -> Record:

@@ -47,10 +47,10 @@ def watching(config: Config, store: Any, rank: int, world_size: int) -> Iterator
     """
     begin()
     watch = Watchdog(config, store, rank, world_size) if config.cluster.hang_s else None
+    if watch is not None:
+        watch.start()
     error = "by an error"
     try:
-        if watch is not None:
-            watch.start()
         yield
         error = ""
     finally:
